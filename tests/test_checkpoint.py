@@ -193,6 +193,7 @@ def test_model_is_loaded_for_inference_without_noise(checkpoint, case, precision
     assert {weight.dtype for weight in model.parameters()} == {DTYPES[precision]}
     assert model.encoder.config._attn_implementation == "eager"
     assert model.encoder.pooler is None
+    assert model.generation_config.use_cache and model.decoder.config.use_cache  # off in small's files
     tokens = torch.full((1, 3), 5)
     with torch.no_grad():
         logits = model(torch.zeros(1, 3, 48, 48, dtype=DTYPES[precision]), decoder_input_ids=tokens).logits
@@ -229,6 +230,13 @@ def test_sharded_weights(checkpoint, tmp_path):
     shard.unlink()
     with pytest.raises(CheckpointError, match=rf"{shard}.*fetch the checkpoint again"):
         load_model(load_spec(tmp_path))
+
+
+def test_index_without_files(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(CheckpointError, match=r"index\.json names no files in weight_map; fetch it again"):
+        load_model(load_spec(folder))
 
 
 def test_processor_files_make_an_engine_folder_self_contained(checkpoint, tmp_path):
