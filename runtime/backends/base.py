@@ -1,7 +1,7 @@
 """What the greedy loop needs of a backend: encode images once, then one decoder step at a time.
 
-Torch tensors are the common currency, on `Backend.device`. A CUDA backend works on torch's current stream, so that the
-caller's tensor operations and the backend's are ordered without synchronisation.
+Torch tensors are the common currency, on `Backend.device`. A CUDA backend works on torch's current stream, so
+that the caller's tensor operations and the backend's are ordered without synchronisation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from graph_surgery.checkpoint import ModelSpec
 
 DecoderState = Any
-"""A batch under way: cross-attention keys and values, and the self-attention cache. Each backend has its own."""
+"""A batch under way: cross-attention keys and values, self-attention cache. Each backend has its own kind."""
 
 
 class BackendError(RuntimeError):
@@ -48,8 +48,8 @@ class Backend(ABC):
             pixel_values: float32 [B, 3, height, width], on any device; the backend converts to its own type.
 
         Returns:
-            The state to pass to `step`. It is valid until the next `start`: a backend may (and one that captures CUDA
-            graphs must) hand out the same buffers again for the same B.
+            The state to pass to `step`. It is valid until the next `start`: a backend may (and one that
+            captures CUDA graphs must) hand out the same buffers again for the same B.
         """
 
     @abstractmethod
@@ -59,23 +59,25 @@ class Backend(ABC):
         Args:
             state: from `start`; its cache is updated.
             input_ids: int64 [B, 1] on `device`.
-            position_ids: int64 [B, 1] on `device`, the number of tokens already in each row's cache: 0 for the start
-                token. All rows are at the same position where the cache is of the growing kind.
+            position_ids: int64 [B, 1] on `device`, the number of tokens already in each row's cache: 0 for the
+                start token. All rows are at the same position where the cache is of the growing kind.
 
         Returns:
-            logits [B, vocab] on `device`, in the model's type, valid until the next `step`. Nothing is synchronised.
+            logits [B, vocab] on `device`, in the model's type, valid until the next `step`. Nothing is
+            synchronised.
         """
 
     def capture(self, state: DecoderState, step: Callable[[], None]) -> Callable[[], None]:
         """Make a repeatable form of one step of a search over `state`.
 
         Args:
-            state: from `start`. The result is used for every later state of the same batch size as well.
-            step: calls `Backend.step` once, and otherwise only tensor operations on fixed addresses, without
-                synchronisation: fit for a CUDA graph. It may be run here as a warm-up: the search is reset afterwards.
+            state: from `start`; a result made by an override serves every later state of this batch size too.
+            step: calls `Backend.step` once on `state`, and otherwise only tensor operations on fixed addresses,
+                without synchronisation: fit for a CUDA graph. It may be run here as a warm-up: the search is
+                reset afterwards.
 
         Returns:
-            A function called once a token in place of `step`, from the first token of a state on. The default is
-            `step` itself.
+            A function called once a token in place of `step`, from the first token of a state on. The default
+            is `step` itself.
         """
         return step
