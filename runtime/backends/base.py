@@ -59,8 +59,8 @@ class Backend(ABC):
         Args:
             state: from `start`; its cache is updated.
             input_ids: int64 [B, 1] on `device`.
-            position_ids: int64 [B, 1] on `device`, the number of tokens already in each row's cache: 0 for the
-                start token. All rows are at the same position where the cache is of the growing kind.
+            position_ids: int64 [B, 1] on `device`, the number of tokens already in each row's cache: 0 for
+                the start token. All rows are at the same position where the cache is of the growing kind.
 
         Returns:
             logits [B, vocab] on `device`, in the model's type, valid until the next `step`. Nothing is
@@ -70,11 +70,13 @@ class Backend(ABC):
     def capture(self, state: DecoderState, step: Callable[[], None]) -> Callable[[], None]:
         """Make a repeatable form of one step of a search over `state`.
 
+        Called once a batch size, with the first state of that size; the result serves the later ones too.
+
         Args:
-            state: from `start`; a result made by an override serves every later state of this batch size too.
-            step: calls `Backend.step` once on `state`, and otherwise only tensor operations on fixed addresses,
-                without synchronisation: fit for a CUDA graph. It may be run here as a warm-up: the search is
-                reset afterwards.
+            state: from `start`; left as it was found.
+            step: calls `Backend.step` once on the current state, and otherwise only tensor operations on
+                fixed addresses, without synchronisation: fit for a CUDA graph. It may be run here as a
+                warm-up: the search resets its own tensors afterwards.
 
         Returns:
             A function called once a token in place of `step`, from the first token of a state on. The default
