@@ -83,7 +83,9 @@ def match_attention(softmax: gs.Node) -> Attention:
     nodes.append(product)
 
     query, key = (trace_heads(tensor) for tensor in product.inputs)
-    mix = require_op(only_consumer(softmax.outputs[0]), "MatMul", "of probabilities and values after the softmax")
+    mix = require_op(
+        only_consumer(softmax.outputs[0]), "MatMul", "of probabilities and values after the softmax"
+    )
     if mix.inputs[0] is not softmax.outputs[0]:
         raise Mismatch(f"the probabilities are the second operand of {describe(mix)}")
     value = trace_heads(mix.inputs[1])
@@ -109,7 +111,9 @@ def match_attention(softmax: gs.Node) -> Attention:
 def trace_heads(tensor: gs.Tensor) -> Heads:
     """Trace heads [B, H, S, d] or [B, H, d, S] back through transposes, the split of rows into heads, and scalars."""
     if len(shape(tensor)) != 4:
-        raise Mismatch(f"tensor '{tensor.name}' has shape {list(shape(tensor))}, expected four axes [B, H, S, d]")
+        raise Mismatch(
+            f"tensor '{tensor.name}' has shape {list(shape(tensor))}, expected four axes [B, H, S, d]"
+        )
     nodes: list[gs.Node] = []
     scale = 1.0
     axes = [0, 1, 2, 3]  # where the axes of the given tensor are in `source`
@@ -148,7 +152,7 @@ def _split_of_rows(node: gs.Node) -> tuple[int, int, bool] | None:
     if len(before) != 3 or len(after) != 4 or before[0] != after[0]:
         return None
     batch, length, width = before
-    if after[1] == length and after[2:] == (after[2], after[3]) and _product(after[2], after[3]) == width:
+    if after[1] == length and _product(after[2], after[3]) == width:
         return after[2], after[3], True
     # With one row there is nothing to transpose, and the exporter reshapes directly.
     if length == 1 and after[2] == 1 and _product(after[1], after[3]) == width:
@@ -166,7 +170,9 @@ def _merge_heads(mixed: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]]:
         node = only_consumer(node.outputs[0])
         nodes.append(node)
     elif length != 1:
-        raise Mismatch(f"expected the transpose of the heads after the values' product, found {describe(node)}")
+        raise Mismatch(
+            f"expected the transpose of the heads after the values' product, found {describe(node)}"
+        )
     require_op(node, "Reshape", "of the heads to rows")
     if shape(node.outputs[0]) != rows_shape:
         raise Mismatch(
@@ -195,7 +201,9 @@ def trace_projection(rows: gs.Tensor) -> Projection:
     return Projection(x, weight, bias, [*nodes, node])
 
 
-def pack_projections(softmax: gs.Node, query: Heads, key: Heads, value: Heads) -> tuple[gs.Variable, list[NewNode]]:
+def pack_projections(
+    softmax: gs.Node, query: Heads, key: Heads, value: Heads
+) -> tuple[gs.Variable, list[NewNode]]:
     """One projection to rows [B, S, 3*H*d], laid out as [3, H, d], instead of three of the same input.
 
     Layers without bias get none; where only some of the three have one, the others' is zero.
@@ -214,7 +222,8 @@ def pack_projections(softmax: gs.Node, query: Heads, key: Heads, value: Heads) -
         return sibling_name(softmax, name).strip("/").replace("/", ".")
 
     packed = gs.Constant(
-        weights("qkv_proj.weight"), np.concatenate([projection.weight.values for projection in projections], axis=1)
+        weights("qkv_proj.weight"),
+        np.concatenate([projection.weight.values for projection in projections], axis=1),
     )
     matmuls = [projection.nodes[-1] for projection in projections]
     qkv = rows("qkv_proj/MatMul")

@@ -31,7 +31,9 @@ class BiasActivationPass(FusionPass):
 
     def match(self, graph: gs.Graph, anchor: gs.Node) -> list[NewNode]:
         if anchor.attrs.get("approximate", "none") != "none":
-            raise Mismatch(f"it approximates GELU by {anchor.attrs['approximate']}, the op computes the exact one")
+            raise Mismatch(
+                f"it approximates GELU by {anchor.attrs['approximate']}, the op computes the exact one"
+            )
         if anchor.op == "Erf":
             biased, y, nodes = _match_erf_gelu(anchor)
         else:

@@ -25,7 +25,9 @@ class CrossAttentionPass(FusionPass):
             raise Mismatch(f"the query '{query.source.name}' is not one row [B, 1, H*d]")
         for heads in (key, value):
             if (node := producer(heads.source)) is not None:
-                raise Mismatch(f"the keys and values are not inputs of the graph, {describe(node)} computes them")
+                raise Mismatch(
+                    f"the keys and values are not inputs of the graph, {describe(node)} computes them"
+                )
         fused = self.fused_node(
             anchor,
             [query.source, key.source, value.source],

@@ -70,7 +70,9 @@ def _match_append(graph: gs.Graph, heads: Heads) -> tuple[gs.Tensor, Heads, gs.T
         raise Mismatch(f"'{heads.source.name}' is not appended to a cache")
     append = require_op(producer(heads.source), "Concat", f"of cache and new token at '{heads.source.name}'")
     if append.attrs["axis"] not in (2, -2) or len(append.inputs) != 2:
-        raise Mismatch(f"Concat '{append.name}' does not append one tensor along axis 2, the rows of the cache")
+        raise Mismatch(
+            f"Concat '{append.name}' does not append one tensor along axis 2, the rows of the cache"
+        )
     past, new = append.inputs
     present = append.outputs[0]
     if not any(past is tensor for tensor in graph.inputs):

@@ -41,7 +41,9 @@ class LayerNormPass(FusionPass):
             raise Mismatch(f"{list(shape(x))} + {list(shape(residual))} broadcasts, a residual does not")
         for weight in (gamma, beta):
             if shape(weight) != shape(x)[-1:]:
-                raise Mismatch(f"'{weight.name}' has shape {list(shape(weight))}, expected {list(shape(x)[-1:])}")
+                raise Mismatch(
+                    f"'{weight.name}' has shape {list(shape(weight))}, expected {list(shape(x)[-1:])}"
+                )
 
         emit_sum = len(total.outputs) > 1 or any(total is output for output in graph.outputs)
         fused = self.fused_node(
