@@ -1,7 +1,8 @@
 """Reading a TrOCR checkpoint: its description (`ModelSpec`) and its PyTorch model.
 
-A checkpoint is a folder in Hugging Face's format, or the id of one on the Hugging Face hub. `load_spec` reads only the
-JSON files, so that it also works on an engine folder, which has no weights; `load_model` reads the weights.
+A checkpoint is a folder in Hugging Face's format, or the id of one on the Hugging Face hub.
+`load_spec` reads only the JSON files, so that it also works on an engine folder, which has no weights;
+`load_model` reads the weights.
 """
 
 import json
@@ -107,7 +108,7 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A checkpoint's description: all that export, build and runtime need to know of it beside the weights."""
+    """A checkpoint's description: all that export, build and runtime need to know beside the weights."""
 
     name: str
     source: Path  # the folder with the files
@@ -155,7 +156,7 @@ def load_spec(model: str | Path) -> ModelSpec:
             )
     if encoder.num_channels != 3:
         raise CheckpointError(
-            f"{config_file}: encoder.num_channels is {encoder.num_channels}; only 3 (RGB) works"
+            f"{config_file}: encoder.num_channels is {encoder.num_channels}; only 3 (RGB) can be used"
         )
 
     image_height, image_width = _pair(encoder.image_size)
@@ -167,8 +168,8 @@ def load_spec(model: str | Path) -> ModelSpec:
     start = generation.bos_token_id if start is None else start
     if start is None or eos is None:
         raise CheckpointError(
-            f"{folder}: generation_config.json and config.json name no "
-            f"{'decoder_start_token_id' if start is None else 'eos_token_id'}; add it to generation_config.json"
+            f"{folder} names no {'decoder_start_token_id' if start is None else 'eos_token_id'}: "
+            "add it to generation_config.json"
         )
     return ModelSpec(
         name=Path(model).resolve().name,
@@ -204,12 +205,13 @@ def load_spec(model: str | Path) -> ModelSpec:
         eos_token_ids=eos_token_ids,
         pad_token_id=eos_token_ids[0] if generation.pad_token_id is None else generation.pad_token_id,
         bos_token_id=generation.bos_token_id,
-        max_length=min(_max_length(generation), decoder.max_position_embeddings),
+        # The last token is not fed back, so it needs no position.
+        max_length=min(_max_length(generation), decoder.max_position_embeddings + 1),
     )
 
 
 def load_model(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> VisionEncoderDecoderModel:
-    """The checkpoint's PyTorch model on the CPU, for inference, weights in `dtype`, attention in its plain form.
+    """The checkpoint's PyTorch model on the CPU, for inference: weights in `dtype`, attention in plain form.
 
     Raises CheckpointError for weights that are missing, truncated, or do not fit config.json.
     """
@@ -226,15 +228,16 @@ def load_model(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> VisionEnc
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
-    for key, in_file, in_config in sorted(info["mismatched_keys"]):
+    if info["mismatched_keys"]:
+        key, in_file, in_config = min(info["mismatched_keys"])
         raise CheckpointError(
-            f"{files[0].parent}: weight {key} has shape {list(in_file)}, config.json asks for {list(in_config)}; "
+            f"{spec.source}: weight {key} has shape {list(in_file)}, config.json asks for {list(in_config)}; "
             "take both files from the same checkpoint"
         )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("encoder.pooler."))
     if missing:
         raise CheckpointError(
-            f"{files[0].parent}: {len(missing)} weights are not in {files[0].name} (the first is {missing[0]}); "
+            f"{spec.source}: {len(missing)} weights are not in {files[0].name}, the first is {missing[0]}; "
             "take both files from the same checkpoint"
         )
     model.encoder.pooler = None  # takes no part in TrOCR, and most checkpoints do not have it
@@ -244,7 +247,7 @@ def load_model(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> VisionEnc
 
 
 def copy_processor_files(spec: ModelSpec, destination: Path) -> list[Path]:
-    """Copies the checkpoint's configuration, image processor and tokenizer (no weights) into an engine folder."""
+    """Copies configuration, image processor and tokenizer (no weights) into an engine folder."""
     destination.mkdir(parents=True, exist_ok=True)
     names = [name for name in PROCESSOR_FILES if (spec.source / name).is_file()]
     return [Path(shutil.copyfile(spec.source / name, destination / name)) for name in names]
@@ -265,7 +268,7 @@ def _find_folder(model: str | Path) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"there is no folder {model}, and the Hugging Face hub does not deliver a model of that id ({reason}); "
+            f"there is no folder {model}, and the Hugging Face hub delivers no model of that id ({reason}); "
             "check the name and the network, or give a local folder"
         ) from error
 
@@ -281,17 +284,16 @@ def _read_json(file: Path) -> dict:
 
 
 def _check_architecture(raw: dict, file: Path) -> None:
-    for part, allowed in (
-        ((), ("vision-encoder-decoder",)),
-        (("encoder",), tuple(SPECIAL_TOKENS)),
-        (("decoder",), ("trocr",)),
+    for field, section, allowed in (
+        ("model_type", raw, ("vision-encoder-decoder",)),
+        ("encoder.model_type", raw.get("encoder"), tuple(SPECIAL_TOKENS)),
+        ("decoder.model_type", raw.get("decoder"), ("trocr",)),
     ):
-        section = raw.get(part[0]) if part else raw
         found = section.get("model_type") if isinstance(section, dict) else None
         if found not in allowed:
             raise CheckpointError(
-                f"{file}: {'.'.join((*part, 'model_type'))} is {found!r}, not {' or '.join(map(repr, allowed))}; "
-                "only TrOCR checkpoints (VisionEncoderDecoderModel of ViT or DeiT and TrOCR) can be used"
+                f"{file}: {field} is {found!r}, not {' or '.join(map(repr, allowed))}; "
+                "only TrOCR checkpoints can be used: VisionEncoderDecoderModel with ViT or DeiT and TrOCR"
             )
 
 
@@ -303,10 +305,13 @@ def _pair(size: int | list[int]) -> tuple[int, int]:
 
 def _generation_config(folder: Path) -> GenerationConfig:
     """What `generate` goes by: generation_config.json, and only without it the values in config.json."""
-    name = "generation_config.json"
-    if not (folder / name).is_file():
+    file = folder / "generation_config.json"
+    if not file.is_file():
         return GenerationConfig.from_model_config(_read_json(folder / "config.json"))
-    return GenerationConfig.from_dict(_read_json(folder / name))
+    try:
+        return GenerationConfig.from_dict(_read_json(file))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}; correct the value or fetch the file again") from error
 
 
 def _max_length(generation: GenerationConfig) -> int:
@@ -344,8 +349,8 @@ def _check_weights(file: Path) -> None:
 def _restore_sinusoidal_positions(model: VisionEncoderDecoderModel, dtype: torch.dtype) -> None:
     """Computes the sinusoidal position table anew.
 
-    The table is a plain attribute of its module, neither parameter nor buffer, so transformers 5 leaves it on the meta
-    device, where `from_pretrained` creates modules, and the first use fails.
+    The table is a plain attribute of its module, neither parameter nor buffer, so transformers 5 leaves it on
+    the meta device, where `from_pretrained` creates modules, and its first use fails.
     """
     positions = model.decoder.model.decoder.embed_positions
     rows, width = positions.weights.shape
@@ -354,7 +359,7 @@ def _restore_sinusoidal_positions(model: VisionEncoderDecoderModel, dtype: torch
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keeps transformers from reporting the pooler as newly initialised: it is dropped, the rest is checked here."""
+    """Keeps transformers from reporting the pooler as newly initialised: `load_model` has its own checks."""
     verbosity = transformers_logging.get_verbosity()
     progress_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -1,10 +1,10 @@
-"""PyTorch -> stock ONNX: encoder.onnx, cross_kv.onnx and decoder.onnx of a TrOCR checkpoint, standard operators only.
+"""PyTorch -> stock ONNX: a checkpoint's encoder.onnx, cross_kv.onnx and decoder.onnx in standard operators.
 
     python -m graph_surgery.export --model DIR --precision fp16 --out DIR
 
-The modules below drive Hugging Face's own submodules in Hugging Face's order of operations; they differ from its forward
-functions only in what would clutter a graph: sizes are constants instead of being read from tensors at run time, and
-masks that mask nothing are not built. docs/design.md lists the graphs' tensors.
+The modules below drive Hugging Face's own submodules in Hugging Face's order of operations. They differ from
+its forward functions only in what would clutter a graph: sizes are constants, not read from tensors, and masks
+that mask nothing are not built. docs/design.md lists the graphs' tensors.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from transformers import VisionEncoderDecoderModel
 
 from graph_surgery.checkpoint import DTYPES, CheckpointError, ModelSpec, load_model, load_spec
 
-# The first opset with LayerNormalization. Later ones give nothing that is used here; up to 20, GELU would still be the
-# same function, only as one operator.
+# The first opset with LayerNormalization. Opset 20 would only write GELU as one operator. The standard lets
+# Conv take bfloat16 from opset 22 on, which this exporter does not reach and TensorRT does not ask for.
 OPSET = 17
 
 ONNX_DTYPES = {
@@ -34,7 +34,7 @@ ONNX_DTYPES = {
     torch.int64: onnx.TensorProto.INT64,
 }
 
-# What dynamic dimensions measure in the example inputs: neither 0 nor 1, which tracing could take for a constant.
+# Dynamic dimensions of the example inputs: neither 0 nor 1, which tracing could take for a constant.
 EXAMPLE_SIZES = {"batch": 2, "past_length": 3}
 
 
@@ -70,8 +70,8 @@ class EncoderAttention(nn.Module):
         key = self.k_proj(hidden_states).reshape(self.split_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).reshape(self.split_shape).transpose(1, 2)
         scores = torch.matmul(query, key.transpose(2, 3)) * self.scaling  # [B, H, S, S]
-        # Hugging Face computes this softmax in float32 between two casts. Runtimes accumulate it in float32 anyway, and
-        # would not recognise attention with the casts inside.
+        # Hugging Face computes this softmax in float32 between two casts. Runtimes accumulate it in float32
+        # anyway, and would not recognise attention with the casts inside.
         context = torch.matmul(scores.softmax(dim=-1), value)
         return self.o_proj(context.transpose(1, 2).reshape(self.merged_shape))
 
@@ -116,8 +116,8 @@ class Embeddings(nn.Module):
         if hasattr(embeddings, "distillation_token"):
             special_tokens.append(embeddings.distillation_token)
         self.num_special_tokens = len(special_tokens)
-        # The special tokens are the same in every image: added to their positions beforehand, they cost the graph
-        # no concatenation over a dynamic batch.
+        # The special tokens are the same in every image: added to their positions beforehand, they cost the
+        # graph no concatenation over a dynamic batch.
         patches = torch.zeros_like(embeddings.position_embeddings[:, self.num_special_tokens :])
         self.register_buffer(
             "positions", torch.cat([*special_tokens, patches], dim=1) + embeddings.position_embeddings
@@ -181,8 +181,8 @@ class CrossKeyValue(nn.Module):
 class CachedAttention(nn.Module):
     """Attention of one new token, [B, 1, D], over keys and values in the cache, [B, H, T, d].
 
-    The new token may look at everything in the cache, so there is no mask. With one token, splitting and merging heads
-    moves no data: reshapes do what Hugging Face's reshapes and transposes do.
+    The new token may look at everything in the cache, so there is no mask. With one token, splitting and
+    merging heads moves no data: reshapes do what Hugging Face's reshapes and transposes do.
     """
 
     def __init__(self, attention: nn.Module):
@@ -222,7 +222,7 @@ class CrossAttention(CachedAttention):
 
 
 class DecoderLayer(nn.Module):
-    """One post-LayerNorm layer of the decoder for one new token, [B, 1, D] -> [B, 1, D] and the longer cache."""
+    """One post-LayerNorm decoder layer for one new token: [B, 1, D] -> [B, 1, D], and the longer cache."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -252,7 +252,8 @@ class DecoderLayer(nn.Module):
 class DecoderStep(nn.Module):
     """One step of the decoder: the next token's logits, and the cache with the new keys and values appended.
 
-    `past` holds, for every layer, decoder key and value [B, H, past_length, d] and encoder key and value [B, H, S, d].
+    `past` holds for every layer decoder key and value, [B, H, past_length, d], and encoder key and value,
+    [B, H, S, d].
     """
 
     def __init__(self, model: VisionEncoderDecoderModel):
@@ -280,7 +281,7 @@ class DecoderStep(nn.Module):
 def _position_table(positions: nn.Module) -> Tensor:
     """The position embedding [max_position_embeddings, D]: row p for the token after p tokens.
 
-    Hugging Face keeps rows of other use before it: two with learned positions, those up to padding_idx with sinusoidal.
+    Hugging Face has unused rows before it: two of learned, padding_idx + 1 of sinusoidal positions.
     """
     if isinstance(positions, nn.Embedding):
         return positions.weight[positions.offset :]
@@ -299,9 +300,10 @@ def cross_kv_tensors(spec: ModelSpec, dtype: torch.dtype) -> tuple[list[TensorIn
     """Inputs and outputs of cross_kv.onnx."""
     encoder = spec.encoder
     states = TensorInfo("encoder_hidden_states", dtype, ("batch", encoder.num_tokens, encoder.hidden_size))
-    layers = range(spec.decoder.num_hidden_layers)
-    present = [_cache(spec, dtype, "present", layer, "encoder", encoder.num_tokens) for layer in layers]
-    return [states], sum(present, [])
+    outputs = []
+    for layer in range(spec.decoder.num_hidden_layers):
+        outputs += _cache(spec, dtype, "present", layer, "encoder", encoder.num_tokens)
+    return [states], outputs
 
 
 def decoder_tensors(spec: ModelSpec, dtype: torch.dtype) -> tuple[list[TensorInfo], list[TensorInfo]]:
@@ -327,8 +329,8 @@ def export(
 ) -> dict[str, Path]:
     """Writes the three stock graphs of `model` into `out_dir`; returns their files by name.
 
-    `precision` ("fp32", "fp16", "bf16") must be the type that the model was loaded in. Weights are inside the files:
-    the largest graph of the TrOCR family, a large decoder in fp32, has 1.2 GB, and ONNX allows 2 GB.
+    `precision` ("fp32", "fp16", "bf16") must be the type that the model was loaded in. Weights are inside the
+    files: the largest graph of the TrOCR family, a large encoder in fp32, has 1.2 GB, and ONNX allows 2 GB.
     """
     dtype = DTYPES[precision]
     if model.dtype != dtype:
@@ -361,8 +363,8 @@ def export(
 def _trace(module: nn.Module, inputs: list[TensorInfo], outputs: list[TensorInfo]) -> onnx.ModelProto:
     """Traces `module` into an ONNX model with exactly these inputs and outputs.
 
-    The TorchScript exporter folds weights into the [in, out] order of MatMul and names nodes after the modules
-    (/layers.0/attention/q_proj/MatMul), which the newer exporter does not.
+    The TorchScript exporter folds weights into the [in, out] order of MatMul, names nodes after modules
+    (/layers.0/attention/q_proj/MatMul) and needs no further package; the newer one leaves Dropout nodes.
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
@@ -423,12 +425,12 @@ def _save(model: onnx.ModelProto, file: Path) -> Path:
     return file
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Export a TrOCR checkpoint to stock ONNX graphs.")
     parser.add_argument("--model", required=True, help="folder of the checkpoint, or its Hugging Face hub id")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the graphs to")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         spec = load_spec(arguments.model)
         model = load_model(spec, DTYPES[arguments.precision])
