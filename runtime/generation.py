@@ -33,7 +33,7 @@ class GenerationError(ValueError):
 
 
 def new_token_limit(spec: ModelSpec, max_new_tokens: int | None) -> int:
-    """The most tokens to generate a row, end of text included: `max_new_tokens`, or the checkpoint's own limit.
+    """The most tokens to generate a row, end of text included: as given, or else the checkpoint's limit.
 
     Raises GenerationError for a limit outside 1 to the decoder's number of positions.
     """

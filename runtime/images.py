@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 
-# No letter fits into less than MIN_SIDE pixels; more than MAX_SIDE is not a crop of one text line, and a file of
-# a few kilobytes can ask for that much memory.
+# No letter fits into less than MIN_SIDE pixels. Beyond MAX_SIDE it is not the crop of one text line, which
+# the model would squeeze into a few hundred pixels; and a small file can ask for a lot of memory.
 MIN_SIDE = 4
 MAX_SIDE = 16384
 MAX_PIXELS = 64 * 1024 * 1024
@@ -31,12 +31,13 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     """Open an image and bring it into the form the model was trained on: 8-bit RGB, upright, on white.
 
     Args:
-        source: a JPEG, PNG, TIFF (first page) or WebP (first frame) file; a PIL image; or a uint8 array [H, W],
-            [H, W, 1] (grey), [H, W, 3] (RGB) or [H, W, 4] (RGBA).
+        source: a JPEG, PNG, TIFF (first page) or WebP (first frame) file; a PIL image; or a uint8 array
+            [H, W], [H, W, 1] (grey), [H, W, 3] (RGB) or [H, W, 4] (RGBA).
         name: what to call it in errors; the path by default.
 
     Raises:
-        ImageError: missing, unreadable, truncated, of another format, or of a size or type that cannot be used.
+        ImageError: missing, unreadable, truncated, of another format, or of a size or type that cannot be
+            used.
     """
     if isinstance(source, str | Path):
         return _load_file(Path(source), name or str(source))
@@ -87,7 +88,7 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise ImageError(f"{name}: {size}; a text line has at least {MIN_SIDE} each way")
     if max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"{name}: {size}; a side may have {MAX_SIDE:,} at most: cut it into shorter lines or scale it down"
+            f"{name}: {size}; a side may have {MAX_SIDE:,}; cut it into shorter lines or scale it down"
         )
     if width * height > MAX_PIXELS:
         raise ImageError(f"{name}: {size}, more than {MAX_PIXELS:,} in all; cut it into text lines")

@@ -13,8 +13,8 @@ class Accuracy:
     """Accuracy over a set of lines.
 
     Attributes:
-        cer: character error rate of the whole set: edits (substitutions, insertions, deletions) over the labels'
-            characters; above 1 where there are more edits than characters.
+        cer: character error rate of the whole set: edits (substitutions, insertions, deletions) over the
+            labels' characters; above 1 where there are more edits than characters.
         exact_match: share of the lines without an error.
         lines: how many there were.
     """
@@ -25,7 +25,7 @@ class Accuracy:
 
 
 def accuracy(labels: Sequence[str], texts: Sequence[str], ignore_case: bool = False) -> Accuracy | None:
-    """Compare texts with labels, line by line; white space at either end does not count. None without lines."""
+    """Compare texts with labels, line by line; white space at the ends does not count. None without lines."""
     if not labels:
         return None
     if ignore_case:

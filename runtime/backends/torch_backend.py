@@ -1,4 +1,4 @@
-"""Hugging Face's own PyTorch model, one decoder step at a time: the reference the other backends are held against."""
+"""Hugging Face's own PyTorch model, one decoder step at a time: the reference for the other backends."""
 
 from __future__ import annotations
 
