@@ -33,7 +33,7 @@ class GenerationError(ValueError):
 
 
 def new_token_limit(spec: ModelSpec, max_new_tokens: int | None) -> int:
-    """The most tokens to generate a row, end of text included: `max_new_tokens`, or else the checkpoint's own limit.
+    """The most tokens to generate a row, end of text included: as given, or else the checkpoint's limit.
 
     Raises GenerationError for a limit outside 1 to the decoder's number of positions.
     """
@@ -64,8 +64,8 @@ class Generation:
     """What a search found for a batch.
 
     Attributes:
-        token_ids: a list a row, without the start token and the padding, with the end of text unless the limit
-            cut it off.
+        token_ids: a list a row, without the start token and the padding, with the end of text unless the
+            limit cut it off.
         mean_log_probs: a row's mean of log softmax(logits)[chosen token], over all of its `token_ids`.
     """
 
