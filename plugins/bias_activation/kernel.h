@@ -19,8 +19,8 @@ struct BiasActivationParams
     void const* x;     //!< T [R, N]
     void const* bias;  //!< T [N]
     void* y;           //!< T [R, N]; may be x
-    int64_t rows;      //!< R, at least 1
-    int32_t width;     //!< N, at least 1; multiples of 16 bytes are fastest
+    int64_t rows;      //!< R, 1 to 2^31 - 1
+    int32_t width;     //!< N, 1 to 2^30; multiples of 16 bytes are fastest
     Activation activation;
     DataType dataType; //!< T
 };

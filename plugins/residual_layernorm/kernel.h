@@ -18,7 +18,7 @@ struct ResidualLayerNormParams
     void* normed;         //!< T [R, N]; may be x or residual
     void* sum;            //!< T [R, N], or null where it is not wanted; may be x or residual, but not normed
     int64_t rows;         //!< R, 1 to 2^31 - 1
-    int32_t width;        //!< N, at least 1; multiples of 16 bytes are fastest
+    int32_t width;        //!< N, 1 to 2^30; multiples of 16 bytes are fastest
     float epsilon;        //!< added to the variance, at least 0
     DataType dataType;    //!< T
 };
