@@ -23,7 +23,7 @@ struct DecoderSelfAttentionParams
     void* presentValue;         //!< T [B, H, C, d], pastValue or apart from it
     int32_t batch;              //!< B, 1 to 65535
     int32_t capacity;           //!< C, at least 1
-    int32_t numHeads;           //!< H, at least 1
+    int32_t numHeads;           //!< H, 1 to 65535
     int32_t headDim;            //!< d, 32 or 64
     DataType dataType;          //!< T
 };
