@@ -58,7 +58,8 @@ $(VENV)/.installed: requirements.txt
 	@$(BOOTSTRAP_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: $(BOOTSTRAP_PYTHON) is $$($(BOOTSTRAP_PYTHON) --version 2>&1); Python 3.11 or newer is needed:" \
 	      "make BOOTSTRAP_PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@$(BOOTSTRAP_PYTHON) -m venv $(VENV) || \
+	@# a TensorRT that belongs to the system's Python (NVIDIA's image) stays visible
+	@$(BOOTSTRAP_PYTHON) -m venv $(VENV) $$($(BOOTSTRAP_PYTHON) -c 'import tensorrt' 2>/dev/null && echo --system-site-packages) || \
 	    { echo "error: cannot make a virtual environment in $(VENV); on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	@echo "installing the pinned Python packages into $(VENV) (about 2 minutes, 5 GB)"
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements.txt
