@@ -4,10 +4,10 @@
     python build.py --plugins fused
     python build.py --model DIR --plugins none --precision fp16 --batch 1,8,16 --out engines/DIR-fp16-none
 
-The folder appears complete or not at all, and a second build from equal inputs does nothing. Without an NVIDIA GPU
-only the graphs are written, which ONNX Runtime runs.
+The folder appears complete or not at all, and a second build from equal inputs does nothing. Without an
+NVIDIA GPU only the graphs are written, which ONNX Runtime runs.
 
-Exit codes: 0 built or up to date; 2 wrong use or input; 3 graphs written, but no GPU or TensorRT to build engines.
+Exit codes: 0 built or up to date; 2 wrong use or input; 3 graphs written, but no GPU or TensorRT for engines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import hashlib
 import importlib.metadata
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 import threading
@@ -31,9 +30,15 @@ from typing import TYPE_CHECKING, Any
 from graph_surgery.fused_ops import DOMAIN, FUSED_OPS, VERSION, SurgeryError, parse_plugins
 from runtime.gpu import Gpu, current_gpu
 from runtime.manifest import FusedOp, Manifest, ManifestError, sha256
-from runtime.tensorrt_loader import TensorRTError, find_plugin_library, load_plugin_library, load_tensorrt, tensorrt_logger
+from runtime.tensorrt_loader import (
+    TensorRTError,
+    find_plugin_library,
+    load_plugin_library,
+    load_tensorrt,
+    tensorrt_logger,
+)
 
-# torch, transformers and the exporter are imported where they are used: a build that is up to date takes no second.
+# torch and the exporter are imported where they are used: a build that is up to date takes no second.
 if TYPE_CHECKING:
     import onnx
 
@@ -74,7 +79,7 @@ def build(
     """Build an engine folder; returns it. The parameters are the command line's, see `main`.
 
     Raises:
-        BuildError, graph_surgery's CheckpointError and SurgeryError, runtime's TensorRTError: wrong or unusable input.
+        BuildError, SurgeryError, TensorRTError: wrong or unusable input.
         NoEngines: graphs written, no GPU or TensorRT.
     """
     chosen = sorted(parse_plugins(plugins))
@@ -100,7 +105,8 @@ def build(
         _build_folder(out, inputs, command, model, chosen, gpu if trt else None, trt, timing_cache)
     if not (trt or onnx_only):
         raise NoEngines(
-            f"engines not built: {why_no_engines}; the graphs in {out} run on ONNX Runtime (--onnx-only asks for just that)"
+            f"engines not built: {why_no_engines}; the graphs in {out} run on ONNX Runtime "
+            "(--onnx-only asks for just that)"
         )
     return out
 
@@ -110,7 +116,9 @@ def default_folder(model: str, plugins: str, precision: str) -> Path:
     return Path("engines") / f"{Path(model).resolve().name}-{precision}-{plugins.replace(',', '+')}"
 
 
-def _command(model: str, plugins: str, precision: str, batch: Range, out: Path, max_length: int | None) -> str:
+def _command(
+    model: str, plugins: str, precision: str, batch: Range, out: Path, max_length: int | None
+) -> str:
     parts = ["python", "build.py", "--model", model, "--plugins", plugins, "--precision", precision]
     parts += ["--batch", ",".join(map(str, batch)), "--out", str(out)]
     parts += ["--max-length", str(max_length)] if max_length else []
@@ -121,12 +129,8 @@ def _graph_inputs(
     model: str, plugins: Sequence[str], precision: str, batch: Range, max_length: int | None
 ) -> dict[str, Any]:
     """Everything that the graphs and their manifest depend on."""
-    if Path(model).is_dir():
-        folder = Path(model)
-    else:
-        from graph_surgery.checkpoint import load_spec
-
-        folder = load_spec(model).source  # downloads a hub id, or says what is wrong with the name
+    # load_spec downloads a hub id, or says what is wrong with the name.
+    folder = Path(model) if Path(model).is_dir() else _load_spec(model).source
     checkpoint = sorted(path for path in folder.iterdir() if path.suffix in CHECKPOINT_FILES)
     sources = [ROOT / "build.py", *sorted((ROOT / "graph_surgery").rglob("*.py"))]
     return {
@@ -171,9 +175,9 @@ def _build_folder(
     timing_cache: Path | None,
 ) -> None:
     """Build in a temporary folder beside `out` and exchange the two at the end."""
-    from graph_surgery.checkpoint import copy_processor_files, load_spec
+    from graph_surgery.checkpoint import copy_processor_files
 
-    spec = load_spec(model)
+    spec = _load_spec(model)
     precision, batch = inputs["precision"], tuple(inputs["batch"])
     max_length = _check_max_length(spec, inputs["max_length"])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -202,15 +206,19 @@ def _build_folder(
         )
         if trt:
             manifest.tensorrt = trt.__version__
-            manifest.gpu, manifest.compute_capability, manifest.cuda = gpu.name, gpu.compute_capability, gpu.cuda
+            manifest.gpu, manifest.compute_capability, manifest.cuda = (
+                gpu.name,
+                gpu.compute_capability,
+                gpu.cuda,
+            )
             manifest.plugin_library_sha256 = inputs["plugin library"]
-            # The first step has an empty cache, the last one all tokens but the one it generates.
-            past = (capacity,) * 3 if capacity else (0, min(CACHE_MULTIPLE, max_length - 2), max_length - 2)
+            # Of a growing cache: empty at the first step; all tokens but the last two at the last one.
+            past = (0, min(CACHE_MULTIPLE, max_length - 2), max_length - 2)
             manifest.engines = _build_engines(
                 trt,
                 graphs,
                 folder,
-                {"batch": batch, "past_length": past},
+                {"batch": batch, "past_length": past, "capacity": (capacity,) * 3},
                 [op.op for op in manifest.fused_ops],
                 timing_cache or out.parent / "timing.cache",
             )
@@ -222,29 +230,42 @@ def _build_folder(
     print(f"{out}: built ({what})")
 
 
+def _load_spec(model: str) -> ModelSpec:
+    from graph_surgery.checkpoint import CheckpointError, load_spec
+
+    try:
+        return load_spec(model)
+    except CheckpointError as error:
+        raise BuildError(str(error)) from error
+
+
 def _check_max_length(spec: ModelSpec, max_length: int | None) -> int:
     if max_length is None:
         return spec.max_length
     positions = spec.decoder.max_position_embeddings
     if not 2 <= max_length <= positions:
-        raise BuildError(f"--max-length {max_length}: {spec.source} has {positions} positions; choose 2 to {positions}")
+        raise BuildError(
+            f"--max-length {max_length}: {spec.source} has {positions} positions; choose 2 to {positions}"
+        )
     return max_length
 
 
 def _write_graphs(
     spec: ModelSpec, precision: str, plugins: Sequence[str], folder: Path
 ) -> dict[str, onnx.ModelProto]:
-    """Export the checkpoint, fuse the graphs, and save them with the fused ops' definitions, as ONNX Runtime needs them."""
-    import onnx
-
-    from graph_surgery.checkpoint import DTYPES, load_model
+    """Export the checkpoint, fuse the graphs, and save them with the definitions that ONNX Runtime needs."""
+    from graph_surgery.checkpoint import DTYPES, CheckpointError, load_model
     from graph_surgery.export import export
-    from graph_surgery.fuse import fuse
+    from graph_surgery.fuse import fuse, load, save
 
-    files = export(spec, load_model(spec, DTYPES[precision]), precision, folder)
-    graphs = fuse({name: onnx.load(file) for name, file in files.items()}, spec, plugins)
+    try:
+        weights = load_model(spec, DTYPES[precision])
+    except CheckpointError as error:
+        raise BuildError(str(error)) from error
+    export(spec, weights, precision, folder)
+    graphs = fuse(load(folder), spec, plugins)
     for name, graph in graphs.items():
-        onnx.save(graph, folder / f"{name}.onnx")
+        save(graph, folder / f"{name}.onnx")
     return graphs
 
 
@@ -293,8 +314,8 @@ def _build_engines(
         progress.close()
         if plan is None:
             raise BuildError(
-                f"{name}.onnx: TensorRT {trt.__version__} cannot build an engine for batch {sizes['batch']} (its log is above); "
-                "try a smaller --batch"
+                f"{name}.onnx: TensorRT {trt.__version__} cannot build an engine for batch {sizes['batch']} "
+                "(its log is above); try a smaller --batch"
             )
         (folder / f"{name}.engine").write_bytes(plan)
         _replace_file(timing_cache, config.get_timing_cache().serialize())
@@ -391,17 +412,23 @@ def _batch(text: str) -> Range:
     except ValueError:
         sizes = ()
     if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not min,opt,max with 1 <= min <= opt <= max, such as 1,8,16")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not min,opt,max with 1 <= min <= opt <= max, such as 1,8,16"
+        )
     return sizes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Build the ONNX graphs and TensorRT engines of a TrOCR checkpoint.")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Build the ONNX graphs and TensorRT engines of a TrOCR checkpoint."
+    )
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id (default: %(default)s)"
+    )
     parser.add_argument(
         "--plugins",
         action="append",
-        help="fused (default), none, all, or names and groups with commas; given several times, builds a folder for each",
+        help="fused (default), none, all, or names and groups with commas; a folder for each --plugins given",
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: %(default)s")
     parser.add_argument(
@@ -409,7 +436,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="default: engines/<model>-<precision>-<plugins>")
     parser.add_argument(
-        "--max-length", type=int, help="most tokens of a line, the start token included (default: the checkpoint's)"
+        "--max-length",
+        type=int,
+        help="most tokens of a line, the start token included (default: the checkpoint's)",
     )
     parser.add_argument("--timing-cache", type=Path, help="default: timing.cache beside the folder")
     parser.add_argument("--onnx-only", action="store_true", help="stop after the fused ONNX")

@@ -13,7 +13,7 @@ import torch
 from runtime.backends.base import BackendError
 from runtime.gpu import current_gpu
 from runtime.manifest import Manifest, ManifestError
-from runtime.tensorrt_loader import TensorRTError, load_plugin_library, load_tensorrt
+from runtime.tensorrt_loader import TensorRTError, load_plugin_library, load_tensorrt, tensorrt_logger
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 
@@ -36,10 +36,12 @@ class Engine:
         self.path = path
         self.rebuild = rebuild
         self._trt = trt
-        self._runtime = trt.Runtime(_logger(trt))  # has to outlive the engine
+        self._runtime = trt.Runtime(tensorrt_logger())  # has to outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise EngineError(f"{path}: TensorRT {trt.__version__} cannot read this plan (its log is above); rebuild: {rebuild}")
+            raise EngineError(
+                f"{path}: TensorRT {trt.__version__} cannot read this plan (log above); rebuild: {rebuild}"
+            )
 
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
@@ -55,23 +57,27 @@ class Engine:
         minimum, _, maximum = self.profile(self.inputs[0])
         self.min_batch, self.max_batch = minimum[0], maximum[0]
         # One scratch memory for all contexts: they run one after the other, on one stream.
-        self._scratch = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device="cuda")
+        self._scratch = torch.empty(
+            max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device="cuda"
+        )
 
     @classmethod
     def load(cls, folder: Path | str, name: str) -> Engine:
         """The engine `name` ("encoder", "cross_kv" or "decoder") of an engine folder, on torch's current GPU.
 
-        Checks the manifest, this machine against it and the file's hash before TensorRT sees a byte, and loads the plugin
+        Checks the manifest, this machine and the file's hash before TensorRT sees a byte, and loads the plugin
         library where the folder's graphs need it.
 
         Raises:
-            EngineError: no or a damaged manifest; an engine missing, damaged, or of another TensorRT or GPU; no TensorRT,
-                no GPU, or no plugin library that has the ops.
+            EngineError: no or a damaged manifest; an engine missing, damaged, or of another TensorRT or GPU;
+                no TensorRT, no GPU, or no plugin library that has the ops.
         """
         folder = Path(folder)
         gpu = current_gpu()
         if gpu is None:
-            raise EngineError(f"{folder}: TensorRT engines need an NVIDIA GPU, and none is here; use another backend")
+            raise EngineError(
+                f"{folder}: TensorRT engines need an NVIDIA GPU, and none is here; use another backend"
+            )
         try:
             manifest = Manifest.read(folder)
             trt = load_tensorrt()
@@ -92,8 +98,8 @@ class Engine:
         """Raise EngineError for a batch above the profile's."""
         if batch > self.max_batch:
             raise EngineError(
-                f"{self.path}: a batch of {batch} is above {self.max_batch}, the most the engine was built for; give smaller "
-                f"batches, or rebuild with a larger --batch: {self.rebuild}"
+                f"{self.path}: a batch of {batch} is above {self.max_batch}, the most the engine was built "
+                f"for; give smaller batches, or rebuild with a larger --batch: {self.rebuild}"
             )
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> BoundEngine:
@@ -115,9 +121,13 @@ class Engine:
         }
 
     def new_context(self):
-        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self._engine.create_execution_context(
+            self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
         if context is None:
-            raise EngineError(f"{self.path}: TensorRT cannot create an execution context (its log is above); free GPU memory")
+            raise EngineError(
+                f"{self.path}: TensorRT cannot create a context (its log is above); free GPU memory"
+            )
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         return context
 
@@ -128,7 +138,8 @@ class Engine:
             if len(shape) == len(low):
                 self.check_batch(shape[0])
             raise EngineError(
-                f"{self.path}: {name} has shape {list(shape)}, the engine takes {list(low)} to {list(high)}; rebuild: {self.rebuild}"
+                f"{self.path}: {name} has shape {list(shape)}, the engine takes {list(low)} to {list(high)}; "
+                f"rebuild: {self.rebuild}"
             )
         context.set_input_shape(name, shape)
 
@@ -136,8 +147,8 @@ class Engine:
 class BoundEngine:
     """An engine on fixed tensors: calling it enqueues one inference on torch's current stream.
 
-    Has a context of its own. TensorRT keeps what depends on the shapes in the context, so that a CUDA graph captured from
-    one stays valid only as long as the context keeps its shapes.
+    Has a context of its own: TensorRT keeps there what depends on the shapes, so that a CUDA graph captured
+    from it stays valid only as long as the context lives and keeps its shapes.
     """
 
     def __init__(self, engine: Engine, tensors: Mapping[str, torch.Tensor]):
@@ -152,8 +163,11 @@ class BoundEngine:
             self.rebind(name, tensors[name])
         for name in engine.outputs:
             expected = tuple(self._context.get_tensor_shape(name))
-            if tuple(tensors[name].shape) != expected:
-                raise EngineError(f"{engine.path}: {name} has shape {list(tensors[name].shape)}, the engine writes {list(expected)}")
+            found = tuple(tensors[name].shape)
+            if found != expected:
+                raise EngineError(
+                    f"{engine.path}: {name} has shape {list(found)}, the engine writes {list(expected)}"
+                )
             self.rebind(name, tensors[name])
 
     def rebind(self, name: str, tensor: torch.Tensor) -> None:
@@ -163,10 +177,12 @@ class BoundEngine:
             return
         # Of an empty tensor data_ptr() is null, which TensorRT refuses.
         address = tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size()
-        if tensor.dtype != self.engine.dtypes[name] or not tensor.is_cuda or not tensor.is_contiguous() or address % ALIGNMENT:
+        dtype = self.engine.dtypes[name]
+        if tensor.dtype != dtype or not tensor.is_cuda or not tensor.is_contiguous() or address % ALIGNMENT:
             raise EngineError(
-                f"{self.engine.path}: {name} is {tensor.dtype} on {tensor.device} at address {address:#x}, strides "
-                f"{tensor.stride()}; the engine takes {self.engine.dtypes[name]}, contiguous, on the GPU, aligned to {ALIGNMENT} bytes"
+                f"{self.engine.path}: {name} is {tensor.dtype} on {tensor.device} at address {address:#x}, "
+                f"strides {tensor.stride()}; the engine takes {dtype} on the GPU, contiguous, at a multiple of "
+                f"{ALIGNMENT}"
             )
         self._context.set_tensor_address(name, address)
         self.tensors[name] = tensor  # keeps the memory
@@ -186,11 +202,3 @@ def capture(run: Callable[[], None], pool=None) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
     return graph
-
-
-_loggers: dict[str, object] = {}
-
-
-def _logger(trt):
-    """One logger a process: TensorRT keeps the first one it sees."""
-    return _loggers.setdefault("logger", trt.Logger(trt.Logger.WARNING))

@@ -1,4 +1,4 @@
-"""Which GPU and driver are here, asked of the CUDA driver alone: answers in a fraction of a second, without torch."""
+"""Which GPU and driver are here, asked of the CUDA driver alone: in a fraction of a second, without torch."""
 
 from __future__ import annotations
 
@@ -58,6 +58,9 @@ def driver_version() -> str | None:
     """The kernel driver's version, "580.159.04", as nvidia-smi tells it; None without nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.strip() or None
+        return (
+            subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+            or None
+        )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,7 +1,7 @@
-"""The manifest of an engine folder: what it was built from, for which GPU and TensorRT, and every file's hash.
+"""The manifest of an engine folder: what it was built from, for which GPU and TensorRT, every file's hash.
 
-It is what `build.py` compares to tell whether a folder is up to date, and what is checked before an engine's bytes are
-given to TensorRT: a plan of another GPU or TensorRT fails there with messages that name neither.
+`build.py` compares it to tell whether a folder is up to date, and it is checked before an engine's bytes are
+given to TensorRT, whose messages about a plan of another GPU or version name neither.
 """
 
 from __future__ import annotations
@@ -84,16 +84,24 @@ class Manifest:
         try:
             content = json.loads(path.read_text())
         except FileNotFoundError:
-            raise ManifestError(f"{path}: not found: {folder} is not an engine folder; build one: python build.py") from None
+            raise ManifestError(
+                f"{path}: not found: {folder} is not an engine folder; build one: python build.py"
+            ) from None
         except (OSError, ValueError) as error:
-            raise ManifestError(f"{path}: unreadable ({error}); build the folder again: python build.py") from None
+            raise ManifestError(
+                f"{path}: unreadable ({error}); build the folder again: python build.py"
+            ) from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
-            raise ManifestError(f"{path}: format {found!r}, this version reads {FORMAT}; build the folder again: python build.py")
+            raise ManifestError(
+                f"{path}: format {found!r}, not {FORMAT}; build the folder again: python build.py"
+            )
         names = {f.name for f in fields(cls)}
         if names != content.keys():
             wrong = ", ".join(sorted(names ^ content.keys()))
-            raise ManifestError(f"{path}: fields missing or unknown: {wrong}; build the folder again: python build.py")
+            raise ManifestError(
+                f"{path}: fields missing or unknown: {wrong}; build the folder again: python build.py"
+            )
         content["fused_ops"] = [FusedOp(**op) for op in content["fused_ops"]]
         content["batch"] = tuple(content["batch"])
         return cls(**content)
@@ -115,14 +123,16 @@ class Manifest:
         """
         path = folder / name
         if name not in self.files:
-            raise ManifestError(f"{path}: not in the manifest, which lists {', '.join(self.files)}; build it: {self.command}")
+            raise ManifestError(
+                f"{path}: not in the manifest, which lists {', '.join(self.files)}; build it: {self.command}"
+            )
         if not path.is_file():
             raise ManifestError(f"{path}: missing; build it again: {self.command}")
         found = sha256(path)
         if found != self.files[name]:
             raise ManifestError(
-                f"{path}: damaged or replaced: sha256 {found[:12]}..., the manifest says {self.files[name][:12]}...; "
-                f"build it again: {self.command} --force"
+                f"{path}: damaged or replaced: sha256 is {found[:12]}..., in the manifest "
+                f"{self.files[name][:12]}...; build it again: {self.command} --force"
             )
 
     def check_machine(self, folder: Path, tensorrt: str, gpu: str, compute_capability: str) -> None:
@@ -133,15 +143,18 @@ class Manifest:
         """
         path = folder / FILE_NAME
         if not self.engines:
-            raise ManifestError(f"{path}: the folder holds ONNX graphs but no engines; build them here: {self.command}")
+            raise ManifestError(
+                f"{path}: the folder holds ONNX graphs but no engines; build them here: {self.command}"
+            )
         if self.tensorrt != tensorrt:
             raise ManifestError(
-                f"{path}: engines built with TensorRT {self.tensorrt}, found TensorRT {tensorrt} here; build them again: {self.command}"
+                f"{path}: engines built with TensorRT {self.tensorrt}, found TensorRT {tensorrt} here; "
+                f"build them again: {self.command}"
             )
         if (self.gpu, self.compute_capability) != (gpu, compute_capability):
             raise ManifestError(
-                f"{path}: engines built for {self.gpu} (compute capability {self.compute_capability}), this GPU is {gpu} "
-                f"({compute_capability}); build them again: {self.command}"
+                f"{path}: engines built for {self.gpu} (compute capability {self.compute_capability}), "
+                f"this GPU is {gpu} ({compute_capability}); build them again: {self.command}"
             )
 
 

@@ -1,4 +1,4 @@
-"""TensorRT engines behind the backend interface: static buffers, and CUDA graphs of encoding and of every search step."""
+"""TensorRT engines behind the backend interface: static buffers, CUDA graphs of encoding and of search steps."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class LeastRecentlyUsed(OrderedDict[Hashable, T]):
 class TensorRTBackend(Backend):
     """The engines of one folder.
 
-    All buffers are made once, for the largest batch; a smaller batch uses their beginning. So every address is fixed, and
-    a CUDA graph of one batch size stays valid whatever ran in between.
+    All buffers are made once, for the largest batch; a smaller batch uses their beginning. So every address is
+    fixed, and a CUDA graph of one batch size stays valid whatever ran in between.
 
-    A fixed cache is read and written in place. A growing one alternates between two sets of buffers: what step t writes
-    is what step t + 1 reads.
+    A fixed cache is read and written in place. A growing one alternates between two sets of buffers: what step t
+    writes is what step t + 1 reads.
     """
 
     name = "tensorrt"
@@ -132,7 +132,10 @@ class TensorRTBackend(Backend):
         return state
 
     def step(self, state: State, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        ids = {"input_ids": _bindable(input_ids, state.rows), "position_ids": _bindable(position_ids, state.rows)}
+        ids = {
+            "input_ids": _bindable(input_ids, state.rows),
+            "position_ids": _bindable(position_ids, state.rows),
+        }
         past = self._past(state)
         decoder = self._decoders.use((state.rows, past))
         if decoder is None:
@@ -145,10 +148,10 @@ class TensorRTBackend(Backend):
         return self._logits[: state.batch, 0]
 
     def capture(self, state: State, step: Callable[[], None]) -> Callable[[], None]:
-        """One CUDA graph a batch size; with a growing cache, whose shapes change with every token, one a position.
+        """One CUDA graph a batch size; with a growing cache, whose shapes change with each token, one a position.
 
-        A graph is captured when it is first needed: the step runs once as it is, which also is the enqueue that TensorRT
-        wants before a capture, and is recorded after that for the next time.
+        A graph is captured when it is first needed: the step runs once as it is, which also is the enqueue that
+        TensorRT wants before a capture, and is recorded after that for the next time.
         """
         if not self.cuda_graphs:
             return step
@@ -187,7 +190,7 @@ class TensorRTBackend(Backend):
             cross_kv()
 
     def _decoder_tensors(self, rows: int, past: int | None) -> dict[str, torch.Tensor]:
-        """The decoder's logits, its cross-attention keys and values, and its cache before and after the step."""
+        """The decoder's logits, cross-attention keys and values, and its cache before and after the step."""
         if past is None:
             past_length, present_length = self.max_steps, self.max_steps
             past_cache = present_cache = self._caches[0]
