@@ -260,7 +260,7 @@ class TorchVariant:
         return _measure_page(recognizer, lines)
 
     def generate(self, tokens: int, stop: bool = True, **inputs) -> torch.Tensor:
-        """Greedy token ids [B, tokens], padded after the end of text, which is never chosen without `stop`."""
+        """Greedy token ids [B, tokens], padded after the end of text; without `stop` there is none."""
         least = 0 if stop else tokens
         settings = {"num_beams": 1, "do_sample": False, "use_cache": True}
         ids = self.model.generate(**inputs, **settings, min_new_tokens=least, max_new_tokens=tokens)[:, 1:]
