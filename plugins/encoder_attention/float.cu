@@ -62,7 +62,7 @@ __device__ __forceinline__ float dot(float4 a, float4 b, float sum)
 }
 
 template <int kHEAD_DIM>
-__global__ void __launch_bounds__(kSIDE* kSIDE)
+__global__ void __launch_bounds__(kSIDE* kSIDE, 2)
     floatKernel(float const* __restrict__ qkv, float* __restrict__ context, int sequenceLength)
 {
     constexpr int kCOLUMNS_A_THREAD = kHEAD_DIM / kSIDE;
