@@ -19,11 +19,8 @@ import argparse
 import shlex
 import statistics
 import sys
-import tarfile
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +38,9 @@ from tqdm import tqdm
 from build import PRECISIONS, BuildError, build, default_folder
 from graph_surgery.checkpoint import DTYPES, CheckpointError, EncoderSpec, ModelSpec, load_model, load_spec
 from graph_surgery.fused_ops import SurgeryError
+from profiling.accuracy import LinesError, line_images
 from profiling.models import find_model
-from profiling.records import PARTS, ROOT, Record, environment, write
+from profiling.records import PARTS, Record, environment, write
 from runtime.backends.base import Backend, BackendError
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tensorrt_backend import TensorRTBackend
@@ -322,19 +320,6 @@ def _measure_page(recognizer: Recognizer, lines: Sequence[Path]) -> Measurement:
     return Measurement(measure(lambda: recognizer.recognize(lines)), torch.tensor(tokens))
 
 
-@contextmanager
-def page_lines() -> Iterator[list[Path]]:
-    """The files of PAGE_LINES labelled line images."""
-    archive = ROOT / "data" / "lines-val.tar"
-    if not archive.is_file():
-        raise Unavailable(f"no {archive}")
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(archive) as tar:
-            members = [member for member in tar if member.name.endswith(".jpg")][:PAGE_LINES]
-            tar.extractall(folder, members, filter="data")
-        yield [Path(folder) / member.name for member in members]
-
-
 @torch.inference_mode()
 def run(
     cases: Sequence[Case], variants: Sequence[str], folder: Path, precision: str, engines: Path, command: str
@@ -377,8 +362,11 @@ def run(
 def measure_case(variant, case: Case, spec: ModelSpec, reference: Reference) -> dict[str, Any]:
     """The fields of a record that the measurement itself decides."""
     if case.part == "page":
-        with page_lines() as lines:
-            measurement = variant.page(lines, case.batch)
+        try:
+            with line_images(most=PAGE_LINES) as lines:
+                measurement = variant.page(lines, case.batch)
+        except LinesError as error:
+            raise Unavailable(str(error)) from None
         return _times(case, measurement.times_ms, len(lines))
 
     pixels = random_pixels(spec, case.batch)
