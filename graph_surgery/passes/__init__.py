@@ -1,0 +1,23 @@
+"""The fusion passes, by their names in `--plugins`, in the order in which they run."""
+
+from collections.abc import Mapping
+
+from graph_surgery.passes.base import FusionPass, PassReport
+from graph_surgery.passes.bias_activation import BiasActivationPass
+from graph_surgery.passes.cross_attention import CrossAttentionPass
+from graph_surgery.passes.decoder_self_attention import DecoderSelfAttentionPass
+from graph_surgery.passes.encoder_attention import EncoderAttentionPass
+from graph_surgery.passes.layernorm import LayerNormPass
+
+PASSES: Mapping[str, FusionPass] = {
+    fusion.op.plugin: fusion
+    for fusion in (
+        EncoderAttentionPass(),
+        DecoderSelfAttentionPass(),
+        CrossAttentionPass(),
+        LayerNormPass(),
+        BiasActivationPass(),
+    )
+}
+
+__all__ = ["PASSES", "FusionPass", "PassReport"]

@@ -1,0 +1,326 @@
+"""The one table of fused ops: names, inputs, outputs, attributes and definitions.
+
+Every op is defined by an ONNX local function made of standard operators. That function is the specification of the CUDA
+plugin of the same name, and it is what ONNX Runtime executes where there is no GPU. All bodies compute in float32 and
+round once, at the output; in a float32 graph the casts vanish.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+import onnx.parser
+
+DOMAIN = "trocr"
+VERSION = "1"
+# The bodies use LayerNormalization (17) and nothing whose form changed up to opset 20. ONNX wants a function and its model
+# to agree on the opset, so a body is instantiated for the opset of the model that carries it.
+MIN_OPSET = 17
+
+
+class SurgeryError(ValueError):
+    """A graph cannot be fused as asked; the message names the graph, the op and the reason."""
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute of a fused op. Required if `default` is None; any value of `type` is allowed if `allowed` is empty."""
+
+    name: str
+    type: type[int] | type[float] | type[str]
+    default: int | float | str | None = None
+    allowed: tuple[int | str, ...] = ()
+
+    def check(self, op: str, value: int | float | str) -> int | float | str:
+        """Return `value` if it suits, else raise SurgeryError."""
+        if type(value) is not self.type:
+            raise SurgeryError(
+                f"{op}: attribute {self.name}={value!r} is of type {type(value).__name__}, expected {self.type.__name__}"
+            )
+        if self.allowed and value not in self.allowed:
+            raise SurgeryError(
+                f"{op}: attribute {self.name}={value!r} is not one of {', '.join(map(repr, self.allowed))}"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class FusedOp:
+    """One fused op.
+
+    name: ONNX operator and TensorRT plugin name.
+    plugin: its name in `--plugins`.
+    inputs, outputs: names in order; shapes and types are in docs/design.md.
+    body: the statements of the function in ONNX's textual syntax.
+    """
+
+    name: str
+    plugin: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: tuple[Attribute, ...]
+    body: str
+
+    def node_attributes(self, **values: int | float | str) -> dict[str, int | float | str]:
+        """All attributes of a node, checked and completed with defaults and the plugin's version and namespace."""
+        unknown = values.keys() - {attribute.name for attribute in self.attributes}
+        if unknown:
+            raise SurgeryError(f"{self.name}: unknown attribute {', '.join(sorted(unknown))}")
+        complete = {}
+        for attribute in self.attributes:
+            value = values.get(attribute.name, attribute.default)
+            if value is None:
+                raise SurgeryError(f"{self.name}: attribute {attribute.name} is required")
+            complete[attribute.name] = attribute.check(self.name, value)
+        return complete | {"plugin_version": VERSION, "plugin_namespace": DOMAIN}
+
+    def function(self, opset: int) -> onnx.FunctionProto:
+        """The op's definition as a local function for a model of this opset."""
+        if opset < MIN_OPSET:
+            raise SurgeryError(f"the fused ops need opset {MIN_OPSET} or newer, the graph has {opset}")
+        declared = [
+            attribute.name if attribute.default is None else _with_default(attribute)
+            for attribute in self.attributes
+        ]
+        # ONNX Runtime refuses a call with attributes that the function does not declare, and TensorRT wants these two.
+        declared += [f'plugin_version: string = "{VERSION}"', f'plugin_namespace: string = "{DOMAIN}"']
+        return onnx.parser.parse_function(
+            f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+            f"{self.name} <{', '.join(declared)}> ({', '.join(self.inputs)}) => ({', '.join(self.outputs)})\n"
+            f"{{{self.body}}}"
+        )
+
+
+def _with_default(attribute: Attribute) -> str:
+    if attribute.type is str:
+        return f'{attribute.name}: string = "{attribute.default}"'
+    return f"{attribute.name}: {attribute.type.__name__} = {attribute.default}"
+
+
+ENCODER_ATTENTION = FusedOp(
+    name="TrOCREncoderAttention",
+    plugin="encoder_attention",
+    inputs=("qkv",),
+    outputs=("context",),
+    attributes=(Attribute("num_heads", int),),
+    body="""
+        num_heads = Constant <value_int: int = @num_heads> ()
+        first_axis = Constant <value_ints = [0]> ()
+        heads_dim = Unsqueeze (num_heads, first_axis)
+        lead = Constant <value_ints = [0, 0, 3]> ()
+        rest = Constant <value_ints = [-1]> ()
+        packed_shape = Concat <axis = 0> (lead, heads_dim, rest)
+        rows_shape = Constant <value_ints = [0, 0, -1]> ()
+
+        wide = Cast <to = 1> (qkv)
+        packed_rows = Reshape (wide, packed_shape)                          # [B, S, 3, H, d]
+        packed = Transpose <perm = [2, 0, 3, 1, 4]> (packed_rows)           # [3, B, H, S, d]
+        first = Constant <value_int = 0> ()
+        second = Constant <value_int = 1> ()
+        third = Constant <value_int = 2> ()
+        query = Gather <axis = 0> (packed, first)                           # [B, H, S, d]
+        key = Gather <axis = 0> (packed, second)
+        value = Gather <axis = 0> (packed, third)
+
+        head_dim = Shape <start = -1> (query)
+        head_dim_f = Cast <to = 1> (head_dim)
+        root = Sqrt (head_dim_f)
+        scaled = Div (query, root)
+        key_t = Transpose <perm = [0, 1, 3, 2]> (key)
+        scores = MatMul (scaled, key_t)                                     # [B, H, S, S]
+        probs = Softmax <axis = -1> (scores)
+        mixed = MatMul (probs, value)                                       # [B, H, S, d]
+        mixed_rows = Transpose <perm = [0, 2, 1, 3]> (mixed)
+        wide_context = Reshape (mixed_rows, rows_shape)
+        context = CastLike (wide_context, qkv)
+    """,
+)
+
+DECODER_SELF_ATTENTION = FusedOp(
+    name="TrOCRDecoderSelfAttention",
+    plugin="decoder_self_attention",
+    inputs=("qkv", "past_key", "past_value", "position_ids"),
+    outputs=("context", "present_key", "present_value"),
+    attributes=(Attribute("num_heads", int),),
+    # What lies in the cache beyond a row's position may be anything, NaN too: the values are masked as well as the scores,
+    # for 0 * NaN is NaN.
+    body="""
+        num_heads = Constant <value_int: int = @num_heads> ()
+        first_axis = Constant <value_ints = [0]> ()
+        heads_dim = Unsqueeze (num_heads, first_axis)
+        lead = Constant <value_ints = [0, 3]> ()
+        one_row = Constant <value_ints = [1, -1]> ()
+        packed_shape = Concat <axis = 0> (lead, heads_dim, one_row)
+        rows_shape = Constant <value_ints = [0, 1, -1]> ()
+
+        wide = Cast <to = 1> (qkv)
+        packed = Reshape (wide, packed_shape)                               # [B, 3, H, 1, d]
+        first = Constant <value_int = 0> ()
+        second = Constant <value_int = 1> ()
+        third = Constant <value_int = 2> ()
+        query = Gather <axis = 1> (packed, first)                           # [B, H, 1, d]
+        new_key = Gather <axis = 1> (packed, second)
+        new_value = Gather <axis = 1> (packed, third)
+
+        capacity_dim = Shape <start = 2, end = 3> (past_key)
+        capacity = Squeeze (capacity_dim)
+        slots = Range (first, capacity, second)                               # [C]
+        row_axes = Constant <value_ints = [1, 3]> ()
+        score_axes = Constant <value_ints = [1, 2]> ()
+        is_new = Equal (slots, position_ids)                                # [B, C]
+        is_new_row = Unsqueeze (is_new, row_axes)                           # [B, 1, C, 1]
+        seen = LessOrEqual (slots, position_ids)                            # [B, C]
+        seen_row = Unsqueeze (seen, row_axes)                               # [B, 1, C, 1]
+        seen_score = Unsqueeze (seen, score_axes)                           # [B, 1, 1, C]
+
+        wide_past_key = Cast <to = 1> (past_key)
+        wide_past_value = Cast <to = 1> (past_value)
+        key = Where (is_new_row, new_key, wide_past_key)                    # [B, H, C, d]
+        value = Where (is_new_row, new_value, wide_past_value)
+        present_key = CastLike (key, past_key)
+        present_value = CastLike (value, past_value)
+
+        head_dim = Shape <start = -1> (query)
+        head_dim_f = Cast <to = 1> (head_dim)
+        root = Sqrt (head_dim_f)
+        scaled = Div (query, root)
+        key_t = Transpose <perm = [0, 1, 3, 2]> (key)
+        all_scores = MatMul (scaled, key_t)                                 # [B, H, 1, C]
+        unseen_score = Constant <value_float = -inf> ()
+        unseen_value = Constant <value_float = 0.0> ()
+        scores = Where (seen_score, all_scores, unseen_score)
+        seen_value = Where (seen_row, value, unseen_value)
+        probs = Softmax <axis = -1> (scores)
+        mixed = MatMul (probs, seen_value)                                  # [B, H, 1, d]
+        wide_context = Reshape (mixed, rows_shape)
+        context = CastLike (wide_context, qkv)
+    """,
+)
+
+CROSS_ATTENTION = FusedOp(
+    name="TrOCRCrossAttention",
+    plugin="cross_attention",
+    inputs=("query", "key", "value"),
+    outputs=("context",),
+    attributes=(Attribute("num_heads", int),),
+    body="""
+        num_heads = Constant <value_int: int = @num_heads> ()
+        first_axis = Constant <value_ints = [0]> ()
+        heads_dim = Unsqueeze (num_heads, first_axis)
+        same = Constant <value_ints = [0]> ()
+        one_row = Constant <value_ints = [1, -1]> ()
+        heads_shape = Concat <axis = 0> (same, heads_dim, one_row)
+        rows_shape = Constant <value_ints = [0, 1, -1]> ()
+
+        wide_query = Cast <to = 1> (query)
+        wide_key = Cast <to = 1> (key)
+        wide_value = Cast <to = 1> (value)
+        query_heads = Reshape (wide_query, heads_shape)                     # [B, H, 1, d]
+        key_t = Transpose <perm = [0, 1, 3, 2]> (wide_key)                  # [B, H, d, S]
+
+        head_dim = Shape <start = -1> (query_heads)
+        head_dim_f = Cast <to = 1> (head_dim)
+        root = Sqrt (head_dim_f)
+        scaled = Div (query_heads, root)
+        scores = MatMul (scaled, key_t)                                     # [B, H, 1, S]
+        probs = Softmax <axis = -1> (scores)
+        mixed = MatMul (probs, wide_value)                                  # [B, H, 1, d]
+        wide_context = Reshape (mixed, rows_shape)
+        context = CastLike (wide_context, query)
+    """,
+)
+
+RESIDUAL_LAYER_NORM = FusedOp(
+    name="TrOCRResidualLayerNorm",
+    plugin="layernorm",
+    inputs=("x", "residual", "gamma", "beta"),
+    outputs=("normed", "sum"),
+    attributes=(Attribute("epsilon", float), Attribute("emit_sum", int, 0, (0, 1))),
+    # A function always has all its outputs; a node without emit_sum leaves the name of the second one empty.
+    body="""
+        wide_x = Cast <to = 1> (x)
+        wide_residual = Cast <to = 1> (residual)
+        wide_gamma = Cast <to = 1> (gamma)
+        wide_beta = Cast <to = 1> (beta)
+        wide_sum = Add (wide_x, wide_residual)
+        wide_normed = LayerNormalization <axis = -1, epsilon: float = @epsilon> (wide_sum, wide_gamma, wide_beta)
+        normed = CastLike (wide_normed, x)
+        sum = CastLike (wide_sum, x)
+    """,
+)
+
+BIAS_ACTIVATION = FusedOp(
+    name="TrOCRBiasActivation",
+    plugin="bias_activation",
+    inputs=("x", "bias"),
+    outputs=("y",),
+    attributes=(Attribute("activation", str, allowed=("gelu", "relu")),),
+    # Opset 17 cannot compare strings; but two that are equal have one distinct element. GELU is x * Phi(x), with the
+    # cumulative normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2. The branch is chosen when a graph is loaded.
+    body="""
+        wide_x = Cast <to = 1> (x)
+        wide_bias = Cast <to = 1> (bias)
+        biased = Add (wide_x, wide_bias)
+        activation = Constant <value_string: string = @activation> ()
+        first_axis = Constant <value_ints = [0]> ()
+        chosen = Unsqueeze (activation, first_axis)
+        relu = Constant <value_strings = ["relu"]> ()
+        both = Concat <axis = 0> (chosen, relu)
+        distinct = Unique (both)
+        num_distinct = Size (distinct)
+        one = Constant <value_int = 1> ()
+        is_relu = Equal (num_distinct, one)
+        wide_y = If (is_relu) <
+            then_branch = rectify () => (float[] rectified) { rectified = Relu (biased) },
+            else_branch = gate () => (float[] gated) {
+                root_two = Constant <value_float = 1.4142135> ()
+                unit = Constant <value_float = 1.0> ()
+                half = Constant <value_float = 0.5> ()
+                normalised = Div (biased, root_two)
+                error = Erf (normalised)
+                shifted = Add (error, unit)
+                doubled = Mul (biased, shifted)
+                gated = Mul (doubled, half)
+            }
+        >
+        y = CastLike (wide_y, x)
+    """,
+)
+
+FUSED_OPS: Mapping[str, FusedOp] = {
+    op.plugin: op
+    for op in (
+        ENCODER_ATTENTION,
+        DECODER_SELF_ATTENTION,
+        CROSS_ATTENTION,
+        RESIDUAL_LAYER_NORM,
+        BIAS_ACTIVATION,
+    )
+}
+
+GROUPS: Mapping[str, frozenset[str]] = {
+    "attention": frozenset({"encoder_attention", "decoder_self_attention", "cross_attention"}),
+    # Those that won against the stock engine in the committed measurements.
+    "fused": frozenset(FUSED_OPS),
+    "all": frozenset(FUSED_OPS),
+    "none": frozenset(),
+}
+
+
+def parse_plugins(text: str) -> frozenset[str]:
+    """Turn the value of `--plugins`, names and groups separated by commas, into plugin names (keys of `FUSED_OPS`).
+
+    Raises SurgeryError for a name that is neither.
+    """
+    chosen: set[str] = set()
+    for name in (part.strip() for part in text.split(",")):
+        if name in FUSED_OPS:
+            chosen.add(name)
+        elif name in GROUPS:
+            chosen |= GROUPS[name]
+        else:
+            raise SurgeryError(
+                f"--plugins {text!r}: unknown name {name!r}; known are {', '.join(FUSED_OPS)}, "
+                f"and the groups {', '.join(GROUPS)}"
+            )
+    return frozenset(chosen)

@@ -1,0 +1,30 @@
+//! The two functions that TensorRT looks up in a plugin library (IPluginRegistry::loadLibrary, trtexec
+//! --dynamicPlugins). They are the library's only exported symbols: see exports.map.
+
+#include <NvInferRuntime.h>
+
+#include "bias_activation/plugin.h"
+#include "common/logging.h"
+#include "cross_attention/plugin.h"
+#include "decoder_self_attention/plugin.h"
+#include "encoder_attention/plugin.h"
+#include "residual_layernorm/plugin.h"
+
+extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
+    int32_t& nbCreators)
+{
+    static trocr::TrOCREncoderAttentionPluginCreator encoderAttention;
+    static trocr::TrOCRDecoderSelfAttentionPluginCreator decoderSelfAttention;
+    static trocr::TrOCRCrossAttentionPluginCreator crossAttention;
+    static trocr::TrOCRResidualLayerNormPluginCreator residualLayerNorm;
+    static trocr::TrOCRBiasActivationPluginCreator biasActivation;
+    static nvinfer1::IPluginCreatorInterface* const creators[]{&encoderAttention, &decoderSelfAttention,
+                                                               &crossAttention, &residualLayerNorm, &biasActivation};
+    nbCreators = static_cast<int32_t>(std::size(creators));
+    return creators;
+}
+
+extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* finder)
+{
+    trocr::setLoggerFinder(finder);
+}

@@ -1,0 +1,68 @@
+#include "residual_layernorm/plugin.h"
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+namespace trocr
+{
+
+void ResidualLayerNormAttributes::validate() const
+{
+    if (!std::isfinite(epsilon) || epsilon <= 0.0F)
+    {
+        throw std::invalid_argument{"attribute 'epsilon' is " + std::to_string(epsilon) +
+                                    ", expected a finite number above 0"};
+    }
+    if (emitSum != 0 && emitSum != 1)
+    {
+        throw std::invalid_argument{"attribute 'emit_sum' is " + std::to_string(emitSum) + ", expected 0 or 1"};
+    }
+}
+
+ResidualLayerNormParams TrOCRResidualLayerNormPlugin::describe(nvinfer1::Dims const* inputs,
+                                                               nvinfer1::DataType type) const
+{
+    nvinfer1::Dims const& x = inputs[kIN_X_IDX];  // [..., N]
+
+    ResidualLayerNormParams params{};
+    params.rows = leadingSize("x", x);
+    params.width = dimension("x", x, x.nbDims - 1);
+    params.epsilon = attributes().epsilon;
+    params.dataType = toDataType(type);
+
+    expectShape("residual", inputs[kIN_RESIDUAL_IDX], x);
+    expectShape("gamma", inputs[kIN_GAMMA_IDX], {1, {params.width}});
+    expectShape("beta", inputs[kIN_BETA_IDX], {1, {params.width}});
+
+    char const* reason = nullptr;
+    bool const implemented = canImplementResidualLayerNorm(params, &reason);
+    expectImplemented(implemented, reason, "x " + toString(x));
+    return params;
+}
+
+cudaError_t TrOCRResidualLayerNormPlugin::launch(ResidualLayerNormParams& params, void const* const* inputs,
+                                                 void* const* outputs, cudaStream_t stream) const
+{
+    params.x = inputs[kIN_X_IDX];
+    params.residual = inputs[kIN_RESIDUAL_IDX];
+    params.gamma = inputs[kIN_GAMMA_IDX];
+    params.beta = inputs[kIN_BETA_IDX];
+    params.normed = outputs[kOUT_NORMED_IDX];
+    params.sum = attributes().emitSum ? outputs[kOUT_SUM_IDX] : nullptr;
+    return residualLayerNorm(params, stream);
+}
+
+void TrOCRResidualLayerNormPlugin::outputShapes(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
+                                                nvinfer1::IExprBuilder&) const
+{
+    expectRank("residual", inputs[kIN_RESIDUAL_IDX].nbDims, inputs[kIN_X_IDX].nbDims);
+    expectRank("gamma", inputs[kIN_GAMMA_IDX].nbDims, 1);
+    expectRank("beta", inputs[kIN_BETA_IDX].nbDims, 1);
+    for (int32_t i = 0; i < nbOutputs(); ++i)
+    {
+        outputs[i] = inputs[kIN_X_IDX];
+    }
+}
+
+}  // namespace trocr

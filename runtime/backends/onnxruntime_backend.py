@@ -1,0 +1,100 @@
+"""The three ONNX graphs, stock or fused, on ONNX Runtime's CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from graph_surgery.checkpoint import ModelSpec
+from runtime.backends.base import Backend, BackendError
+
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass
+class OrtState:
+    """The decoder's inputs by name, but for the token: `past_key_values.*` of both attentions.
+
+    They are ONNX Runtime's own tensors, handed from one session to the next without a copy.
+    """
+
+    past: dict[str, ort.OrtValue]
+
+
+class OnnxRuntimeBackend(Backend):
+    """Runs the graphs of a folder.
+
+    Args:
+        folder: with encoder.onnx, cross_kv.onnx and decoder.onnx.
+        spec: of the checkpoint they were exported from.
+        max_new_tokens: the capacity of a fixed cache; a growing one takes any number.
+
+    Raises:
+        BackendError: a graph is missing, damaged or of a type that ONNX Runtime has no CPU kernels for.
+    """
+
+    name = "onnxruntime"
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, spec: ModelSpec, max_new_tokens: int):
+        self.spec = spec
+        self._encoder = _session(folder / "encoder.onnx")
+        self._cross_kv = _session(folder / "cross_kv.onnx")
+        self._decoder = _session(folder / "decoder.onnx")
+        self._dtype = NUMPY_TYPES[self._encoder.get_inputs()[0].type]
+
+        decoder = spec.decoder
+        self._cross_kv_outputs = [output.name for output in self._cross_kv.get_outputs()]
+        self._decoder_outputs = [output.name for output in self._decoder.get_outputs()]
+        cache = self._decoder.get_modelmeta().custom_metadata_map.get("trocr.cache", "growing")
+        capacity = max_new_tokens if cache == "fixed" else 0
+        self._empty_cache = (decoder.num_attention_heads, capacity, decoder.head_dim)
+        self.max_steps = max_new_tokens if cache == "fixed" else None
+
+    def start(self, pixel_values: torch.Tensor) -> OrtState:
+        pixels = pixel_values.cpu().numpy().astype(self._dtype, copy=False)
+        (states,) = self._encoder.run_with_ort_values(None, {"pixel_values": _value(pixels)})
+        cross = self._cross_kv.run_with_ort_values(None, {"encoder_hidden_states": states})
+
+        past = dict(zip(map(_past_name, self._cross_kv_outputs), cross, strict=True))
+        empty = np.zeros((len(pixels), *self._empty_cache), self._dtype)
+        for name in self._decoder_outputs[1:]:
+            past[_past_name(name)] = _value(empty)
+        return OrtState(past)
+
+    def step(self, state: OrtState, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        token = {"input_ids": _value(input_ids.numpy()), "position_ids": _value(position_ids.numpy())}
+        logits, *present = self._decoder.run_with_ort_values(None, token | state.past)
+        state.past.update(zip(map(_past_name, self._decoder_outputs[1:]), present, strict=True))
+        return torch.from_numpy(logits.numpy())[:, 0]
+
+
+def _session(file: Path) -> ort.InferenceSession:
+    if not file.is_file():
+        raise BackendError(f"{file}: missing; build the graphs: python build.py --onnx-only")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors
+    try:
+        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has an exception class for every status, and no common one
+        raise BackendError(
+            f"{file}: ONNX Runtime cannot load it ({error}); build it again: python build.py --onnx-only"
+        ) from error
+    types = {value.type for value in session.get_inputs()} - {"tensor(int64)"}
+    if not types <= NUMPY_TYPES.keys():
+        raise BackendError(
+            f"{file}: {', '.join(types)} does not run on ONNX Runtime's CPU; build it with fp32"
+        )
+    return session
+
+
+def _value(array: np.ndarray) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _past_name(present: str) -> str:
+    return present.replace("present", "past_key_values")

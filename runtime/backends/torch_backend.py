@@ -1,0 +1,54 @@
+"""Hugging Face's own PyTorch model, one decoder step at a time: the reference for the other backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+from graph_surgery.checkpoint import DTYPES, ModelSpec, load_model
+from runtime.backends.base import Backend
+
+
+@dataclass
+class TorchState:
+    """Encoder states [B, S, encoder_hidden], and Hugging Face's cache of both attentions."""
+
+    encoder_hidden_states: torch.Tensor
+    cache: EncoderDecoderCache
+
+
+class TorchBackend(Backend):
+    """Runs on the GPU where there is one; the cache grows with every step.
+
+    Args:
+        spec: of a checkpoint with weights.
+        precision: "fp32", "fp16" or "bf16".
+    """
+
+    name = "torch"
+
+    def __init__(self, spec: ModelSpec, precision: str = "fp32"):
+        self.spec = spec
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_model(spec, DTYPES[precision]).to(self.device)
+
+    @torch.inference_mode()
+    def start(self, pixel_values: torch.Tensor) -> TorchState:
+        pixel_values = pixel_values.to(self.device, self.model.dtype)
+        states = self.model.encoder(pixel_values=pixel_values).last_hidden_state
+        if hasattr(self.model, "enc_to_dec_proj"):
+            states = self.model.enc_to_dec_proj(states)
+        return TorchState(states, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+
+    @torch.inference_mode()
+    def step(self, state: TorchState, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        # Hugging Face's decoder counts positions by the length of its cache.
+        output = self.model.decoder(
+            input_ids=input_ids,
+            encoder_hidden_states=state.encoder_hidden_states,
+            past_key_values=state.cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1]

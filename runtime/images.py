@@ -1,0 +1,127 @@
+"""Image files, PIL images and numpy arrays -> upright RGB images. Every failure is an `ImageError`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Pillow can open many more, some of them through external programs: a line crop comes in one of these.
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+
+# No letter fits into less than MIN_SIDE pixels. Beyond MAX_SIDE it is not the crop of one text line, which
+# the model would squeeze into a few hundred pixels; and a small file can ask for a lot of memory.
+MIN_SIDE = 4
+MAX_SIDE = 16384
+MAX_PIXELS = 64 * 1024 * 1024
+
+TIFF_PHOTOMETRIC = 262
+TIFF_WHITE_IS_ZERO = 0
+
+ImageSource = str | Path | Image.Image | np.ndarray
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. The message names the image, what is wrong with it, and the remedy."""
+
+
+def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
+    """Open an image and bring it into the form the model was trained on: 8-bit RGB, upright, on white.
+
+    Args:
+        source: a JPEG, PNG, TIFF (first page) or WebP (first frame) file; a PIL image; or a uint8 array
+            [H, W], [H, W, 1] (grey), [H, W, 3] (RGB) or [H, W, 4] (RGBA).
+        name: what to call it in errors; the path by default.
+
+    Raises:
+        ImageError: missing, unreadable, truncated, of another format, or of a size or type that cannot be
+            used.
+    """
+    if isinstance(source, str | Path):
+        return _load_file(Path(source), name or str(source))
+    name = name or "image"
+    if isinstance(source, np.ndarray):
+        return _decode(_from_array(source, name), name)
+    if isinstance(source, Image.Image):
+        return _decode(source, name)
+    raise ImageError(f"{name}: a {type(source).__name__}; give a path, a PIL image or a numpy array")
+
+
+def _load_file(path: Path, name: str) -> Image.Image:
+    if path.is_dir():
+        raise ImageError(f"{name}: a folder; give the images in it")
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file; check the path") from None
+    except Image.UnidentifiedImageError:
+        what = "an empty file" if path.stat().st_size == 0 else "not a readable JPEG, PNG, TIFF or WebP image"
+        raise ImageError(f"{name}: {what}; convert it, or leave it out") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; cut it into text lines") from None
+    except Exception as error:  # Pillow's readers raise whatever a malformed header makes them stumble on
+        raise ImageError(f"{name}: cannot be read ({error}); save it again") from error
+    with image:
+        return _decode(image, name)
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    _check_size(image.width, image.height, name)
+    try:
+        # Both are lost in the first conversion.
+        white_is_zero = getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == TIFF_WHITE_IS_ZERO
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = _to_8_bit(image, white_is_zero, name)
+        return _to_rgb(image, name)
+    except ImageError:
+        raise
+    except Exception as error:  # as above: a truncated or malformed body
+        raise ImageError(f"{name}: cannot be decoded ({error}); save it again") from error
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    size = f"{width}x{height} pixels"
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{name}: {size}; a text line has at least {MIN_SIDE} each way")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(
+            f"{name}: {size}; a side may have {MAX_SIDE:,}; cut it into shorter lines or scale it down"
+        )
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{name}: {size}, more than {MAX_PIXELS:,} in all; cut it into text lines")
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise ImageError(f"{name}: floating-point pixels; save it with 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image, white_is_zero: bool, name: str) -> Image.Image:
+    """Scale 16-bit grey, which Pillow's `convert` clips at 255, to 8 bits."""
+    values = np.asarray(image, dtype=np.int64)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ImageError(
+            f"{name}: grey values {values.min()} to {values.max()}; save it with 8 or 16 bits a channel"
+        )
+    if white_is_zero:  # Pillow inverts such TIFFs itself only at 8 bits and below
+        values = 0xFFFF - values
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4):
+        raise ImageError(
+            f"{name}: an array of shape {list(array.shape)} and type {array.dtype}; "
+            "give uint8 [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] (RGBA)"
+        )
+    _check_size(array.shape[1], array.shape[0], name)  # Pillow fails on an empty array
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and channels == 1 else array)

@@ -1,0 +1,205 @@
+"""Images of text lines -> text: preprocessing, batches, and an error of its own for every image that fails."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from graph_surgery.checkpoint import CheckpointError, ModelSpec
+from runtime.backends import open_backend
+from runtime.backends.base import BackendError
+from runtime.generation import GreedyDecoder, new_token_limit
+from runtime.images import ImageError, ImageSource, load_image
+
+DEFAULT_BATCH = {"cpu": 8, "cuda": 64}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time went, in milliseconds.
+
+    Attributes:
+        preprocess_ms: reading, decoding and scaling this image, in a thread of its own.
+        recognize_ms: encoding and decoding the batch that this image was in.
+        batch: images in that batch.
+    """
+
+    preprocess_ms: float
+    recognize_ms: float
+    batch: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One image's text, or the error that took its place.
+
+    Attributes:
+        path: the path given; None for images given as objects.
+        text: None where there is an error.
+        token_ids: what the text was decoded from: without the start token, with the end of text (unless the
+            limit cut it off).
+        mean_log_prob: mean log-probability of these tokens; 0 is certain.
+        error: what is wrong with the image, and the remedy; None where all went well.
+        timing: None where there is an error.
+    """
+
+    path: str | None
+    text: str | None = None
+    token_ids: list[int] | None = None
+    mean_log_prob: float | None = None
+    error: str | None = None
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """An image ready for the encoder, pixel_values float32 [3, height, width], or why it is not."""
+
+    path: str | None
+    pixel_values: torch.Tensor | None = None
+    error: str | None = None
+    preprocess_ms: float = 0.0
+
+
+class Recognizer:
+    """Reads text lines with one checkpoint on one backend.
+
+    Args:
+        model: a checkpoint's folder or hub id, or an engine folder made by build.py.
+        backend: "tensorrt", "onnxruntime", "torch", or "auto" for the first of the first two that can run.
+        plugins: which fused ops the graphs have where they are built here: "fused", "none" or a list of names.
+        engines: the engine folder, where it is not `model` itself or build.py's default.
+        precision: "fp32", "fp16" or "bf16"; by default what suits the backend.
+        batch_size: images a batch; by default what suits the device.
+        max_new_tokens: the most tokens a line; by default the checkpoint's own limit.
+
+    Attributes:
+        spec: the checkpoint's description.
+        backend: the backend in use.
+        backend_choice: its name and, where "auto" chose it, the reason: "onnxruntime (no NVIDIA GPU)".
+
+    Raises:
+        CheckpointError, BackendError, EngineError, ManifestError, SurgeryError, GenerationError: whatever cannot
+            be used; the message names the file, the value and the remedy.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        backend: str = "auto",
+        plugins: str = "fused",
+        engines: str | Path | None = None,
+        precision: str | None = None,
+        batch_size: int | None = None,
+        max_new_tokens: int | None = None,
+    ):
+        self.backend, self.backend_choice = open_backend(
+            model, backend, plugins, engines, precision, max_new_tokens
+        )
+        self.spec = self.backend.spec
+        self.batch_size = self._check_batch_size(batch_size)
+        self._decode = GreedyDecoder(self.backend, new_token_limit(self.spec, max_new_tokens))
+        self._processor, self._tokenizer = _load_processors(self.spec)
+
+    def recognize(self, images: ImageSource | Iterable[ImageSource]) -> list[Result]:
+        """Read the text of each image: a list of results in the order of the images.
+
+        Args:
+            images: paths, PIL images or uint8 arrays ([H, W], [H, W, 1], [H, W, 3] RGB, [H, W, 4] RGBA).
+        """
+        return list(self.stream(images))
+
+    def stream(self, images: ImageSource | Iterable[ImageSource]) -> Iterator[Result]:
+        """As `recognize`, a result at a time; the next batch's images are read while one is recognised."""
+        if isinstance(images, str | Path | Image.Image | np.ndarray):
+            images = [images]
+        numbered = enumerate(images, start=1)
+        with ThreadPoolExecutor(max_workers=min(8, len(os.sched_getaffinity(0)))) as pool:
+
+            def submit_batch() -> list[Future[_Prepared]]:
+                return [pool.submit(self._prepare, *item) for item in islice(numbered, self.batch_size)]
+
+            batch = submit_batch()
+            while batch:
+                following = submit_batch()
+                yield from self._recognize_batch([future.result() for future in batch])
+                batch = following
+
+    def _prepare(self, number: int, source: ImageSource) -> _Prepared:
+        """Read and scale one image as Hugging Face's processor does."""
+        path = str(source) if isinstance(source, str | Path) else None
+        begin = time.perf_counter()
+        try:
+            image = load_image(source, path or f"image {number}")
+        except ImageError as error:
+            return _Prepared(path, error=str(error))
+        pixel_values = self._processor(image, return_tensors="pt").pixel_values[0]
+        return _Prepared(path, pixel_values, preprocess_ms=1e3 * (time.perf_counter() - begin))
+
+    def _recognize_batch(self, batch: list[_Prepared]) -> Iterator[Result]:
+        usable = [item for item in batch if item.error is None]
+        results = iter(self._recognize(usable) if usable else [])
+        for item in batch:
+            yield next(results) if item.error is None else Result(item.path, error=item.error)
+
+    def _recognize(self, batch: list[_Prepared]) -> list[Result]:
+        begin = time.perf_counter()
+        generation = self._decode(torch.stack([item.pixel_values for item in batch]))
+        recognize_ms = 1e3 * (time.perf_counter() - begin)
+        return [
+            Result(
+                item.path,
+                self._tokenizer.decode(token_ids, skip_special_tokens=True),
+                token_ids,
+                mean_log_prob,
+                timing=Timing(item.preprocess_ms, recognize_ms, len(batch)),
+            )
+            for item, token_ids, mean_log_prob in zip(
+                batch, generation.token_ids, generation.mean_log_probs, strict=True
+            )
+        ]
+
+    def _check_batch_size(self, batch_size: int | None) -> int:
+        largest = self.backend.max_batch
+        if batch_size is None:
+            default = DEFAULT_BATCH[self.backend.device.type]
+            return default if largest is None else min(default, largest)
+        if batch_size < 1:
+            raise BackendError(f"batch_size is {batch_size}; give 1 or more")
+        if largest is not None and batch_size > largest:
+            raise BackendError(
+                f"batch_size is {batch_size}, and the engines of {self.spec.source} take {largest}; choose a "
+                "smaller one, or build engines for it: python build.py --batch MIN,OPT,MAX"
+            )
+        return batch_size
+
+
+def _load_processors(spec: ModelSpec):
+    """The checkpoint's own image processor and tokenizer."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(spec.source)
+        tokenizer = AutoTokenizer.from_pretrained(spec.source)
+    except Exception as error:  # missing and malformed files end in a variety of exceptions
+        raise CheckpointError(
+            f"{spec.source}: no usable image processor and tokenizer ({error}); "
+            "fetch preprocessor_config.json and the tokenizer's files again"
+        ) from error
+
+    shape = tuple(processor(Image.new("RGB", (64, 16)), return_tensors="pt").pixel_values.shape[1:])
+    expected = (3, spec.encoder.image_height, spec.encoder.image_width)
+    if shape != expected:
+        raise CheckpointError(
+            f"{spec.source / 'preprocessor_config.json'}: makes images of {list(shape)}, and config.json asks "
+            f"for {list(expected)}; take both files from the same checkpoint"
+        )
+    return processor, tokenizer
