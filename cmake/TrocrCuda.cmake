@@ -19,7 +19,7 @@ endif()
 # Real code for each, and PTX of the newest for GPUs to come. Hopper's own instructions need 90a.
 set(trocr_all_archs 80-real 86-real 89-real 90a-real 120)
 if(TROCR_ALL_ARCHS)
-    set(CMAKE_CUDA_ARCHITECTURES ${trocr_all_archs})
+    set(CMAKE_CUDA_ARCHITECTURES ${trocr_all_archs} CACHE STRING "GPU architectures to compile for" FORCE)
 elseif(NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
     # CMake's "native" would give 90 for Hopper, without its own instructions.
     execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
