@@ -51,11 +51,12 @@ __device__ __forceinline__ uint32_t mapToRank(uint32_t address, uint32_t rank)
     return remote;
 }
 
-//! mbarrier.arrive on the same barrier of block `rank` of the cluster.
+//! mbarrier.arrive on the same barrier of block `rank` of the cluster. The default scope orders nothing between blocks
+//! (a cluster-wide release costs a device-wide fence): for arrivals after completed wgmma reads, which need no order.
 __device__ __forceinline__ void barrierArriveAtRank(uint32_t barrier, uint32_t rank)
 {
     uint32_t const remote = mapToRank(barrier, rank);
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
 
 //! mbarrier.try_wait.parity: returns when the phase of this parity has completed; on a fresh barrier parity 1 has.
@@ -94,6 +95,15 @@ __device__ __forceinline__ void clusterSync()
     asm volatile(
         "barrier.cluster.arrive.release;\n"
         "barrier.cluster.wait.acquire;\n" ::
+            : "memory");
+}
+
+//! The same without ordering memory: for the start (after barrierInitFence) and the end of a block's life.
+__device__ __forceinline__ void clusterSyncRelaxed()
+{
+    asm volatile(
+        "barrier.cluster.arrive.relaxed;\n"
+        "barrier.cluster.wait;\n" ::
             : "memory");
 }
 

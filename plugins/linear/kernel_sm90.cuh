@@ -135,6 +135,14 @@ __device__ __forceinline__ void initBarriers(Shared<TILE> const& shared, int sha
     sm90::barrierInitFence();
 }
 
+__device__ __forceinline__ void prefetchMaps(TensorMaps const& maps)
+{
+    sm90::prefetchTensorMap(&maps.weight);
+    sm90::prefetchTensorMap(&maps.x);
+    sm90::prefetchTensorMap(&maps.residual);
+    sm90::prefetchTensorMap(&maps.y);
+}
+
 //! acc = x tile . weight tile^T over `count` stages. release(stage) hands a stage back; issued() is called when the
 //! last product is on its way.
 template <typename T, typename TILE, typename RELEASE, typename ISSUED>
@@ -297,8 +305,10 @@ __global__ void __launch_bounds__(384, 1)
     if (threadIdx.x == 0)
     {
         initBarriers(shared, 2);
+        prefetchMaps(maps);
     }
-    sm90::clusterSync();
+    sm90::clusterSyncRelaxed();
+    __syncthreads();
     sm90::launchDependents();
 
     if (warp >= TILE::kWARPS)
@@ -420,7 +430,7 @@ __global__ void __launch_bounds__(384, 1)
         __syncwarp();
     }
     // A block's stages and barriers are written by its peer: neither may leave first.
-    sm90::clusterSync();
+    sm90::clusterSyncRelaxed();
 }
 
 //! Small problems. A cluster computes one tile: block r multiplies steps r, r + size, ..., leaves its accumulators in
@@ -447,6 +457,7 @@ __global__ void __launch_bounds__(160, 1)
     if (threadIdx.x == 0)
     {
         initBarriers(shared, 1);
+        prefetchMaps(maps);
     }
     __syncthreads();
     sm90::launchDependents();
@@ -487,7 +498,7 @@ __global__ void __launch_bounds__(160, 1)
         if (size > 1)
         {
             sm90::clusterSync(); // partial accumulators are written
-            sm90::clusterSync(); // and read
+            sm90::clusterSyncRelaxed(); // and read
         }
         return;
     }
@@ -577,7 +588,7 @@ __global__ void __launch_bounds__(160, 1)
     __syncwarp();
     if (size > 1)
     {
-        sm90::clusterSync();
+        sm90::clusterSyncRelaxed();
     }
 }
 
