@@ -25,7 +25,7 @@ __device__ __forceinline__ void barrierInit(uint32_t barrier, uint32_t arrivals)
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-//! fence.mbarrier_init: makes initialised barriers visible to the cluster and to the copy engine (before a cluster barrier).
+//! fence.mbarrier_init: makes initialised barriers visible to the cluster and the copy engine; before a cluster barrier.
 __device__ __forceinline__ void barrierInitFence()
 {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -259,9 +259,16 @@ struct Wgmma;
         "+f"(d[i + 7])
 #define TROCR_D32(i) TROCR_D8(i), TROCR_D8(i + 8), TROCR_D8(i + 16), TROCR_D8(i + 24)
 
-#define TROCR_P0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define TROCR_P32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define TROCR_P64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+// Places of the accumulators in the instruction's text: 0 to 31, 32 to 63, 64 to 95.
+#define TROCR_P0                                                                                                       \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"                                                            \
+    ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define TROCR_P32                                                                                                      \
+    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"                                                 \
+    ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define TROCR_P64                                                                                                      \
+    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"                                                 \
+    ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 
 #define TROCR_WGMMA(T, TYPES, N, PLACES, A, B, ACCUMULATE, ...)                                                        \
     template <>                                                                                                        \

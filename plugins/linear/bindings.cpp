@@ -22,8 +22,8 @@ void check(cudaError_t status, char const* what, char const* reason)
 {
     if (status != cudaSuccess)
     {
-        throw std::runtime_error(
-            std::string(what) + ": " + cudaGetErrorString(status) + (reason != nullptr ? std::string(": ") + reason : ""));
+        std::string const detail = reason != nullptr ? std::string(": ") + reason : "";
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + detail);
     }
 }
 

@@ -119,8 +119,8 @@ __device__ __forceinline__ float2 rowScale(float2 const* partials, int count, fl
     return make_float2(rstd, -mean * rstd);
 }
 
-//! Scales of a warp's kBLOCKS blocks of 16 rows, `stride` rows apart, to `scales` in shared memory. Rows beyond the last
-//! are left alone: what is computed with them is never stored.
+//! Scales of a warp's kBLOCKS blocks of 16 rows, `stride` rows apart, to `scales` in shared memory. Rows beyond the
+//! last are left alone: what is computed with them is never stored.
 template <int kBLOCKS>
 __device__ __forceinline__ void loadRowScales(float2* scales, EpilogueParams const& p, int row, int stride, int lane)
 {

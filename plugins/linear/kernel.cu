@@ -157,7 +157,8 @@ cudaError_t rowStatistics(RowStatisticsParams const& params, cudaStream_t stream
 {
     bool const known = params.dataType == DataType::kHALF || params.dataType == DataType::kBF16;
     if (!known || params.rows < 1 || params.width < 1 || params.width % kLINEAR_STATISTICS_WIDTH != 0
-        || params.x == nullptr || params.statistics == nullptr || !aligned(params.x, 4) || !aligned(params.statistics, 8))
+        || params.x == nullptr || params.statistics == nullptr || !aligned(params.x, 4)
+        || !aligned(params.statistics, 8))
     {
         return cudaErrorInvalidValue;
     }

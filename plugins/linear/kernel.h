@@ -45,8 +45,8 @@ struct LinearParams
     LinearActivation activation;
     DataType dataType; //!< T: kHALF or kBF16
     int32_t tactic;    //!< 0: by cost; else 1 to linearTacticCount(), see README.md
-    //! Programmatic dependent launch: this grid may start while its predecessor in the stream ends. Only `weight`, which
-    //! must not be written by that predecessor, is read before it has ended.
+    //! Programmatic dependent launch: this grid may start while its predecessor in the stream ends. Before that end
+    //! only `weight` is read, which the predecessor must not write.
     bool overlapPredecessor;
 };
 

@@ -61,7 +61,8 @@ __device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], uint32_t row)
 __device__ __forceinline__ void multiply(float* d, uint32_t const (&a)[4], uint32_t b0, uint32_t b1, __half)
 {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -69,14 +70,16 @@ __device__ __forceinline__ void multiply(float* d, uint32_t const (&a)[4], uint3
 __device__ __forceinline__ void multiply(float* d, uint32_t const (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16)
 {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 //! Rows [row, row + kROWS) and columns [column, column + 64) of T [rows, columns] to a stage.
 template <int kROWS, int kTHREADS, typename T>
-__device__ __forceinline__ void copyRows(uint32_t destination, T const* source, int row, int rows, int column, int columns)
+__device__ __forceinline__ void copyRows(
+    uint32_t destination, T const* source, int row, int rows, int column, int columns)
 {
     static_assert(kROWS * 8 % kTHREADS == 0);
 #pragma unroll
@@ -174,7 +177,8 @@ __global__ void __launch_bounds__(TILE::kTHREADS)
     int const column = tileColumn + warpColumn;
     int const piece = lane % 8; // coalesced: eight lanes a row
     bool const pieceInside = column + 8 * piece < p.outputs;
-    auto const pieceAt = [&](int r) { return reinterpret_cast<uint4*>(buffer + r * kROW_BYTES + ((piece ^ (r % 8)) << 4)); };
+    auto const pieceAt
+        = [&](int r) { return reinterpret_cast<uint4*>(buffer + r * kROW_BYTES + ((piece ^ (r % 8)) << 4)); };
 #pragma unroll
     for (int m = 0; m < TILE::kM16; ++m)
     {

@@ -115,6 +115,19 @@ struct Shared
     }
 };
 
+//! Of a warp: scales [kM64 * 16 rows] and column pairs [kBN / 2].
+template <typename TILE>
+__device__ __forceinline__ float2* rowScalesOf(uint8_t* sharedMemory, uint32_t warp)
+{
+    return reinterpret_cast<float2*>(sharedMemory + TILE::kSCALES_AT) + warp * TILE::kM64 * kCHUNK_ROWS;
+}
+
+template <typename TILE>
+__device__ __forceinline__ ColumnPair* columnPairsOf(uint8_t* sharedMemory, uint32_t warp)
+{
+    return reinterpret_cast<ColumnPair*>(sharedMemory + TILE::kCOLUMNS_AT) + warp * (TILE::kBN / 2);
+}
+
 //! By one thread. A stage is empty after an arrival of every warp that read it, in `sharers` blocks.
 template <typename TILE>
 __device__ __forceinline__ void initBarriers(Shared<TILE> const& shared, int sharers)
@@ -359,8 +372,8 @@ __global__ void __launch_bounds__(384, 1)
         sm90::waitForPriorGrids();
         uint32_t const group = warp / 4;
         ChunkPipe<TILE> pipe{shared, warp, lane};
-        auto* const scales = reinterpret_cast<float2*>(sharedMemory + TILE::kSCALES_AT) + warp * TILE::kM64 * kCHUNK_ROWS;
-        auto* const columns = reinterpret_cast<ColumnPair*>(sharedMemory + TILE::kCOLUMNS_AT) + warp * kBN / 2;
+        auto* const scales = rowScalesOf<TILE>(sharedMemory, warp);
+        auto* const columns = columnPairsOf<TILE>(sharedMemory, warp);
         RingPosition<TILE::kSTAGES> ring;
         ring.advance(group * steps);
         uint32_t turnParity = group ^ 1; // group 0 begins
@@ -412,8 +425,9 @@ __global__ void __launch_bounds__(384, 1)
             for (int chunk = 0; chunk < TILE::kCHUNKS; ++chunk, ++pipe.sequence)
             {
                 int const m = chunk / TILE::kCHUNKS_N;
-                finishChunk<T, kEPILOGUE>(&acc[m][chunk % TILE::kCHUNKS_N * 32], pipe, &maps.y, p,
-                    scales + m * kCHUNK_ROWS, columns + chunk % TILE::kCHUNKS_N * 32, chunkRow(chunk), chunkColumn(chunk));
+                int const n = chunk % TILE::kCHUNKS_N;
+                finishChunk<T, kEPILOGUE>(&acc[m][n * 32], pipe, &maps.y, p, scales + m * kCHUNK_ROWS,
+                    columns + n * 32, chunkRow(chunk), chunkColumn(chunk));
                 // The preceding chunk's buffer is drained by now: its next residual can come.
                 int const next = chunk - 1 + TILE::kBUFFERS;
                 if (kEPILOGUE == Epilogue::kRESIDUAL && chunk > 0 && next < TILE::kCHUNKS && lane == 0)
@@ -505,8 +519,8 @@ __global__ void __launch_bounds__(160, 1)
 
     sm90::waitForPriorGrids();
     ChunkPipe<TILE> pipe{shared, warp, lane};
-    auto* const scales = reinterpret_cast<float2*>(sharedMemory + TILE::kSCALES_AT) + warp * TILE::kM64 * kCHUNK_ROWS;
-    auto* const columns = reinterpret_cast<ColumnPair*>(sharedMemory + TILE::kCOLUMNS_AT) + warp * TILE::kBN / 2;
+    auto* const scales = rowScalesOf<TILE>(sharedMemory, warp);
+    auto* const columns = columnPairsOf<TILE>(sharedMemory, warp);
     int const row = tileRow + static_cast<int>(warp) * kCHUNK_ROWS;
     auto const chunkRow = [&](int chunk) { return row + chunk / TILE::kCHUNKS_N * 64; };
     auto const chunkColumn = [&](int chunk) { return column + chunk % TILE::kCHUNKS_N * kCHUNK_COLUMNS; };
@@ -550,7 +564,8 @@ __global__ void __launch_bounds__(160, 1)
 #pragma unroll
             for (int i = 0; i < 8; ++i)
             {
-                partials[(chunk * 8 + i) * 128 + threadIdx.x] = make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+                partials[(chunk * 8 + i) * 128 + threadIdx.x]
+                    = make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
             }
         }
         sm90::clusterSync();
@@ -577,8 +592,8 @@ __global__ void __launch_bounds__(160, 1)
                 v[4 * i + 3] = part.w + (other > 0 ? v[4 * i + 3] : 0.0F);
             }
         }
-        finishChunk<T, kEPILOGUE>(
-            v, pipe, &maps.y, p, scales + m * kCHUNK_ROWS, columns + chunk % TILE::kCHUNKS_N * 32, chunkRow(chunk), chunkColumn(chunk));
+        finishChunk<T, kEPILOGUE>(v, pipe, &maps.y, p, scales + m * kCHUNK_ROWS,
+            columns + chunk % TILE::kCHUNKS_N * 32, chunkRow(chunk), chunkColumn(chunk));
         ++pipe.sequence;
     }
     if (lane == 0)
