@@ -1,0 +1,173 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+//! Device-side helpers of the kernels: conversions, 16-byte packs, warp reductions.
+
+namespace trocr
+{
+
+constexpr int kWARP_SIZE = 32;
+constexpr unsigned kFULL_WARP = 0xffffffffU;
+constexpr float kLOG2_E = 1.4426950408889634F;
+
+template <typename T>
+__device__ __forceinline__ float toFloat(T value)
+{
+    return static_cast<float>(value);
+}
+
+//! Rounds to nearest even.
+template <typename T>
+__device__ __forceinline__ T fromFloat(float value)
+{
+    return static_cast<T>(value);
+}
+
+//! Two neighbouring elements in one register, and their conversions.
+template <typename T>
+struct PairOf;
+
+template <>
+struct PairOf<__half>
+{
+    using Type = __half2;
+
+    static __device__ __forceinline__ float2 unpack(__half2 pair)
+    {
+        return __half22float2(pair);
+    }
+
+    static __device__ __forceinline__ __half2 pack(float low, float high)
+    {
+        return __floats2half2_rn(low, high);
+    }
+};
+
+template <>
+struct PairOf<__nv_bfloat16>
+{
+    using Type = __nv_bfloat162;
+
+    static __device__ __forceinline__ float2 unpack(__nv_bfloat162 pair)
+    {
+        return __bfloat1622float2(pair);
+    }
+
+    static __device__ __forceinline__ __nv_bfloat162 pack(float low, float high)
+    {
+        return __floats2bfloat162_rn(low, high);
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ unsigned packPair(float low, float high)
+{
+    typename PairOf<T>::Type const pair = PairOf<T>::pack(low, high);
+    static_assert(sizeof(pair) == sizeof(unsigned));
+    return reinterpret_cast<unsigned const&>(pair);
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpackPair(unsigned bits)
+{
+    return PairOf<T>::unpack(reinterpret_cast<typename PairOf<T>::Type const&>(bits));
+}
+
+//! kSIZE neighbouring elements, read and written by one access and held as float32: 16 bytes of them (Pack<T>), or
+//! one element where sizes or addresses allow no more (Pack<T, 1>).
+template <typename T, int kSIZE = 16 / sizeof(T)>
+struct Pack
+{
+    static_assert(kSIZE == 1 || kSIZE * sizeof(T) == 16);
+
+    float values[kSIZE];
+
+    static __device__ __forceinline__ Pack load(T const* address)
+    {
+        if constexpr (kSIZE == 1)
+        {
+            return {toFloat(*address)};
+        }
+        else
+        {
+            return fromBits(*reinterpret_cast<uint4 const*>(address));
+        }
+    }
+
+    __device__ __forceinline__ void store(T* address) const
+    {
+        if constexpr (kSIZE == 1)
+        {
+            *address = fromFloat<T>(values[0]);
+        }
+        else
+        {
+            *reinterpret_cast<uint4*>(address) = toBits();
+        }
+    }
+
+    static __device__ __forceinline__ Pack fromBits(uint4 bits)
+    {
+        if constexpr (sizeof(T) == 4)
+        {
+            return {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
+        }
+        else
+        {
+            float2 const a = unpackPair<T>(bits.x);
+            float2 const b = unpackPair<T>(bits.y);
+            float2 const c = unpackPair<T>(bits.z);
+            float2 const d = unpackPair<T>(bits.w);
+            return {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
+        }
+    }
+
+    __device__ __forceinline__ uint4 toBits() const
+    {
+        if constexpr (sizeof(T) == 4)
+        {
+            return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+                __float_as_uint(values[3])};
+        }
+        else
+        {
+            return {packPair<T>(values[0], values[1]), packPair<T>(values[2], values[3]),
+                packPair<T>(values[4], values[5]), packPair<T>(values[6], values[7])};
+        }
+    }
+};
+
+//! Sum over groups of kLANES neighbouring lanes, a power of two; every lane gets it, in the same order of addition.
+template <int kLANES = kWARP_SIZE>
+__device__ __forceinline__ float groupSum(float value)
+{
+#pragma unroll
+    for (int offset = kLANES / 2; offset > 0; offset /= 2)
+    {
+        value += __shfl_xor_sync(kFULL_WARP, value, offset);
+    }
+    return value;
+}
+
+template <int kLANES = kWARP_SIZE>
+__device__ __forceinline__ float groupMax(float value)
+{
+#pragma unroll
+    for (int offset = kLANES / 2; offset > 0; offset /= 2)
+    {
+        value = fmaxf(value, __shfl_xor_sync(kFULL_WARP, value, offset));
+    }
+    return value;
+}
+
+//! 2^x in one instruction, relative error at most 2^-22; 0 for -inf. exp2f would add a rescaling of denormal results.
+__device__ __forceinline__ float exp2Approx(float x)
+{
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+} // namespace trocr

@@ -1,0 +1,72 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include <cuda_runtime.h>
+
+//! Host-side helpers of the launchers.
+
+namespace trocr
+{
+
+//! The `false` of canImplement..., with its reason.
+inline bool refuse(char const** reason, char const* why)
+{
+    if (reason != nullptr)
+    {
+        *reason = why;
+    }
+    return false;
+}
+
+//! Whether every pointer is there and on a multiple of `bytes`.
+template <typename... Pointers>
+bool areAligned(size_t bytes, Pointers const*... pointers)
+{
+    return ((pointers != nullptr && reinterpret_cast<uintptr_t>(pointers) % bytes == 0) && ...);
+}
+
+template <typename Integer>
+constexpr Integer ceilDiv(Integer numerator, Integer denominator)
+{
+    return (numerator + denominator - 1) / denominator;
+}
+
+//! An attribute of the current device; a cached look-up, allowed during stream capture.
+inline cudaError_t deviceAttribute(cudaDeviceAttr attribute, int& value)
+{
+    int device{};
+    cudaError_t const status = cudaGetDevice(&device);
+    return status != cudaSuccess ? status : cudaDeviceGetAttribute(&value, attribute, device);
+}
+
+//! Launches without dynamic shared memory; the error returned is this launch's, not an earlier one's. With
+//! `clusterX` above 1, that many blocks along x share their memory (compute capability 9.0 and above only).
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(
+    void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned clusterX, cudaStream_t stream, Arguments... arguments)
+{
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = clusterX;
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = clusterX > 1 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Arguments... arguments)
+{
+    return launch(kernel, grid, block, 1U, stream, arguments...);
+}
+
+} // namespace trocr
