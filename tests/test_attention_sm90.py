@@ -48,7 +48,7 @@ def test_many_heads_a_block(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", (4.0, 16.0, 30.0))
+@pytest.mark.parametrize("scale", (4.0, 16.0))
 def test_large_logits(scale, dtype):
     """Logits in the thousands: every row's reference moves, in any key tile."""
     error, bound, _ = errors(module, random_qkv(2, 578, 6, dtype, scale))
