@@ -32,7 +32,7 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 
-def run(module, qkv: torch.Tensor, context: torch.Tensor) -> None:
+def run(module, qkv: torch.Tensor, context: torch.Tensor, overlap_predecessor: bool = False) -> None:
     batch, length, _, heads, head_dim = qkv.shape
     module.encoder_attention(
         qkv=qkv.data_ptr(),
@@ -43,6 +43,7 @@ def run(module, qkv: torch.Tensor, context: torch.Tensor) -> None:
         head_dim=head_dim,
         dtype=str(qkv.dtype).removeprefix("torch."),
         stream=torch.cuda.current_stream().cuda_stream,
+        overlap_predecessor=overlap_predecessor,
     )
 
 

@@ -25,7 +25,7 @@ trocr::DataType parseType(std::string const& name)
 }
 
 void encoderAttention(uintptr_t qkv, uintptr_t context, int32_t batch, int32_t sequenceLength, int32_t numHeads,
-    int32_t headDim, std::string const& dtype, uintptr_t stream)
+    int32_t headDim, std::string const& dtype, uintptr_t stream, bool overlapPredecessor)
 {
     trocr::EncoderAttentionParams params{};
     params.qkv = reinterpret_cast<void const*>(qkv);
@@ -40,7 +40,8 @@ void encoderAttention(uintptr_t qkv, uintptr_t context, int32_t batch, int32_t s
     {
         throw std::invalid_argument(reason);
     }
-    cudaError_t const status = trocr::encoderAttentionSm90(params, reinterpret_cast<cudaStream_t>(stream));
+    cudaError_t const status
+        = trocr::encoderAttentionSm90(params, reinterpret_cast<cudaStream_t>(stream), overlapPredecessor);
     if (status != cudaSuccess)
     {
         throw std::runtime_error(std::string("encoder attention on sm_90: ") + cudaGetErrorString(status));
@@ -60,5 +61,6 @@ PYBIND11_MODULE(TROCR_MODULE, module)
     module.def("encoder_attention", &encoderAttention,
         "context [B, S, H * d] = softmax(Q K^T / sqrt(d)) V of qkv [B, S, 3, H, d]; both contiguous, addresses as int",
         py::kw_only(), py::arg("qkv"), py::arg("context"), py::arg("batch"), py::arg("sequence_length"),
-        py::arg("num_heads"), py::arg("head_dim"), py::arg("dtype"), py::arg("stream"));
+        py::arg("num_heads"), py::arg("head_dim"), py::arg("dtype"), py::arg("stream"),
+        py::arg("overlap_predecessor") = false);
 }

@@ -149,6 +149,8 @@ __device__ __forceinline__ void produce(
         ++load;
     };
 
+    // The consumers write only after they have read what is loaded from here on: they need not wait themselves.
+    waitForPriorGrids();
     for (int begin = blockBegin, end; begin < blockEnd; begin = end)
     {
         end = passEnd(arguments, begin, blockEnd, V::kGROUPS);
@@ -519,8 +521,11 @@ __global__ void __launch_bounds__(V::kTHREADS, 1) encoderAttentionKernel(__grid_
             barrierInit(shared.queryEmpty(i), kCONSUMER_WARPS);
         }
         barrierInitFence();
+        prefetchTensorMap(&queryMap);
+        prefetchTensorMap(&keyValueMap);
     }
     __syncthreads();
+    launchDependents();
 
     // Uniform in a warp, and known to be so.
     int const group = __shfl_sync(kFULL_WARP, static_cast<int>(threadIdx.x) / 128, 0);
@@ -590,7 +595,7 @@ cudaError_t makeMap(EncoderAttentionParams const& params, int rows, CUtensorMap&
 }
 
 template <typename T, typename V>
-cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
+cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, bool overlapPredecessor)
 {
     int processors{};
     cudaError_t status = deviceAttribute(cudaDevAttrMultiProcessorCount, processors);
@@ -635,16 +640,22 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
     config.blockDim = V::kTHREADS;
     config.dynamicSmemBytes = V::kSHARED_BYTES;
     config.stream = stream;
+    cudaLaunchAttribute dependent{};
+    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &dependent;
+    config.numAttrs = overlapPredecessor ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, queryMap, keyValueMap, arguments);
 }
 
 template <typename T>
-cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
+cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, bool overlapPredecessor)
 {
     using Short = Chosen::ShortTail;
     int const tail = (params.sequenceLength - 1) % Short::kKEYS + 1;
     bool const isShort = params.sequenceLength > Short::kKEYS && tail <= Short::kTAIL;
-    return isShort ? run<T, Short>(params, stream) : run<T, Chosen::FullTail>(params, stream);
+    return isShort ? run<T, Short>(params, stream, overlapPredecessor)
+                   : run<T, Chosen::FullTail>(params, stream, overlapPredecessor);
 }
 
 } // namespace
@@ -672,12 +683,13 @@ bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char
     return true;
 }
 
-cudaError_t encoderAttentionSm90(EncoderAttentionParams const& params, cudaStream_t stream)
+cudaError_t encoderAttentionSm90(EncoderAttentionParams const& params, cudaStream_t stream, bool overlapPredecessor)
 {
     if (!canImplementEncoderAttentionSm90(params) || !areAligned(16, params.qkv, params.context))
     {
         return cudaErrorInvalidValue;
     }
-    return params.dataType == DataType::kHALF ? run<__half>(params, stream) : run<__nv_bfloat16>(params, stream);
+    return params.dataType == DataType::kHALF ? run<__half>(params, stream, overlapPredecessor)
+                                              : run<__nv_bfloat16>(params, stream, overlapPredecessor);
 }
 } // namespace trocr
