@@ -4,7 +4,7 @@
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
     find_program(trocr_nvcc nvcc NO_CACHE PATHS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
     if(NOT trocr_nvcc)
-        file(GLOB trocr_nvcc_wheels ${Python_SITELIB}/nvidia/cu*/bin)
+        file(GLOB trocr_nvcc_wheels ${TROCR_SITE_PACKAGES}/nvidia/cu*/bin)
         find_program(trocr_nvcc nvcc NO_CACHE PATHS ${trocr_nvcc_wheels} NO_DEFAULT_PATH)
         cmake_path(SET trocr_nvcc_root NORMALIZE "${trocr_nvcc}/../..")
         if(trocr_nvcc AND NOT EXISTS ${trocr_nvcc_root}/lib64)
@@ -16,7 +16,7 @@ if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
     if(NOT trocr_nvcc)
         message(FATAL_ERROR
             "nvcc not found. Looked for: CUDACXX and CMAKE_CUDA_COMPILER (not set), nvcc on the PATH, "
-            "CUDA_HOME, CUDA_PATH, /usr/local/cuda, ${Python_SITELIB}/nvidia/cu*/bin. "
+            "CUDA_HOME, CUDA_PATH, /usr/local/cuda, ${TROCR_SITE_PACKAGES}/nvidia/cu*/bin. "
             "Remedy: `${Python_EXECUTABLE} scripts/get_cuda.py` installs it from PyPI, or set CUDACXX.")
     endif()
     set(CMAKE_CUDA_COMPILER ${trocr_nvcc} CACHE FILEPATH "CUDA compiler")
