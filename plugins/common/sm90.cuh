@@ -25,7 +25,7 @@ __device__ __forceinline__ void barrierInit(uint32_t barrier, uint32_t arrivals)
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-//! fence.mbarrier_init: makes initialised barriers visible to the cluster and the copy engine; before a cluster barrier.
+//! fence.mbarrier_init: makes initialised barriers visible to cluster and copy engine; before a cluster barrier.
 __device__ __forceinline__ void barrierInitFence()
 {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -98,7 +98,7 @@ __device__ __forceinline__ void clusterSync()
             : "memory");
 }
 
-//! The same without ordering memory: for the start (after barrierInitFence) and the end of a block's life.
+//! The same without ordering memory: after barrierInitFence, and where a block only waits for others' finished reads.
 __device__ __forceinline__ void clusterSyncRelaxed()
 {
     asm volatile(

@@ -363,8 +363,12 @@ __global__ void __launch_bounds__(384, 1)
                         shared.x(ring.stage), &maps.x, step * kBLOCK_K, row, shared.full(ring.stage));
                 }
             }
+            // The peer arrives at this block's barriers: the block must not leave before the last arrival.
+            for (int i = 0; i < TILE::kSTAGES; ++i, ring.advance())
+            {
+                sm90::barrierWait(shared.empty(ring.stage), ring.parity ^ 1);
+            }
         }
-        __syncwarp();
     }
     else
     {
@@ -441,10 +445,7 @@ __global__ void __launch_bounds__(384, 1)
         {
             sm90::storeWaitRead<0>();
         }
-        __syncwarp();
     }
-    // A block's stages and barriers are written by its peer: neither may leave first.
-    sm90::clusterSyncRelaxed();
 }
 
 //! Small problems. A cluster computes one tile: block r multiplies steps r, r + size, ..., leaves its accumulators in
