@@ -62,7 +62,7 @@ def check(name):
     ]
     cases += [(2, s, 3) for s in (97, 208, 209, 257, 592, 593, 640, 641, 1025)] + [
         (16, 578, 12),
-        (40, 578, 16),
+        (24, 578, 16),
     ]
     for dtype in (torch.float16, torch.bfloat16):
         for b, s, h in cases:
@@ -94,7 +94,7 @@ def bench(names):
     )
     begun = time.time()
     for heads, batch in ((12, 64), (6, 64), (12, 16), (6, 16), (6, 8), (16, 8), (6, 1), (12, 1), (16, 1)):
-        if time.time() - begun > 32:
+        if time.time() - begun > 25:
             break
         copies = max(2, min(12, (200 << 20) // (batch * heads * 578 * 384)))
         x = torch.randn(copies, batch, 578, 3, heads, 64, device="cuda", dtype=torch.float16)
