@@ -2,8 +2,8 @@
 
     python -m profiling.attention_sm90 [--module trocr_attention_sm90] [--batch 1,8,16,64] [--heads 3,6,12,16]
 
-Ours reads the packed qkv [B, S, 3, H, 64]; PyTorch gets separate contiguous q, k, v [B, H, S, 64]. Times are medians of
-CUDA-graph replays; TFLOP/s count 4 S^2 64 a head, the work without padding.
+Ours reads the packed qkv [B, S, 3, H, 64]; PyTorch gets separate contiguous q, k, v [B, H, S, 64]. Times are
+medians of CUDA-graph replays; TFLOP/s count 4 S^2 64 a head, the work without padding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HEAD_DIM = 64
-ROTATION_BYTES = 256 << 20  # several inputs in turn, so that they come from memory and not from the 50 MB L2 cache
+ROTATION_BYTES = (
+    256 << 20
+)  # several inputs in turn, so that they come from memory and not from the 50 MB L2 cache
 
 
 def reference(qkv: torch.Tensor) -> torch.Tensor:
@@ -49,7 +51,9 @@ def run(module, qkv: torch.Tensor, context: torch.Tensor, overlap_predecessor: b
 
 def errors(module, qkv: torch.Tensor) -> tuple[float, float, torch.Tensor]:
     """Largest error against float32 and its bound (design.md's rule), and the context."""
-    context = torch.full((*qkv.shape[:2], qkv[0, 0, 0].numel()), torch.nan, dtype=qkv.dtype, device=qkv.device)
+    context = torch.full(
+        (*qkv.shape[:2], qkv[0, 0, 0].numel()), torch.nan, dtype=qkv.dtype, device=qkv.device
+    )
     run(module, qkv, context)
     exact = reference(qkv.float())
     error = (context.float() - exact).abs().nan_to_num(torch.inf).max().item()
@@ -109,7 +113,14 @@ def main() -> None:
                 ours = graph_milliseconds(
                     [lambda i=i, c=contexts, x=inputs: run(module, x[i], c[i]) for i in range(copies)]
                 )
-                row = [options.dtype, length, heads, batch, f"{error:.1e}", "ok" if error <= bound else "WRONG"]
+                row = [
+                    options.dtype,
+                    length,
+                    heads,
+                    batch,
+                    f"{error:.1e}",
+                    "ok" if error <= bound else "WRONG",
+                ]
                 tera = 4 * length**2 * HEAD_DIM * heads * batch / 1e9
                 row += [f"{ours * 1e3:.1f}", f"{tera / ours:.0f}"]
                 if not options.no_flash:

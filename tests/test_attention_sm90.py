@@ -35,7 +35,9 @@ def test_matches_float32(length, batch, heads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", (16, 63, 64, 65, 127, 128, 129, 208, 209, 384, 385, 576, 592, 593, 640, 641, 769))
+@pytest.mark.parametrize(
+    "length", (16, 63, 64, 65, 127, 128, 129, 208, 209, 384, 385, 576, 592, 593, 640, 641, 769)
+)
 def test_tile_borders(length, dtype):
     error, bound, _ = errors(module, random_qkv(3, length, 5, dtype))
     assert error <= bound

@@ -138,7 +138,8 @@ __device__ __forceinline__ void produce(
         int const i = tile - blockBegin;
         barrierWait(shared.queryEmpty(i), Shared<V>::queryPhase(i) ^ 1);
         barrierArriveExpect(shared.queryFull(i), kQUERY_BYTES);
-        loadBox4d(shared.query(i), queryMap, 0, tile % arguments.queryTiles * kQUERIES, head, image, shared.queryFull(i));
+        int const row = tile % arguments.queryTiles * kQUERIES;
+        loadBox4d(shared.query(i), queryMap, 0, row, head, image, shared.queryFull(i));
     };
     int load = 0;
     auto loadKeysOrValues = [&](int keyTile, int row, int image)
@@ -236,7 +237,7 @@ __device__ __forceinline__ void threadMaxima(float const* s, float (&maxima)[2])
     }
 }
 
-//! 2^x on the FMA units, x up to 127, relative error 7.4e-5 (a ninth of half an fp16 step): 2^n 2^f with n the nearest
+//! 2^x on the FMA units, x up to 127, relative error 7.5e-5 (fp16 rounds to 2.4e-4 at best): 2^n 2^f with n the nearest
 //! integer, and a minimax polynomial for 2^f, -0.5 <= f <= 0.5.
 __device__ __forceinline__ float exp2Polynomial(float x)
 {
@@ -339,6 +340,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
     int const tailColumns = arguments.sequenceLength - (keyTiles - 1) * kKEYS;
     float const scale = arguments.scale;
     bool const leader = threadIdx.x % kWARP_SIZE == 0;
+    int const warp = __shfl_sync(kFULL_WARP, static_cast<int>(threadIdx.x) % 128 / kWARP_SIZE, 0);
 
     auto waitFull = [&](int load) { barrierWait(shared.slotFull(load), Shared<V>::slotPhase(load)); };
     auto release = [&](bool condition, uint32_t empty)
@@ -381,6 +383,9 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
         for (; mine < passTiles; mine += V::kGROUPS)
         {
             bool const last = mine + V::kGROUPS >= passTiles;
+            // This warp's rows are all beyond the sequence: its part of the products is computed and dropped.
+            int const firstRow = (blockBegin + mine) % arguments.queryTiles * kQUERIES + warp * 16;
+            bool const idle = firstRow >= arguments.sequenceLength;
             release(last, shared.slotEmpty(passLoad));
             if constexpr (kTAIL == kKEYS)
             {
@@ -390,12 +395,15 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                     mask<kKEYS>(s, tailColumns);
                 }
             }
-            threadMaxima<kKEYS>(s, maxima);
-            maxima[0] = groupMax<4>(maxima[0]);
-            maxima[1] = groupMax<4>(maxima[1]);
-            sums[0] = 0.0F;
-            sums[1] = 0.0F;
-            exponentials<kKEYS, V::kPOLYNOMIAL>(s, scale, maxima, sums);
+            maxima[0] = maxima[1] = 0.0F;
+            sums[0] = sums[1] = 0.0F;
+            if (!idle)
+            {
+                threadMaxima<kKEYS>(s, maxima);
+                maxima[0] = groupMax<4>(maxima[0]);
+                maxima[1] = groupMax<4>(maxima[1]);
+                exponentials<kKEYS, V::kPOLYNOMIAL>(s, scale, maxima, sums);
+            }
             pack<T, kKEYS>(p, s);
 #pragma unroll
             for (int i = 0; i < kHEAD_DIM / 2; ++i)
@@ -423,25 +431,33 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                 if constexpr (kIS_TAIL)
                 {
                     release(true, shared.queryEmpty(mine));
-                    mask<N>(s, tailColumns);
                 }
-                float tops[2];
-                threadMaxima<N>(s, tops);
-                bool const lags = fmaxf(tops[0] - maxima[0], tops[1] - maxima[1]) * scale > kLAG;
-                bool const rescale = __any_sync(kFULL_WARP, lags);
+                bool rescale = false;
                 float factors[2];
-                if (rescale)
+                // In the tail, which is short, one branch more leaves ptxas without the registers it needs.
+                if (kIS_TAIL || !idle)
                 {
-#pragma unroll
-                    for (int h = 0; h < 2; ++h)
+                    if constexpr (kIS_TAIL)
                     {
-                        float const maximum = fmaxf(maxima[h], groupMax<4>(tops[h]));
-                        factors[h] = exp2Approx((maxima[h] - maximum) * scale);
-                        sums[h] *= factors[h];
-                        maxima[h] = maximum;
+                        mask<N>(s, tailColumns);
                     }
+                    float tops[2];
+                    threadMaxima<N>(s, tops);
+                    bool const lags = fmaxf(tops[0] - maxima[0], tops[1] - maxima[1]) * scale > kLAG;
+                    rescale = __any_sync(kFULL_WARP, lags);
+                    if (rescale)
+                    {
+#pragma unroll
+                        for (int h = 0; h < 2; ++h)
+                        {
+                            float const maximum = fmaxf(maxima[h], groupMax<4>(tops[h]));
+                            factors[h] = exp2Approx((maxima[h] - maximum) * scale);
+                            sums[h] *= factors[h];
+                            maxima[h] = maximum;
+                        }
+                    }
+                    exponentials<N, V::kPOLYNOMIAL>(s, scale, maxima, sums);
                 }
-                exponentials<N, V::kPOLYNOMIAL>(s, scale, maxima, sums);
 
                 // The wait stands in both branches: in one line with the exponentials, ptxas moves it above them, and
                 // then nothing overlaps with the second product.

@@ -9,8 +9,8 @@ namespace trocr
 //! the device (compute capability 9.0) are looked at.
 bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char const** reason = nullptr);
 
-//! Enqueues the op on a Hopper GPU; params as for encoderAttention. With overlapPredecessor (programmatic dependent launch)
-//! the grid may start while its predecessor in the stream ends; it touches qkv and context only after that.
+//! Enqueues the op on a Hopper GPU; params as for encoderAttention. With overlapPredecessor (programmatic dependent
+//! launch) the grid may start while its predecessor in the stream ends; it touches qkv and context only after that.
 cudaError_t encoderAttentionSm90(
     EncoderAttentionParams const& params, cudaStream_t stream, bool overlapPredecessor = false);
 

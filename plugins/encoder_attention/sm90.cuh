@@ -95,7 +95,7 @@ struct RegisterProduct;
                          " {" TROCR_P10() "," TROCR_P10(1) "," TROCR_P10(2) "," TROCR_P2(3) "}, {%32,%33,%34,%35},"    \
                          " %36, p, 1, 1, 1;\n"                                                                         \
                          "}\n"                                                                                         \
-                         : TROCR_INOUT8(0), TROCR_INOUT8(8), TROCR_INOUT8(16), TROCR_INOUT8(24)                                                                \
+                         : TROCR_INOUT8(0), TROCR_INOUT8(8), TROCR_INOUT8(16), TROCR_INOUT8(24)                        \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                        \
         }                                                                                                              \
     };
