@@ -89,8 +89,8 @@ class Recognizer:
         backend_choice: its name and, where "auto" chose it, the reason: "onnxruntime (no NVIDIA GPU)".
 
     Raises:
-        CheckpointError, BuildError, SurgeryError, ManifestError, BackendError, GenerationError: what cannot be
-            used; the message names the file, the value and the remedy.
+        CheckpointError, BuildError, SurgeryError, ManifestError, BackendError, GenerationError: something
+            cannot be used; the message names the file, the value and the remedy.
     """
 
     def __init__(
