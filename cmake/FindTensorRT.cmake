@@ -10,7 +10,7 @@ Looked at, in this order, for each:
 * ``TensorRT_INCLUDE_DIR`` and ``TensorRT_LIBRARY`` (cache), which decide;
 * ``TENSORRT_ROOT`` (cache variable, then environment variable): ``include`` and ``lib``;
 * ``.deps/tensorrt`` of this project, where ``scripts/get_tensorrt.py`` puts it;
-* for the library: the Python package ``tensorrt_libs`` of ``Python_EXECUTABLE``;
+* for the library: the Python package ``tensorrt_libs`` in ``TROCR_SITE_PACKAGES``;
 * system paths: NVIDIA's packages, ``/usr/local/tensorrt``, ``/opt/tensorrt``.
 
 Targets: ``TensorRT::headers``; ``TensorRT::nvinfer`` where the library was found.
@@ -27,8 +27,8 @@ endif()
 list(APPEND _roots ${CMAKE_SOURCE_DIR}/.deps/tensorrt)
 set(_system /usr /usr/local /usr/local/tensorrt /opt/tensorrt)
 set(_python_libs "")
-if(Python_SITELIB)
-    set(_python_libs ${Python_SITELIB}/tensorrt_libs)
+if(TROCR_SITE_PACKAGES)
+    set(_python_libs ${TROCR_SITE_PACKAGES}/tensorrt_libs)
 endif()
 
 find_path(TensorRT_INCLUDE_DIR NvInfer.h
