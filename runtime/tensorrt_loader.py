@@ -1,10 +1,3 @@
-<<<<<<< HEAD
-class TensorRTError(RuntimeError): pass
-def find_plugin_library(): raise TensorRTError("none")
-def load_tensorrt(): raise TensorRTError("none")
-def load_plugin_library(ops): pass
-def tensorrt_logger(): pass
-=======
 """Finding TensorRT's Python module and libraries, and the plugin library.
 
 Nothing is loaded on import. Each function looks once a process; what fails says what was looked for where.
@@ -153,4 +146,3 @@ def _register_plugins() -> Path:
             "of the same names are registered already"
         )
     return library
->>>>>>> plugin
