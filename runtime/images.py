@@ -46,7 +46,7 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
         return _decode(_from_array(source, name), name)
     if isinstance(source, Image.Image):
         return _decode(source, name)
-    raise ImageError(f"{name}: a {type(source).__name__}; give a path, a PIL image or a numpy array")
+    raise ImageError(f"{name}: of type {type(source).__name__}; give a path, a PIL image or a numpy array")
 
 
 def _load_file(path: Path, name: str) -> Image.Image:

@@ -102,7 +102,7 @@ def test_a_search_leaves_nothing_behind(
     backend_name: str, checkpoint: Callable[[str], Path], graphs: Callable[[Path, str], Path]
 ):
     """The same backend again, with other images, another batch size and the first images once more."""
-    spec = load_spec(checkpoint("base"))
+    spec = load_spec(checkpoint("small"))
     decode = GreedyDecoder(open_backend(backend_name, spec, graphs), NEW_TOKENS)
     pixels = pixel_values(spec, batch=4)
     first = decode(pixels)

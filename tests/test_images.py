@@ -192,7 +192,7 @@ def test_unsuitable_array(array: np.ndarray):
 
 
 def test_unsuitable_object():
-    with pytest.raises(ImageError, match="crop 7: a bytes; give a path, a PIL image or a numpy array"):
+    with pytest.raises(ImageError, match="crop 7: of type bytes; give a path, a PIL image or a numpy array"):
         load_image(b"\x89PNG", "crop 7")
 
 
