@@ -55,7 +55,7 @@ VARIANTS = ("stock", "fused", "torch", "compile", "onnxruntime")
 DEFAULT_VARIANTS = "stock,fused,torch" if ON_GPU else "onnxruntime,torch"
 DEFAULT_BATCHES = "1,8,16,64" if ON_GPU else "1"
 DEFAULT_PRECISION = "fp16" if ON_GPU else "fp32"
-PAGE_LINES = 64
+PAGE_LINES = 64 if ON_GPU else 8
 REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
 WARMUPS = 3
 MIN_REPEATS, MAX_REPEATS, SECONDS = 10, 200, 1.0  # of one measurement
@@ -99,8 +99,11 @@ def encoder_flops(spec: EncoderSpec) -> float:
     return spec.num_hidden_layers * layer + 2 * patches * 3 * spec.patch_height * spec.patch_width * width
 
 
-def measure(run: Callable[[], None], before: Callable[[], None] = lambda: None) -> list[float]:
-    """Milliseconds of repeated runs. `before` prepares each and is not timed."""
+def measure(
+    run: Callable[[], None], before: Callable[[], None] = lambda: None, device: torch.device = DEVICE
+) -> list[float]:
+    """Milliseconds of repeated runs on `device`. `before` prepares each and is not timed."""
+    time_once = _time_on_gpu if device.type == "cuda" else _time_on_cpu
     for _ in range(WARMUPS):
         before()
         run()
@@ -108,7 +111,7 @@ def measure(run: Callable[[], None], before: Callable[[], None] = lambda: None) 
     end = time.perf_counter() + SECONDS
     while len(times) < MIN_REPEATS or (len(times) < MAX_REPEATS and time.perf_counter() < end):
         before()
-        times.append(_time_on_gpu(run) if ON_GPU else _time_on_cpu(run))
+        times.append(time_once(run))
     return times
 
 
@@ -152,7 +155,7 @@ class BackendVariant:
 
     def decoder(self, pixels: torch.Tensor, tokens: int) -> Measurement:
         search, start, steps = self._search(pixels, tokens)
-        times = measure(steps, before=start)
+        times = measure(steps, start, self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
 
     def end_to_end(self, pixels: torch.Tensor, tokens: int) -> Measurement:
@@ -163,7 +166,8 @@ class BackendVariant:
             steps()
             search.output_ids.tolist()
 
-        return Measurement(measure(run), search.output_ids[:, 1:])
+        times = measure(run, device=self.backend.device)
+        return Measurement(times, search.output_ids[:, 1:])
 
     def page(self, lines: Sequence[Path], batch: int) -> Measurement:
         return _measure_page(Recognizer(self.folder, backend=self.backend.name, batch_size=batch), lines)
@@ -213,7 +217,8 @@ class OnnxVariant(BackendVariant):
         dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[session.get_inputs()[0].type]
         inputs = {"pixel_values": pixels.numpy().astype(dtype)}
         (hidden,) = session.run(None, inputs)
-        return Measurement(measure(lambda: session.run(None, inputs)), torch.from_numpy(hidden))
+        times = measure(lambda: session.run(None, inputs), device=self.backend.device)
+        return Measurement(times, torch.from_numpy(hidden))
 
 
 class TorchVariant:

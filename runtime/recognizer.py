@@ -1,4 +1,4 @@
-"""Images of text lines -> text: preprocessing, batches, and an error of its own for every image that fails."""
+"""Images of text lines -> text: preprocessing, batches, and an error of its own for an image that fails."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from graph_surgery.checkpoint import CheckpointError, ModelSpec
-from runtime.backends import open_backend
 from runtime.backends.base import BackendError
+from runtime.backends.choice import open_backend
 from runtime.generation import GreedyDecoder, new_token_limit
 from runtime.images import ImageError, ImageSource, load_image
 
@@ -77,7 +77,7 @@ class Recognizer:
     Args:
         model: a checkpoint's folder or hub id, or an engine folder made by build.py.
         backend: "tensorrt", "onnxruntime", "torch", or "auto" for the first of the first two that can run.
-        plugins: which fused ops the graphs have where they are built here: "fused", "none" or a list of names.
+        plugins: the fused ops of graphs that are built here: "fused", "none", or names with commas.
         engines: the engine folder, where it is not `model` itself or build.py's default.
         precision: "fp32", "fp16" or "bf16"; by default what suits the backend.
         batch_size: images a batch; by default what suits the device.
@@ -89,8 +89,8 @@ class Recognizer:
         backend_choice: its name and, where "auto" chose it, the reason: "onnxruntime (no NVIDIA GPU)".
 
     Raises:
-        CheckpointError, BackendError, EngineError, ManifestError, SurgeryError, GenerationError: whatever cannot
-            be used; the message names the file, the value and the remedy.
+        CheckpointError, BuildError, SurgeryError, ManifestError, BackendError, GenerationError: something
+            cannot be used; the message names the file, the value and the remedy.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ def _load_processors(spec: ModelSpec):
     expected = (3, spec.encoder.image_height, spec.encoder.image_width)
     if shape != expected:
         raise CheckpointError(
-            f"{spec.source / 'preprocessor_config.json'}: makes images of {list(shape)}, and config.json asks "
+            f"{spec.source / 'preprocessor_config.json'}: makes images of {list(shape)}, config.json asks "
             f"for {list(expected)}; take both files from the same checkpoint"
         )
     return processor, tokenizer
