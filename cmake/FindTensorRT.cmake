@@ -10,7 +10,7 @@ Looked at, in this order, for each:
 * ``TensorRT_INCLUDE_DIR`` and ``TensorRT_LIBRARY`` (cache), which decide;
 * ``TENSORRT_ROOT`` (cache variable, then environment variable): ``include`` and ``lib``;
 * ``.deps/tensorrt`` of this project, where ``scripts/get_tensorrt.py`` puts it;
-* for the library: the Python package ``tensorrt_libs`` of ``Python_EXECUTABLE``;
+* for the library: the Python package ``tensorrt_libs`` in ``TROCR_SITE_PACKAGES``;
 * system paths: NVIDIA's packages, ``/usr/local/tensorrt``, ``/opt/tensorrt``.
 
 Targets: ``TensorRT::headers``; ``TensorRT::nvinfer`` where the library was found.
@@ -27,8 +27,8 @@ endif()
 list(APPEND _roots ${CMAKE_SOURCE_DIR}/.deps/tensorrt)
 set(_system /usr /usr/local /usr/local/tensorrt /opt/tensorrt)
 set(_python_libs "")
-if(Python_SITELIB)
-    set(_python_libs ${Python_SITELIB}/tensorrt_libs)
+if(TROCR_SITE_PACKAGES)
+    set(_python_libs ${TROCR_SITE_PACKAGES}/tensorrt_libs)
 endif()
 
 find_path(TensorRT_INCLUDE_DIR NvInfer.h
@@ -59,12 +59,13 @@ if(TensorRT_INCLUDE_DIR AND EXISTS ${TensorRT_INCLUDE_DIR}/NvInferVersion.h)
     list(JOIN TensorRT_VERSION "." TensorRT_VERSION)
 endif()
 
+list(JOIN _system ", " _system_text)
 string(JOIN "\n    " _looked
     "TensorRT_INCLUDE_DIR: ${TensorRT_INCLUDE_DIR}"
-    "TENSORRT_ROOT (cmake): ${TENSORRT_ROOT}"
-    "TENSORRT_ROOT (environment): $ENV{TENSORRT_ROOT}"
-    ".deps/tensorrt: ${CMAKE_SOURCE_DIR}/.deps/tensorrt/include"
-    "system: ${_system}, in include and include/${CMAKE_LIBRARY_ARCHITECTURE}")
+    "TENSORRT_ROOT of CMake: ${TENSORRT_ROOT}"
+    "TENSORRT_ROOT of the environment: $ENV{TENSORRT_ROOT}"
+    "the project: ${CMAKE_SOURCE_DIR}/.deps/tensorrt/include"
+    "system: ${_system_text}, in include and include/${CMAKE_LIBRARY_ARCHITECTURE}")
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(TensorRT
     REQUIRED_VARS TensorRT_INCLUDE_DIR
@@ -90,6 +91,6 @@ if(TensorRT_FOUND)
     endif()
 endif()
 mark_as_advanced(TensorRT_INCLUDE_DIR TensorRT_LIBRARY)
-foreach(_name roots system python_libs names lines looked part line)
+foreach(_name roots system system_text python_libs names lines looked part line)
     unset(_${_name})
 endforeach()

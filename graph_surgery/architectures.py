@@ -104,7 +104,7 @@ PRINTABLE_ASCII = [chr(code) for code in range(ord(" "), ord("~") + 1)]
 
 
 def random_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
-    """Writes a full-size checkpoint of ARCHITECTURES[name] with random weights, into `folder`; returns `folder`."""
+    """Writes a full-size checkpoint of ARCHITECTURES[name] with random weights; returns `folder`."""
     return write_random_checkpoint(*ARCHITECTURES[name], folder, dtype, seed)
 
 
@@ -117,7 +117,7 @@ def write_random_checkpoint(
     """
     config = VisionEncoderDecoderConfig.from_dict(
         {
-            "encoder": encoder,
+            "encoder": dict(encoder),  # a copy: reading takes keys out
             "decoder": {
                 "cross_attention_hidden_size": encoder["hidden_size"],
                 "is_decoder": True,

@@ -243,6 +243,8 @@ def load_model(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> VisionEnc
     model.encoder.pooler = None  # takes no part in TrOCR, and most checkpoints do not have it
     if not spec.decoder.use_learned_position_embeddings:
         _restore_sinusoidal_positions(model, dtype)
+    # The published small checkpoints switch the cache off, which only makes `generate` slow.
+    model.config.decoder.use_cache = model.generation_config.use_cache = True
     return model.eval()
 
 
@@ -325,8 +327,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / WEIGHTS_INDEX).is_file():
-        shards = _read_json(folder / WEIGHTS_INDEX).get("weight_map", {})
-        return [folder / name for name in sorted(set(shards.values()))]
+        weight_map = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / WEIGHTS_INDEX} names no files in weight_map; fetch it again")
+        return [folder / name for name in sorted(set(weight_map.values()))]
     if any(folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder} has its weights as .bin only, and {WEIGHTS} is needed: load it with transformers and "

@@ -2,9 +2,9 @@
 
     python -m graph_surgery.export --model DIR --precision fp16 --out DIR
 
-The modules below drive Hugging Face's own submodules in Hugging Face's order of operations. They differ from
-its forward functions only in what would clutter a graph: sizes are constants, not read from tensors, and masks
-that mask nothing are not built. docs/design.md lists the graphs' tensors.
+The modules below drive Hugging Face's own submodules in Hugging Face's order of operations. They leave out of
+its forward functions what would clutter a graph: sizes are constants, not read from tensors, and there are no
+masks that mask nothing. docs/design.md lists the graphs' tensors.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Stock ONNX -> fused ONNX: runs the chosen passes over a model's graphs and checks that each fired as often as it must.
+"""Stock ONNX -> fused ONNX: runs passes over a model's graphs and checks that each fired as often as it must.
 
     python -m graph_surgery.fuse --in STOCK_DIR --out FUSED_DIR --plugins fused --model CHECKPOINT
 
-A fused graph runs as it is on ONNX Runtime, for it carries the definition of every fused op as a local function.
-TensorRT takes the copy that `strip_functions` makes. The graph's metadata says what was done:
+A fused graph runs as it is on ONNX Runtime, for it carries the definition of every fused op as a local
+function. TensorRT takes the copy that `strip_functions` makes. The graph's metadata says what was done:
 
     trocr.plugins    the `--plugins` names of the fused ops, separated by commas
     trocr.replaced   JSON, for every new node the names of the stock nodes whose work it does
@@ -40,18 +40,19 @@ MAX_INLINE_BYTES = 2_000_000_000
 # Stand-ins for dynamic dimensions, (first, step) in each of two runs: see _infer_shapes.
 PROBES = ((1009, 10), (2003, 30))
 
-# graphsurgeon warns that it would convert bfloat16 weights to another type. It does not any more: onnx hands it arrays of
-# ml_dtypes.bfloat16, which it writes as they are (tests/test_passes.py holds it to that).
+# graphsurgeon warns that it would convert bfloat16 weights to another type. It does not any more: onnx hands
+# it arrays of ml_dtypes.bfloat16, which it writes as they are (tests/test_passes.py holds it to that).
 G_LOGGER.severity = G_LOGGER.ERROR
 
 
 def fuse(
     models: Mapping[str, onnx.ModelProto], spec: ModelSpec, plugins: Collection[str]
 ) -> dict[str, onnx.ModelProto]:
-    """Fuse the graphs of one model: `models` by name (encoder, cross_kv, decoder), `plugins` by their `--plugins` names.
+    """Fuse the graphs of one model.
 
-    Returns new models; those given keep their nodes. Raises SurgeryError where a pass fires more or less often than the
-    checkpoint's configuration lets one expect.
+    `models` are by name (encoder, cross_kv, decoder), `plugins` are the names that `--plugins` takes. Returns
+    new models; those given keep their nodes. Raises SurgeryError where a pass fires more or less often than
+    the checkpoint's configuration lets one expect.
     """
     progress = tqdm(models.items(), desc=f"fuse {spec.name}", unit="graph", disable=None)
     return {name: fuse_graph(name, model, spec, plugins) for name, model in progress}
@@ -93,7 +94,7 @@ def _check_count(name: str, plugin: str, expected: int, report: PassReport) -> N
 
 
 def import_graph(model: onnx.ModelProto) -> gs.Graph:
-    """The graph for the passes: every tensor knows type and shape, and equal symbols in shapes are equal sizes."""
+    """The graph for the passes: tensors know type and shape; equal symbols in shapes are equal sizes."""
     graph = gs.import_onnx(model)
     graph.import_domains = list(model.opset_import)  # exporting adds to it: not to the given model's
     tensors = graph.tensors()
@@ -124,9 +125,10 @@ def attach_functions(model: onnx.ModelProto, plugins: Collection[str]) -> None:
 
 
 def strip_functions(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The copy for TensorRT: 10.6 takes a local function before a plugin of the same name, so it must see none.
+    """The copy for TensorRT, without the local functions.
 
-    Outputs that a function must have and a plugin omits (nameless ones at the end) go too.
+    TensorRT 10.6 would take a function rather than the plugin of the same name. Outputs that a function must
+    have and a plugin omits (nameless ones at the end) go too.
     """
     stripped = onnx.ModelProto()
     stripped.CopyFrom(model)
@@ -140,9 +142,10 @@ def strip_functions(model: onnx.ModelProto) -> onnx.ModelProto:
 def _infer_shapes(model: onnx.ModelProto) -> dict[str, tuple[np.dtype | int, list[int | str]]]:
     """Type and shape of every tensor that ONNX's inference can tell.
 
-    Its symbolic inference loses a dynamic dimension at the first Reshape to [-1, ...]; with numbers it does not. So every
-    symbol gets a number, twice: a dimension that is the same in both runs is constant, and two dimensions that are
-    equal in both runs are equal. They get the symbol of the input or output that has them, or else a name of both numbers.
+    Its symbolic inference loses a dynamic dimension at the first Reshape to [-1, ...]; with numbers it does
+    not. So every symbol gets a number, twice: a dimension that is the same in both runs is constant, and two
+    dimensions that are equal in both runs are equal. They get the symbol of the input or output that has
+    them, or else a name of both numbers.
     """
     names = dict.fromkeys(
         dim.dim_param
@@ -176,8 +179,9 @@ def _infer_shapes(model: onnx.ModelProto) -> dict[str, tuple[np.dtype | int, lis
 def _infer_shapes_with(
     model: onnx.ModelProto, sizes: Mapping[str, int]
 ) -> dict[str, tuple[np.dtype | int, list[int]]]:
-    """Types and shapes with these numbers for the symbols of the inputs. Tensors of unknown shape are left out."""
-    # Inference gets no weights, only the small constants that are shapes: it copies what it gets, 2 GB at most.
+    """Types and shapes with these numbers for the inputs' symbols; without tensors of unknown shape."""
+    # Inference gets no weights, only the small constants that are shapes: it copies what it gets, 2 GB at
+    # most.
     slim = onnx.ModelProto(
         ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions
     )
@@ -225,7 +229,7 @@ def load(folder: Path) -> dict[str, onnx.ModelProto]:
 
 
 def save(model: onnx.ModelProto, file: Path) -> Path:
-    """Write the file whole or not at all. Weights beyond what one ONNX file can hold go into FILE.data beside it."""
+    """Write the file whole or not at all. Weights beyond what one ONNX file holds go into FILE.data."""
     partial = file.with_name(file.name + ".partial")
     if sum(len(weight.raw_data) for weight in model.graph.initializer) <= MAX_INLINE_BYTES:
         onnx.save(model, partial)

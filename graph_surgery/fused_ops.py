@@ -1,8 +1,8 @@
 """The one table of fused ops: names, inputs, outputs, attributes and definitions.
 
-Every op is defined by an ONNX local function made of standard operators. That function is the specification of the CUDA
-plugin of the same name, and it is what ONNX Runtime executes where there is no GPU. All bodies compute in float32 and
-round once, at the output; in a float32 graph the casts vanish.
+Every op is defined by an ONNX local function made of standard operators. That function is the specification
+of the CUDA plugin of the same name, and it is what ONNX Runtime executes where there is no GPU. All bodies
+compute in float32 and round once, at the output; in a float32 graph the casts vanish.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ import onnx.parser
 
 DOMAIN = "trocr"
 VERSION = "1"
-# The bodies use LayerNormalization (17) and nothing whose form changed up to opset 20. ONNX wants a function and its model
-# to agree on the opset, so a body is instantiated for the opset of the model that carries it.
+# The bodies use LayerNormalization (17) and nothing whose form changed up to opset 20. ONNX wants a function
+# and its model to agree on the opset, so a body is instantiated for the opset of the model that carries it.
 MIN_OPSET = 17
 
 
@@ -24,7 +24,7 @@ class SurgeryError(ValueError):
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of a fused op. Required if `default` is None; any value of `type` is allowed if `allowed` is empty."""
+    """An attribute of a fused op: required without a `default`, of any value without `allowed`."""
 
     name: str
     type: type[int] | type[float] | type[str]
@@ -35,7 +35,8 @@ class Attribute:
         """Return `value` if it suits, else raise SurgeryError."""
         if type(value) is not self.type:
             raise SurgeryError(
-                f"{op}: attribute {self.name}={value!r} is of type {type(value).__name__}, expected {self.type.__name__}"
+                f"{op}: attribute {self.name}={value!r} is of type {type(value).__name__}, "
+                f"expected {self.type.__name__}"
             )
         if self.allowed and value not in self.allowed:
             raise SurgeryError(
@@ -62,7 +63,7 @@ class FusedOp:
     body: str
 
     def node_attributes(self, **values: int | float | str) -> dict[str, int | float | str]:
-        """All attributes of a node, checked and completed with defaults and the plugin's version and namespace."""
+        """All attributes of a node: checked, and completed with defaults, plugin version and namespace."""
         unknown = values.keys() - {attribute.name for attribute in self.attributes}
         if unknown:
             raise SurgeryError(f"{self.name}: unknown attribute {', '.join(sorted(unknown))}")
@@ -82,7 +83,8 @@ class FusedOp:
             attribute.name if attribute.default is None else _with_default(attribute)
             for attribute in self.attributes
         ]
-        # ONNX Runtime refuses a call with attributes that the function does not declare, and TensorRT wants these two.
+        # ONNX Runtime refuses a call with attributes that the function does not declare, and TensorRT wants
+        # these two.
         declared += [f'plugin_version: string = "{VERSION}"', f'plugin_namespace: string = "{DOMAIN}"']
         return onnx.parser.parse_function(
             f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
@@ -142,8 +144,8 @@ DECODER_SELF_ATTENTION = FusedOp(
     inputs=("qkv", "past_key", "past_value", "position_ids"),
     outputs=("context", "present_key", "present_value"),
     attributes=(Attribute("num_heads", int),),
-    # What lies in the cache beyond a row's position may be anything, NaN too: the values are masked as well as the scores,
-    # for 0 * NaN is NaN.
+    # What lies in the cache beyond a row's position may be anything, NaN too: the values are masked as well
+    # as the scores, for 0 * NaN is NaN.
     body="""
         num_heads = Constant <value_int: int = @num_heads> ()
         first_axis = Constant <value_ints = [0]> ()
@@ -243,7 +245,8 @@ RESIDUAL_LAYER_NORM = FusedOp(
         wide_gamma = Cast <to = 1> (gamma)
         wide_beta = Cast <to = 1> (beta)
         wide_sum = Add (wide_x, wide_residual)
-        wide_normed = LayerNormalization <axis = -1, epsilon: float = @epsilon> (wide_sum, wide_gamma, wide_beta)
+        wide_normed =
+            LayerNormalization <axis = -1, epsilon: float = @epsilon> (wide_sum, wide_gamma, wide_beta)
         normed = CastLike (wide_normed, x)
         sum = CastLike (wide_sum, x)
     """,
@@ -255,8 +258,9 @@ BIAS_ACTIVATION = FusedOp(
     inputs=("x", "bias"),
     outputs=("y",),
     attributes=(Attribute("activation", str, allowed=("gelu", "relu")),),
-    # Opset 17 cannot compare strings; but two that are equal have one distinct element. GELU is x * Phi(x), with the
-    # cumulative normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2. The branch is chosen when a graph is loaded.
+    # Opset 17 cannot compare strings; but two that are equal have one distinct element. GELU is x * Phi(x),
+    # with the cumulative normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2. The branch is chosen when a
+    # graph is loaded.
     body="""
         wide_x = Cast <to = 1> (x)
         wide_bias = Cast <to = 1> (bias)
@@ -308,7 +312,7 @@ GROUPS: Mapping[str, frozenset[str]] = {
 
 
 def parse_plugins(text: str) -> frozenset[str]:
-    """Turn the value of `--plugins`, names and groups separated by commas, into plugin names (keys of `FUSED_OPS`).
+    """Turn the value of `--plugins`, names and groups separated by commas, into keys of `FUSED_OPS`.
 
     Raises SurgeryError for a name that is neither.
     """

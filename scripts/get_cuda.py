@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Makes sure that there is an nvcc: the one installed, else PyPI's in the environment of the Python that runs this.
+"""Makes sure that there is an nvcc: the one installed, else PyPI's, in the environment that runs this.
 
     .venv/bin/python scripts/get_cuda.py
 
-Prints the nvcc that `cmake -S . -B build` will use (cmake/TrocrCuda.cmake looks in the same order). Does nothing more
-when there is one. Exit code 2, with the reason, when none can be had.
+Prints the nvcc that `cmake -S . -B build` will use (cmake/TrocrCuda.cmake looks in the same order). Does
+nothing more when there is one. Exit code 2, with the reason, when none can be had.
 """
 
 import os
@@ -47,8 +47,8 @@ def install() -> Path:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--requirement", str(REQUIREMENTS)]
     if subprocess.run(command).returncode != 0:
         raise ToolchainError(
-            f"pip could not install {REQUIREMENTS.name} (its message is above). Looked before for CUDACXX, nvcc on the "
-            "PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda. Install a CUDA toolkit or set CUDACXX"
+            f"pip could not install {REQUIREMENTS.name} (its message is above), and nvcc was not found by "
+            "CUDACXX, the PATH, CUDA_HOME, CUDA_PATH or in /usr/local/cuda: install a toolkit or set CUDACXX"
         )
     if (nvcc := packaged_nvcc()) is None:
         raise ToolchainError(

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Makes sure that TensorRT is there: headers to build the plugins, libraries and a Python module to run engines.
+"""Makes sure that TensorRT is there: headers to build plugins, libraries and a Python module to run engines.
 
     .venv/bin/python scripts/get_tensorrt.py [--dest .deps/tensorrt]
 
-Each of the three is looked for first (the Python package `tensorrt`, TENSORRT_ROOT, system packages, --dest), and only
-what is missing is fetched, from public registries: the libraries of TensorRT 10.6.0 with Maven (1.1 GB), the headers
-with cargo, the Python module with pip. Nothing is left half done: --dest changes only when a part is complete. Exit
-code 2, with what was looked for where, when a part cannot be had.
+Each of the three is looked for first (the Python package `tensorrt`, TENSORRT_ROOT, system packages, --dest).
+Only what is missing is fetched, from public registries: the libraries of TensorRT 10.6.0 with Maven (1.1 GB),
+the headers with cargo, the Python module with pip. Nothing is left half done: --dest changes only when a part
+is complete. Exit code 2, with what was looked for where, when a part cannot be had.
 """
 
 import argparse
+import contextlib
 import ctypes.util
 import importlib.util
 import os
@@ -78,20 +79,22 @@ def find_tool(name: str, fetches: str, package: str) -> str:
     if path := shutil.which(name) or shutil.which(Path.home() / ".cargo" / "bin" / name):
         return path
     raise FetchError(
-        f"`{name}` is needed to fetch {fetches}, and is not on the PATH.\n"
-        f"Remedies: install {package}; or install TensorRT (`pip install tensorrt` for libraries and Python module, "
-        "NVIDIA's tar file or system packages for headers too) and set TENSORRT_ROOT to the folder that holds `lib` and "
-        "`include`"
+        f"TensorRT's {fetches} are not installed: looked for the Python package tensorrt, TENSORRT_ROOT "
+        f"({os.environ.get('TENSORRT_ROOT', 'not set')}) and system packages. Fetching them needs `{name}`, "
+        f"which is neither on the PATH nor in ~/.cargo/bin.\n"
+        f"Remedies: install {package}, or install TensorRT itself (NVIDIA's tar file or system packages hold "
+        "everything, `pip install tensorrt` libraries and Python module) and set TENSORRT_ROOT to the folder "
+        "that holds `lib` and `include`"
     )
 
 
 def folder_bytes(folder: Path) -> int:
+    """Size of all files; those that vanish while we look count as nothing."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size
-        except FileNotFoundError:  # renamed by the tool while we look
-            continue
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(parent, name)).st_size
     return total
 
 
@@ -106,8 +109,10 @@ def show(what: str, done: int, total: int) -> None:
 
 def run_tool(command: list[str], cwd: Path, what: str, total: int) -> None:
     """Runs a download quietly, showing how `cwd` grows. Raises FetchError with the tool's last words."""
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=subprocess.STDOUT)
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, cwd=cwd, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
         while process.poll() is None:
             time.sleep(0.5)
             show(what, min(folder_bytes(cwd), total - 1), total)
@@ -126,7 +131,7 @@ def replace(new: Path, target: Path) -> None:
 
 
 def fetch_libraries(dest: Path) -> None:
-    maven = find_tool("mvn", "TensorRT's libraries", "Maven (Debian and Ubuntu: `apt-get install maven`)")
+    maven = find_tool("mvn", "libraries", "Maven (Debian and Ubuntu: `apt-get install maven`)")
     needed = ARTIFACT_BYTES + LIBRARIES_BYTES + 200_000_000
     free = shutil.disk_usage(dest).free
     if free < needed:
@@ -175,7 +180,7 @@ def unpack(jar: Path, folder: Path) -> None:
 
 
 def fetch_headers(dest: Path) -> None:
-    cargo = find_tool("cargo", "TensorRT's headers", "Rust (Debian and Ubuntu: `apt-get install cargo`)")
+    cargo = find_tool("cargo", "headers", "Rust (Debian and Ubuntu: `apt-get install cargo`)")
     crate, version = CRATE
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=dest) as scratch:
         package = Path(scratch)

@@ -65,7 +65,7 @@ CASES = {
 
 
 def random_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """Writes the checkpoint CASES[name] into `folder`; returns `folder`. Equal arguments give equal weights."""
+    """Writes the checkpoint CASES[name] into `folder`; returns `folder`. Equal arguments, equal weights."""
     architecture, encoder_changes, decoder_changes = CASES[name]
     encoder, decoder = ARCHITECTURES[architecture]
     return write_random_checkpoint(encoder | encoder_changes, decoder | decoder_changes, folder, dtype, seed)

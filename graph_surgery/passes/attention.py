@@ -1,4 +1,4 @@
-"""The part that the three attention passes have in common: from a Softmax to heads of queries, keys and values."""
+"""What the three attention passes share: from a Softmax to the heads of queries, keys and values."""
 
 import math
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Heads:
 
 @dataclass
 class Attention:
-    """softmax(query @ key^T / sqrt(d)) @ value around one Softmax; `nodes` are those between heads and `context` rows."""
+    """softmax(query @ key^T / sqrt(d)) @ value; `nodes` lie between heads and `context` rows."""
 
     query: Heads
     key: Heads
@@ -66,7 +66,7 @@ class Projection:
 
 
 def match_attention(softmax: gs.Node) -> Attention:
-    """Match unmasked attention scaled by 1/sqrt(d), the scale on the queries, on the keys, or after the product."""
+    """Match unmasked attention scaled by 1/sqrt(d): on the queries, on the keys, or after the product."""
     if not last_axis(softmax):
         raise Mismatch(f"the softmax is over axis {softmax.attrs['axis']}, not over the last one, the keys")
     nodes = [softmax]
@@ -92,7 +92,8 @@ def match_attention(softmax: gs.Node) -> Attention:
     nodes.append(mix)
     if (query.transposed, key.transposed, value.transposed) != (False, True, False):
         raise Mismatch(
-            "the products are not those of attention, [B, H, Q, d] x [B, H, d, S] and [B, H, Q, S] x [B, H, S, d]"
+            "the products are not those of attention, "
+            "[B, H, Q, d] x [B, H, d, S] and [B, H, Q, S] x [B, H, S, d]"
         )
     if len({(heads.num_heads, heads.head_dim) for heads in (query, key, value)}) != 1:
         raise Mismatch("queries, keys and values are not split into the same heads")
@@ -109,7 +110,7 @@ def match_attention(softmax: gs.Node) -> Attention:
 
 
 def trace_heads(tensor: gs.Tensor) -> Heads:
-    """Trace heads [B, H, S, d] or [B, H, d, S] back through transposes, the split of rows into heads, and scalars."""
+    """Trace heads [B, H, S, d] or [B, H, d, S] back through scalars, transposes, and the split of rows."""
     if len(shape(tensor)) != 4:
         raise Mismatch(
             f"tensor '{tensor.name}' has shape {list(shape(tensor))}, expected four axes [B, H, S, d]"
@@ -145,13 +146,16 @@ def trace_heads(tensor: gs.Tensor) -> Heads:
 
 
 def _split_of_rows(node: gs.Node) -> tuple[int, int, bool] | None:
-    """If the node splits rows [B, S, H*d] into heads: (H, d, True) for [B, S, H, d], (H, d, False) for [B, H, 1, d]."""
+    """How the node splits rows [B, S, H*d] into heads, if it does.
+
+    (H, d, True) for heads [B, S, H, d], (H, d, False) for [B, H, 1, d].
+    """
     if node.op != "Reshape":
         return None
     before, after = shape(node.inputs[0]), shape(node.outputs[0])
     if len(before) != 3 or len(after) != 4 or before[0] != after[0]:
         return None
-    batch, length, width = before
+    _, length, width = before
     if after[1] == length and _product(after[2], after[3]) == width:
         return after[2], after[3], True
     # With one row there is nothing to transpose, and the exporter reshapes directly.

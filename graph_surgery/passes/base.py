@@ -31,7 +31,8 @@ class PassReport:
     """What a pass did to one graph.
 
     fused: names of the fused nodes.
-    replaced: for every new node (the fused ones and packed projections) the names of the stock nodes it stands for.
+    replaced: for every new node (the fused ones and packed projections) the names of the stock nodes it
+    stands for.
     rejected: for every anchor left alone (by name) the reason.
     """
 
@@ -95,7 +96,7 @@ class FusionPass(ABC):
         replaces: list[gs.Node],
         **attributes: int | float | str,
     ) -> NewNode:
-        """The fused node, named after the module that `anchor` belongs to: /layers.3/attention/TrOCREncoderAttention."""
+        """The fused node, named after its module: /layers.3/attention/TrOCREncoderAttention."""
         return NewNode(
             op=self.op.name,
             name=sibling_name(anchor, self.op.name),

@@ -48,7 +48,7 @@ class BiasActivationPass(FusionPass):
 
 
 def _match_erf_gelu(erf: gs.Node) -> tuple[gs.Tensor, gs.Tensor, list[gs.Node]]:
-    """Match x * (1 + erf(x / sqrt(2))) * 0.5 in any order of its factors: x, the result, and the nodes between."""
+    """Match x * (1 + erf(x / sqrt(2))) * 0.5, its factors in any order: x, result, and the nodes between."""
     inner = producer(erf.inputs[0])
     split = split_scalar(inner)
     if split is None or not close(split[1], math.sqrt(0.5), erf.inputs[0].dtype):

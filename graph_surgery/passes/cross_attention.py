@@ -1,4 +1,4 @@
-"""Cross-attention of the decoder: one new token attends to the encoder's keys and values, computed once an image."""
+"""Cross-attention of the decoder: one new token attends to the keys and values of the image."""
 
 import onnx_graphsurgeon as gs
 

@@ -5,19 +5,19 @@ import onnx_graphsurgeon as gs
 
 from graph_surgery.checkpoint import ModelSpec
 from graph_surgery.fused_ops import DECODER_SELF_ATTENTION
-from graph_surgery.passes.attention import Heads, match_attention, pack_projections, trace_heads
+from graph_surgery.passes.attention import Attention, Heads, match_attention, pack_projections, trace_heads
 from graph_surgery.passes.base import FusionPass, NewNode
-from graph_surgery.passes.matching import Mismatch, producer, require_op, shape
+from graph_surgery.passes.matching import Mismatch, describe, only_consumer, producer, require_op, shape
 
 POSITION_IDS = "position_ids"
 CAPACITY = "capacity"
 
 
 class DecoderSelfAttentionPass(FusionPass):
-    """Three projections, two appends to the cache, and attention to all of it -> one projection and one fused op.
+    """Three projections, two appends to the cache, attention to all of it -> one projection, one fused op.
 
-    The stock graph appends the new token at the end of the cache, which is row `position_ids` of a fixed one: both
-    have the same rows up to there, and the fused op ignores what lies beyond.
+    The stock graph appends the new token at the end of the cache, which is row `position_ids` of a fixed one:
+    both have the same rows up to there, and the fused op ignores what lies beyond.
     """
 
     op = DECODER_SELF_ATTENTION
@@ -32,8 +32,8 @@ class DecoderSelfAttentionPass(FusionPass):
         if not query.from_rows or shape(query.source)[1] != 1:
             raise Mismatch(f"the query '{query.source.name}' is not one row [B, 1, H*d]")
         position_ids = _position_ids(graph, shape(query.source)[0])
-        past_key, new_key, present_key, key_nodes = _match_append(graph, attention.key)
-        past_value, new_value, present_value, value_nodes = _match_append(graph, attention.value)
+        past_key, new_key, present_key, key_nodes = _match_append(graph, attention, attention.key)
+        past_value, new_value, present_value, value_nodes = _match_append(graph, attention, attention.value)
         qkv, projection = pack_projections(anchor, query, new_key, new_value)
         fused = self.fused_node(
             anchor,
@@ -64,8 +64,10 @@ def _position_ids(graph: gs.Graph, batch: int | str) -> gs.Tensor:
     raise Mismatch(f"the graph has no input {POSITION_IDS}, which says where in the cache the new token goes")
 
 
-def _match_append(graph: gs.Graph, heads: Heads) -> tuple[gs.Tensor, Heads, gs.Tensor, list[gs.Node]]:
-    """Match Concat(past, new) along the rows: past, new, present and the nodes from the new token's rows to present."""
+def _match_append(
+    graph: gs.Graph, attention: Attention, heads: Heads
+) -> tuple[gs.Tensor, Heads, gs.Tensor, list[gs.Node]]:
+    """Match Concat(past, new) along the rows: past, new, present and the nodes that make present."""
     if heads.from_rows:
         raise Mismatch(f"'{heads.source.name}' is not appended to a cache")
     append = require_op(producer(heads.source), "Concat", f"of cache and new token at '{heads.source.name}'")
@@ -79,6 +81,12 @@ def _match_append(graph: gs.Graph, heads: Heads) -> tuple[gs.Tensor, Heads, gs.T
         raise Mismatch(f"the cache '{past.name}' is not an input of the graph")
     if not any(present is tensor for tensor in graph.outputs):
         raise Mismatch(f"the longer cache '{present.name}' is not an output of the graph")
+    # Fixed, both hold more rows than growing: nothing else may look at them.
+    only_consumer(past)
+    readers = {id(node) for node in attention.all_nodes}
+    for user in present.outputs:
+        if id(user) not in readers:
+            raise Mismatch(f"the longer cache '{present.name}' is also used by {describe(user)}")
     new_heads = trace_heads(new)
     if not new_heads.from_rows or new_heads.transposed or new_heads.scale != 1:
         raise Mismatch(f"'{new.name}' is not one plain row of heads [B, H, 1, d]")

@@ -10,7 +10,7 @@ from graph_surgery.passes.matching import Mismatch
 
 
 class EncoderAttentionPass(FusionPass):
-    """Three projections, split into heads, scaled product, softmax, product, merge -> one projection and one fused op."""
+    """Three projections, split into heads, attention, merge -> one projection and one fused op."""
 
     op = ENCODER_ATTENTION
     anchors = frozenset({"Softmax"})

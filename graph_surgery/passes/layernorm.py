@@ -20,8 +20,9 @@ class LayerNormPass(FusionPass):
     anchors = frozenset({"LayerNormalization"})
 
     def expected(self, spec: ModelSpec) -> dict[str, int]:
-        # Every encoder layer has two residuals; each is normalised by the LayerNorm after it, the last by the final one.
-        # Every decoder layer has three. The embedding LayerNorm normalises the sum of token and position.
+        # Every encoder layer has two residuals; each is normalised by the LayerNorm after it, the last by the
+        # final one. Every decoder layer has three. The embedding LayerNorm normalises the sum of token and
+        # position.
         return {
             "encoder": 2 * spec.encoder.num_hidden_layers,
             "decoder": 3 * spec.decoder.num_hidden_layers + spec.decoder.layernorm_embedding,

@@ -55,7 +55,7 @@ def scalar(tensor: gs.Tensor) -> float | None:
 
 
 def split_scalar(node: gs.Node | None) -> tuple[gs.Tensor, float] | None:
-    """Take `Mul(x, c)`, `Mul(c, x)` or `Div(x, c)` with a scalar constant apart: (x, factor). None for other nodes."""
+    """(x, factor) of `Mul(x, c)`, `Mul(c, x)` or `Div(x, c)` with a scalar constant, None of other nodes."""
     if node is None or node.op not in ("Mul", "Div"):
         return None
     left, right = node.inputs
@@ -67,7 +67,7 @@ def split_scalar(node: gs.Node | None) -> tuple[gs.Tensor, float] | None:
 
 
 def split_bias(node: gs.Node | None) -> tuple[gs.Tensor, gs.Constant] | None:
-    """Take `Add(x, b)` or `Add(b, x)` with a constant vector `b` as long as x's last axis apart: (x, b)."""
+    """(x, b) of `Add(x, b)` or `Add(b, x)` with a constant vector as long as x's last axis."""
     if node is None or node.op != "Add":
         return None
     for x, bias in (node.inputs, reversed(node.inputs)):
@@ -84,7 +84,7 @@ def close(value: float, expected: float, dtype: np.dtype | int) -> bool:
 
 
 def require_private(graph: gs.Graph, nodes: Iterable[gs.Node], outputs: Iterable[gs.Tensor]) -> None:
-    """Prove that `nodes` can go: no tensor of theirs but `outputs` is used elsewhere or is an output of the graph."""
+    """Prove that `nodes` can go: of their tensors only `outputs` are used elsewhere or leave the graph."""
     inside = {id(node) for node in nodes}
     staying = {tensor.name for tensor in outputs}
     graph_outputs = {tensor.name for tensor in graph.outputs}

@@ -1,0 +1,54 @@
+#include "encoder_attention/kernel.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/launch.h"
+#include "encoder_attention/launchers.h"
+
+namespace trocr
+{
+
+bool canImplementEncoderAttention(EncoderAttentionParams const& params, char const** reason)
+{
+    if (sizeOf(params.dataType) == 0)
+    {
+        return refuse(reason, "the data type is none of float32, float16, bfloat16");
+    }
+    if (params.headDim != 32 && params.headDim != 64)
+    {
+        return refuse(reason, "the head size is neither 32 nor 64");
+    }
+    if (params.batch < 1 || params.numHeads < 1 || params.sequenceLength < 1)
+    {
+        return refuse(reason, "batch, heads and sequence length must be at least 1");
+    }
+    if (params.batch > 65535 || params.numHeads > 65535)
+    {
+        return refuse(reason, "batch and heads must be at most 65535");
+    }
+    return true;
+}
+
+cudaError_t encoderAttention(EncoderAttentionParams const& params, cudaStream_t stream)
+{
+    if (!canImplementEncoderAttention(params) || !areAligned(16, params.qkv, params.context))
+    {
+        return cudaErrorInvalidValue;
+    }
+    bool const narrow = params.headDim == 32;
+    switch (params.dataType)
+    {
+    case DataType::kFLOAT:
+        return narrow ? encoderAttentionFloat<32>(params, stream) : encoderAttentionFloat<64>(params, stream);
+    case DataType::kHALF:
+        return narrow ? encoderAttentionMma<__half, 32>(params, stream)
+                      : encoderAttentionMma<__half, 64>(params, stream);
+    case DataType::kBF16:
+        return narrow ? encoderAttentionMma<__nv_bfloat16, 32>(params, stream)
+                      : encoderAttentionMma<__nv_bfloat16, 64>(params, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+} // namespace trocr

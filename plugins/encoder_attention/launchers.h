@@ -1,0 +1,21 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "encoder_attention/kernel.h"
+
+//! The implementations encoderAttention() chooses from, one file an element type and head size. A further one (wgmma on
+//! Hopper, say) is declared here and chosen in kernel.cu.
+
+namespace trocr
+{
+
+//! On tensor cores (mma.sync); float16 and bfloat16; compute capability 8.0 and above.
+template <typename T, int kHEAD_DIM>
+cudaError_t encoderAttentionMma(EncoderAttentionParams const& params, cudaStream_t stream);
+
+//! On float32 units, without rounding to TF32.
+template <int kHEAD_DIM>
+cudaError_t encoderAttentionFloat(EncoderAttentionParams const& params, cudaStream_t stream);
+
+} // namespace trocr

@@ -1,0 +1,648 @@
+//! The plugins' contract with TensorRT, but for enqueue: creation from fields, types, shapes, clones, serialisation.
+//! Needs neither a GPU nor TensorRT's libraries.
+
+#include <NvInferRuntime.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <initializer_list>
+#include <limits>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/logging.h"
+
+extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators);
+extern "C" void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
+
+namespace
+{
+
+using nvinfer1::DataType;
+using nvinfer1::Dims;
+using nvinfer1::DimsExprs;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::IPluginV3OneBuild;
+using nvinfer1::IPluginV3OneCore;
+using nvinfer1::IPluginV3OneRuntime;
+using nvinfer1::PluginCapabilityType;
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldCollection;
+using nvinfer1::PluginFieldType;
+using nvinfer1::TensorFormat;
+using nvinfer1::TensorRTPhase;
+
+//! Collects what the plugins log.
+class RecordingLogger : public nvinfer1::ILogger, public nvinfer1::ILoggerFinder
+{
+public:
+    void log(Severity severity, char const* message) noexcept override
+    {
+        EXPECT_EQ(severity, Severity::kERROR);
+        text += std::string{message} + "\n";
+    }
+
+    nvinfer1::ILogger* findLogger() override
+    {
+        return this;
+    }
+
+    std::string text;
+};
+
+//! TensorRT's expressions can be made by a builder only, which needs a GPU. This one evaluates: every dimension is a
+//! constant, and an operation has its value at once.
+class Expression : public nvinfer1::IDimensionExpr, private nvinfer1::apiv::VDimensionExpr
+{
+public:
+    explicit Expression(int64_t value) : mValue{value}
+    {
+        mImpl = this;
+    }
+
+private:
+    bool isConstant() const override
+    {
+        return true;
+    }
+    int64_t getConstantValue() const override
+    {
+        return mValue;
+    }
+    bool isSizeTensor() const override
+    {
+        return false;
+    }
+
+    int64_t mValue;
+};
+
+class Evaluator : public nvinfer1::IExprBuilder, private nvinfer1::apiv::VExprBuilder
+{
+public:
+    Evaluator()
+    {
+        mImpl = this;
+    }
+
+    DimsExprs dims(std::vector<int64_t> const& sizes)
+    {
+        DimsExprs result{};
+        result.nbDims = static_cast<int32_t>(sizes.size());
+        for (size_t i = 0; i < sizes.size(); ++i)
+        {
+            result.d[i] = constant(sizes[i]);
+        }
+        return result;
+    }
+
+    nvinfer1::IDimensionExpr const* constant(int64_t value) override
+    {
+        return &mExpressions.emplace_back(value);
+    }
+
+private:
+    nvinfer1::IDimensionExpr const* operation(nvinfer1::DimensionOperation op, nvinfer1::IDimensionExpr const& first,
+                                              nvinfer1::IDimensionExpr const& second) override
+    {
+        if (op != nvinfer1::DimensionOperation::kFLOOR_DIV)
+        {
+            throw std::logic_error{"the plugins are expected to divide only"};
+        }
+        return constant(first.getConstantValue() / second.getConstantValue());
+    }
+
+    nvinfer1::IDimensionExpr const* declareSizeTensor(int32_t, nvinfer1::IDimensionExpr const&,
+                                                      nvinfer1::IDimensionExpr const&) override
+    {
+        throw std::logic_error{"the plugins have no size tensors"};
+    }
+
+    std::deque<Expression> mExpressions;  // addresses stay valid
+};
+
+using Shape = std::vector<int64_t>;
+
+//! One way to use an op: its attributes, and the shapes of a call.
+struct Case
+{
+    std::string op;
+    std::vector<PluginField> fields;
+    std::vector<Shape> inputs;
+    std::vector<Shape> outputs;
+    int32_t int64Input = -1;
+};
+
+void PrintTo(Case const& c, std::ostream* stream)
+{
+    *stream << c.op;
+}
+
+int32_t const kHEADS_6 = 6;
+int32_t const kHEADS_8 = 8;
+float const kEPSILON = 1e-5F;
+int32_t const kZERO = 0;
+int32_t const kONE = 1;
+
+PluginField const kNUM_HEADS_6{"num_heads", &kHEADS_6, PluginFieldType::kINT32, 1};
+PluginField const kNUM_HEADS_8{"num_heads", &kHEADS_8, PluginFieldType::kINT32, 1};
+PluginField const kEPSILON_FIELD{"epsilon", &kEPSILON, PluginFieldType::kFLOAT32, 1};
+PluginField const kWITHOUT_SUM{"emit_sum", &kZERO, PluginFieldType::kINT32, 1};
+PluginField const kWITH_SUM{"emit_sum", &kONE, PluginFieldType::kINT32, 1};
+PluginField const kGELU{"activation", "gelu", PluginFieldType::kCHAR, 4};
+PluginField const kRELU{"activation", "relu", PluginFieldType::kCHAR, 4};
+
+std::vector<Case> const kCASES{
+    {"TrOCREncoderAttention", {kNUM_HEADS_6}, {{2, 578, 1152}}, {{2, 578, 384}}},
+    {"TrOCRDecoderSelfAttention",
+     {kNUM_HEADS_8},
+     {{3, 1, 768}, {3, 8, 40, 32}, {3, 8, 40, 32}, {3, 1}},
+     {{3, 1, 256}, {3, 8, 40, 32}, {3, 8, 40, 32}},
+     3},
+    {"TrOCRCrossAttention", {kNUM_HEADS_8}, {{3, 1, 256}, {3, 8, 578, 32}, {3, 8, 578, 32}}, {{3, 1, 256}}},
+    {"TrOCRResidualLayerNorm",
+     {kEPSILON_FIELD, kWITHOUT_SUM},
+     {{2, 577, 768}, {2, 577, 768}, {768}, {768}},
+     {{2, 577, 768}}},
+    {"TrOCRResidualLayerNorm",
+     {kWITH_SUM, kEPSILON_FIELD},
+     {{2, 577, 768}, {2, 577, 768}, {768}, {768}},
+     {{2, 577, 768}, {2, 577, 768}}},
+    {"TrOCRBiasActivation", {kGELU}, {{2, 577, 3072}, {3072}}, {{2, 577, 3072}}},
+    {"TrOCRBiasActivation", {kRELU}, {{16, 1024}, {1024}}, {{16, 1024}}},
+};
+
+nvinfer1::IPluginCreatorV3One& creatorOf(std::string const& op)
+{
+    int32_t count = 0;
+    nvinfer1::IPluginCreatorInterface* const* const creators = getCreators(count);
+    for (int32_t i = 0; i < count; ++i)
+    {
+        auto* const creator = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[i]);
+        if (op == creator->getPluginName())
+        {
+            return *creator;
+        }
+    }
+    throw std::invalid_argument{"no creator of " + op};
+}
+
+std::unique_ptr<nvinfer1::IPluginV3> create(std::string const& op, std::vector<PluginField> const& fields,
+                                            TensorRTPhase phase = TensorRTPhase::kBUILD)
+{
+    PluginFieldCollection const collection{static_cast<int32_t>(fields.size()), fields.data()};
+    return std::unique_ptr<nvinfer1::IPluginV3>{creatorOf(op).createPlugin("layer", &collection, phase)};
+}
+
+IPluginV3OneCore& coreOf(nvinfer1::IPluginV3& plugin)
+{
+    return *static_cast<IPluginV3OneCore*>(plugin.getCapabilityInterface(PluginCapabilityType::kCORE));
+}
+
+IPluginV3OneBuild& buildOf(nvinfer1::IPluginV3& plugin)
+{
+    return *static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
+}
+
+IPluginV3OneRuntime& runtimeOf(nvinfer1::IPluginV3& plugin)
+{
+    return *static_cast<IPluginV3OneRuntime*>(plugin.getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+}
+
+Dims toDims(Shape const& shape)
+{
+    Dims dims{};
+    dims.nbDims = static_cast<int32_t>(shape.size());
+    std::copy(shape.begin(), shape.end(), dims.d);
+    return dims;
+}
+
+Shape toShape(DimsExprs const& dims)
+{
+    Shape shape;
+    for (int32_t i = 0; i < dims.nbDims; ++i)
+    {
+        shape.push_back(dims.d[i]->getConstantValue());
+    }
+    return shape;
+}
+
+DataType typeAt(Case const& c, DataType type, size_t pos)
+{
+    return static_cast<int32_t>(pos) == c.int64Input ? DataType::kINT64 : type;
+}
+
+//! Descriptions of inputs and then outputs, all of type T but the int64 input.
+std::vector<DynamicPluginTensorDesc> describe(Case const& c, DataType type)
+{
+    std::vector<Shape> shapes = c.inputs;
+    shapes.insert(shapes.end(), c.outputs.begin(), c.outputs.end());
+    std::vector<DynamicPluginTensorDesc> descs;
+    for (Shape const& shape : shapes)
+    {
+        Dims const dims = toDims(shape);
+        descs.push_back({{dims, typeAt(c, type, descs.size()), TensorFormat::kLINEAR, 1.0F}, dims, dims, dims});
+    }
+    return descs;
+}
+
+std::vector<nvinfer1::PluginTensorDesc> staticOf(std::vector<DynamicPluginTensorDesc> const& descs)
+{
+    std::vector<nvinfer1::PluginTensorDesc> result;
+    for (DynamicPluginTensorDesc const& desc : descs)
+    {
+        result.push_back(desc.desc);
+    }
+    return result;
+}
+
+int32_t configure(Case const& c, DataType type)
+{
+    auto const plugin = create(c.op, c.fields);
+    std::vector<DynamicPluginTensorDesc> const descs = describe(c, type);
+    auto const nbInputs = static_cast<int32_t>(c.inputs.size());
+    return buildOf(*plugin).configurePlugin(descs.data(), nbInputs, descs.data() + nbInputs,
+                                            static_cast<int32_t>(c.outputs.size()));
+}
+
+class Plugins : public testing::Test
+{
+protected:
+    Plugins()
+    {
+        setLoggerFinder(&mLogger);
+    }
+    ~Plugins() override
+    {
+        setLoggerFinder(nullptr);
+    }
+
+    //! What was logged since the last call.
+    std::string logged()
+    {
+        return std::exchange(mLogger.text, {});
+    }
+
+private:
+    RecordingLogger mLogger;
+};
+
+class EachCase : public Plugins, public testing::WithParamInterface<Case>
+{
+};
+
+std::string nameOf(testing::TestParamInfo<Case> const& info)
+{
+    return info.param.op + std::to_string(info.index);
+}
+
+INSTANTIATE_TEST_SUITE_P(Plugins, EachCase, testing::ValuesIn(kCASES), nameOf);
+
+TEST_P(EachCase, HasNameVersionAndNamespaceOfItsCreator)
+{
+    auto const plugin = create(GetParam().op, GetParam().fields);
+    ASSERT_NE(plugin, nullptr) << logged();
+    EXPECT_EQ(coreOf(*plugin).getPluginName(), GetParam().op);
+    EXPECT_STREQ(coreOf(*plugin).getPluginVersion(), "1");
+    EXPECT_STREQ(coreOf(*plugin).getPluginNamespace(), "trocr");
+    EXPECT_STREQ(creatorOf(GetParam().op).getPluginVersion(), "1");
+    EXPECT_STREQ(creatorOf(GetParam().op).getPluginNamespace(), "trocr");
+}
+
+TEST_P(EachCase, CapabilitiesReportTheirInterfaces)
+{
+    auto const plugin = create(GetParam().op, GetParam().fields);
+    EXPECT_STREQ(plugin->getCapabilityInterface(PluginCapabilityType::kCORE)->getInterfaceInfo().kind,
+                 "PLUGIN_V3ONE_CORE");
+    EXPECT_STREQ(plugin->getCapabilityInterface(PluginCapabilityType::kBUILD)->getInterfaceInfo().kind,
+                 "PLUGIN_V3ONE_BUILD");
+    EXPECT_STREQ(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME)->getInterfaceInfo().kind,
+                 "PLUGIN_V3ONE_RUNTIME");
+}
+
+TEST_P(EachCase, SupportsExactlyOneTypeEverywhere)
+{
+    Case const& c = GetParam();
+    auto const plugin = create(c.op, c.fields);
+    auto const nbInputs = static_cast<int32_t>(c.inputs.size());
+    auto const nbOutputs = static_cast<int32_t>(c.outputs.size());
+    EXPECT_EQ(buildOf(*plugin).getNbOutputs(), nbOutputs);
+
+    std::vector<DataType> const all{DataType::kFLOAT, DataType::kHALF, DataType::kBF16,  DataType::kINT8,
+                                    DataType::kINT32, DataType::kBOOL, DataType::kINT64, DataType::kFP8};
+    for (DataType const type : all)
+    {
+        bool const isFloat = type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
+        for (int32_t pos = 0; pos < nbInputs + nbOutputs; ++pos)
+        {
+            std::vector<DynamicPluginTensorDesc> descs = describe(c, type);
+            // What follows pos is not set yet when TensorRT asks: nothing may depend on it.
+            for (size_t later = pos + 1; later < descs.size(); ++later)
+            {
+                std::memset(&descs[later], 0xA5, sizeof descs[later]);
+            }
+            auto const supported = [&]
+            { return buildOf(*plugin).supportsFormatCombination(pos, descs.data(), nbInputs, nbOutputs); };
+
+            if (pos == 0)
+            {
+                EXPECT_EQ(supported(), isFloat) << "type " << static_cast<int32_t>(type);
+            }
+            if (!isFloat)
+            {
+                continue;
+            }
+            for (DataType const here : all)
+            {
+                descs[pos].desc.type = here;
+                bool const isAnyFloat = here == DataType::kFLOAT || here == DataType::kHALF || here == DataType::kBF16;
+                bool const expected = pos == 0 ? isAnyFloat : here == typeAt(c, type, pos);
+                EXPECT_EQ(supported(), expected) << "at " << pos << ", type " << static_cast<int32_t>(here);
+            }
+            descs[pos].desc.type = typeAt(c, type, pos);
+            descs[pos].desc.format = TensorFormat::kCHW32;
+            EXPECT_FALSE(supported()) << "at " << pos;
+        }
+    }
+    std::vector<DynamicPluginTensorDesc> const descs = describe(c, DataType::kHALF);
+    EXPECT_FALSE(buildOf(*plugin).supportsFormatCombination(0, descs.data(), nbInputs + 1, nbOutputs));
+    EXPECT_FALSE(buildOf(*plugin).supportsFormatCombination(0, descs.data(), nbInputs, nbOutputs + 1));
+}
+
+TEST_P(EachCase, OutputsHaveTheTypeOfTheFirstInput)
+{
+    Case const& c = GetParam();
+    auto const plugin = create(c.op, c.fields);
+    for (DataType const type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16})
+    {
+        std::vector<DataType> inputs;
+        for (size_t i = 0; i < c.inputs.size(); ++i)
+        {
+            inputs.push_back(typeAt(c, type, i));
+        }
+        std::vector<DataType> outputs(c.outputs.size(), DataType::kBOOL);
+        EXPECT_EQ(buildOf(*plugin).getOutputDataTypes(outputs.data(), static_cast<int32_t>(outputs.size()),
+                                                      inputs.data(), static_cast<int32_t>(inputs.size())),
+                  0);
+        EXPECT_EQ(outputs, std::vector<DataType>(c.outputs.size(), type));
+    }
+    DataType const integer = DataType::kINT32;
+    DataType output{};
+    EXPECT_NE(buildOf(*plugin).getOutputDataTypes(&output, 1, &integer, 1), 0);
+    EXPECT_NE(logged().find(c.op), std::string::npos);
+}
+
+TEST_P(EachCase, OutputsHaveTheExpectedShapes)
+{
+    Case const& c = GetParam();
+    auto const plugin = create(c.op, c.fields);
+    Evaluator evaluator;
+    std::vector<DimsExprs> inputs;
+    for (Shape const& shape : c.inputs)
+    {
+        inputs.push_back(evaluator.dims(shape));
+    }
+    std::vector<DimsExprs> outputs(c.outputs.size());
+    auto const shapes = [&]
+    {
+        return buildOf(*plugin).getOutputShapes(inputs.data(), static_cast<int32_t>(inputs.size()), nullptr, 0,
+                                                outputs.data(), static_cast<int32_t>(outputs.size()), evaluator);
+    };
+    ASSERT_EQ(shapes(), 0) << logged();
+    for (size_t i = 0; i < outputs.size(); ++i)
+    {
+        EXPECT_EQ(toShape(outputs[i]), c.outputs[i]) << "output " << i;
+    }
+
+    inputs.back().nbDims += 1;
+    inputs.back().d[inputs.back().nbDims - 1] = evaluator.constant(1);
+    EXPECT_NE(shapes(), 0);
+    EXPECT_NE(logged().find("dimensions, expected"), std::string::npos);
+}
+
+TEST_P(EachCase, AcceptsItsShapes)
+{
+    Case const& c = GetParam();
+    auto const plugin = create(c.op, c.fields);
+    auto const nbInputs = static_cast<int32_t>(c.inputs.size());
+    auto const nbOutputs = static_cast<int32_t>(c.outputs.size());
+    for (DataType const type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16})
+    {
+        EXPECT_EQ(configure(c, type), 0) << logged();
+        std::vector<nvinfer1::PluginTensorDesc> const descs = staticOf(describe(c, type));
+        EXPECT_EQ(runtimeOf(*plugin).onShapeChange(descs.data(), nbInputs, descs.data() + nbInputs, nbOutputs), 0)
+            << logged();
+    }
+    std::vector<DynamicPluginTensorDesc> const descs = describe(c, DataType::kHALF);
+    EXPECT_EQ(buildOf(*plugin).getWorkspaceSize(descs.data(), nbInputs, descs.data() + nbInputs, nbOutputs), 0U);
+}
+
+TEST_P(EachCase, RefusesAnInputOfAnotherShape)
+{
+    for (size_t i = 0; i < GetParam().inputs.size(); ++i)
+    {
+        Case c = GetParam();
+        c.inputs[i].back() += 1;
+        EXPECT_NE(configure(c, DataType::kHALF), 0) << "input " << i;
+        EXPECT_NE(logged().find(c.op + "::configurePlugin: "), std::string::npos);
+    }
+}
+
+//! Serialised fields, with values copied out.
+std::map<std::string, std::string> serialised(nvinfer1::IPluginV3& plugin)
+{
+    std::map<PluginFieldType, size_t> const sizes{
+        {PluginFieldType::kINT32, 4}, {PluginFieldType::kFLOAT32, 4}, {PluginFieldType::kCHAR, 1}};
+    std::map<std::string, std::string> values;
+    PluginFieldCollection const& fields = *runtimeOf(plugin).getFieldsToSerialize();
+    for (int32_t i = 0; i < fields.nbFields; ++i)
+    {
+        PluginField const& field = fields.fields[i];
+        values[field.name].assign(static_cast<char const*>(field.data), field.length * sizes.at(field.type));
+    }
+    return values;
+}
+
+TEST_P(EachCase, SerialisedFieldsMakeTheSamePlugin)
+{
+    Case const& c = GetParam();
+    auto plugin = create(c.op, c.fields);
+    auto const expected = serialised(*plugin);
+    EXPECT_EQ(expected.size(), c.fields.size());
+    for (PluginField const& field : c.fields)
+    {
+        size_t const size = field.type == PluginFieldType::kCHAR ? 1 : 4;
+        std::string const value{static_cast<char const*>(field.data), field.length * size};
+        EXPECT_EQ(expected.at(field.name), value) << field.name;
+    }
+
+    PluginFieldCollection const* const fields = runtimeOf(*plugin).getFieldsToSerialize();
+    std::unique_ptr<nvinfer1::IPluginV3> const copy{
+        creatorOf(c.op).createPlugin("layer", fields, TensorRTPhase::kRUNTIME)};
+    ASSERT_NE(copy, nullptr) << logged();
+    std::string const id = buildOf(*plugin).getTimingCacheID();
+    plugin.reset();  // the copy must not lean on it
+    EXPECT_EQ(serialised(*copy), expected);
+    EXPECT_EQ(buildOf(*copy).getTimingCacheID(), id);
+}
+
+TEST_P(EachCase, ClonesAreCompleteAndIndependent)
+{
+    Case const& c = GetParam();
+    auto plugin = create(c.op, c.fields);
+    auto const expected = serialised(*plugin);
+    std::string const id = buildOf(*plugin).getTimingCacheID();
+    std::unique_ptr<nvinfer1::IPluginV3> const clone{plugin->clone()};
+    std::unique_ptr<nvinfer1::IPluginV3> const attached{runtimeOf(*plugin).attachToContext(nullptr)};
+    plugin.reset();
+    for (nvinfer1::IPluginV3* const copy : {clone.get(), attached.get()})
+    {
+        ASSERT_NE(copy, nullptr);
+        EXPECT_EQ(coreOf(*copy).getPluginName(), c.op);
+        EXPECT_EQ(buildOf(*copy).getNbOutputs(), static_cast<int32_t>(c.outputs.size()));
+        EXPECT_EQ(serialised(*copy), expected);
+        EXPECT_EQ(buildOf(*copy).getTimingCacheID(), id);
+    }
+}
+
+TEST_F(Plugins, TimingCacheIdsNameTheAttributes)
+{
+    auto const id = [](std::string const& op, std::vector<PluginField> const& fields)
+    { return std::string{buildOf(*create(op, fields)).getTimingCacheID()}; };
+    EXPECT_EQ(id("TrOCREncoderAttention", {kNUM_HEADS_6}), "num_heads=6");
+    EXPECT_EQ(id("TrOCREncoderAttention", {kNUM_HEADS_8}), "num_heads=8");
+    EXPECT_EQ(id("TrOCRBiasActivation", {kGELU}), "activation=gelu");
+    EXPECT_EQ(id("TrOCRResidualLayerNorm", {kWITH_SUM, kEPSILON_FIELD}), "epsilon=9.99999975e-06,emit_sum=1");
+}
+
+TEST_F(Plugins, GetCreatorsIsStable)
+{
+    int32_t first = 0;
+    int32_t second = 0;
+    EXPECT_EQ(getCreators(first), getCreators(second));
+    EXPECT_EQ(first, 5);
+    EXPECT_EQ(second, 5);
+}
+
+TEST_F(Plugins, BadFieldsGiveAMessageAndNoPlugin)
+{
+    int32_t const minusOne = -1;
+    int64_t const heads64 = 6;
+    int32_t const two[]{6, 6};
+    float const nan = std::numeric_limits<float>::quiet_NaN();
+    float const infinity = std::numeric_limits<float>::infinity();
+    float const negative = -1e-5F;
+    float const zero = 0.0F;
+    struct Bad
+    {
+        std::string op;
+        std::vector<PluginField> fields;
+        std::string message;
+    };
+    std::vector<Bad> const bad{
+        {"TrOCREncoderAttention", {}, "attribute 'num_heads' (INT32) is missing"},
+        {"TrOCREncoderAttention", {{"num_heads", &kZERO, PluginFieldType::kINT32, 1}}, "'num_heads' is 0"},
+        {"TrOCRCrossAttention", {{"num_heads", &minusOne, PluginFieldType::kINT32, 1}}, "'num_heads' is -1"},
+        {"TrOCRCrossAttention", {{"num_heads", &heads64, PluginFieldType::kINT64, 1}}, "type INT64, expected INT32"},
+        {"TrOCRDecoderSelfAttention", {{"num_heads", two, PluginFieldType::kINT32, 2}}, "2 values, expected one"},
+        {"TrOCRDecoderSelfAttention", {{"num_heads", two, PluginFieldType::kINT32, 0}}, "0 values, expected one"},
+        {"TrOCRDecoderSelfAttention", {{"num_heads", nullptr, PluginFieldType::kINT32, 1}}, "no data"},
+        {"TrOCREncoderAttention", {kNUM_HEADS_6, kGELU}, "'activation' is unknown"},
+        {"TrOCREncoderAttention", {kNUM_HEADS_6, kNUM_HEADS_6}, "'num_heads' is unknown or given twice"},
+        {"TrOCREncoderAttention", {{nullptr, &kONE, PluginFieldType::kINT32, 1}}, "'num_heads' (INT32) is missing"},
+        {"TrOCRResidualLayerNorm", {kEPSILON_FIELD}, "'emit_sum' (INT32) is missing"},
+        {"TrOCRResidualLayerNorm", {kWITH_SUM}, "'epsilon' (FLOAT32) is missing"},
+        {"TrOCRResidualLayerNorm", {{"epsilon", &nan, PluginFieldType::kFLOAT32, 1}, kWITH_SUM}, "'epsilon' is nan"},
+        {"TrOCRResidualLayerNorm",
+         {{"epsilon", &infinity, PluginFieldType::kFLOAT32, 1}, kWITH_SUM},
+         "'epsilon' is inf"},
+        {"TrOCRResidualLayerNorm", {{"epsilon", &zero, PluginFieldType::kFLOAT32, 1}, kWITH_SUM}, "'epsilon' is 0"},
+        {"TrOCRResidualLayerNorm", {{"epsilon", &negative, PluginFieldType::kFLOAT32, 1}, kWITH_SUM}, "'epsilon' is -"},
+        {"TrOCRResidualLayerNorm",
+         {kEPSILON_FIELD, {"emit_sum", &kHEADS_6, PluginFieldType::kINT32, 1}},
+         "'emit_sum' is 6, expected 0 or 1"},
+        {"TrOCRBiasActivation", {{"activation", "tanh", PluginFieldType::kCHAR, 4}}, "'activation' is 'tanh'"},
+        {"TrOCRBiasActivation", {{"activation", "gelu", PluginFieldType::kCHAR, 0}}, "'activation' is empty"},
+        {"TrOCRBiasActivation", {{"activation", &kONE, PluginFieldType::kINT32, 1}}, "type INT32, expected CHAR"},
+    };
+    for (Bad const& b : bad)
+    {
+        EXPECT_EQ(create(b.op, b.fields), nullptr) << b.message;
+        std::string const message = logged();
+        EXPECT_NE(message.find(b.op + " (layer): "), std::string::npos) << message;
+        EXPECT_NE(message.find(b.message), std::string::npos) << message;
+    }
+    EXPECT_EQ(creatorOf("TrOCREncoderAttention").createPlugin(nullptr, nullptr, TensorRTPhase::kBUILD), nullptr);
+}
+
+TEST_F(Plugins, StringsMayCountTheirFinalZero)
+{
+    EXPECT_NE(create("TrOCRBiasActivation", {{"activation", "relu", PluginFieldType::kCHAR, 5}}), nullptr) << logged();
+}
+
+TEST_F(Plugins, RefusedShapesAreNamed)
+{
+    struct Bad
+    {
+        Case c;
+        std::string message;
+    };
+    std::vector<Bad> const bad{
+        {{"TrOCREncoderAttention", {kNUM_HEADS_8}, {{1, 577, 960}}, {{1, 577, 320}}}, "head size 40"},
+        {{"TrOCREncoderAttention", {kNUM_HEADS_8}, {{1, 577, 100}}, {{1, 577, 33}}}, "not a multiple of 24"},
+        {{"TrOCREncoderAttention", {kNUM_HEADS_8}, {{577, 768}}, {{577, 256}}}, "qkv has 2 dimensions, expected 3"},
+        {{"TrOCRCrossAttention", {kNUM_HEADS_8}, {{1, 1, 1024}, {1, 8, 577, 128}, {1, 8, 577, 128}}, {{1, 1, 1024}}},
+         "head size 128"},
+        {{"TrOCRCrossAttention", {kNUM_HEADS_8}, {{1, 2, 256}, {1, 8, 577, 32}, {1, 8, 577, 32}}, {{1, 2, 256}}},
+         "query has shape [1, 2, 256], expected [1, 1, 256]"},
+        {{"TrOCRCrossAttention", {kNUM_HEADS_8}, {{1, 1, 256}, {1, 4, 577, 64}, {1, 4, 577, 64}}, {{1, 1, 256}}},
+         "key has shape [1, 4, 577, 64], expected [1, 8, 577, 32]"},
+        {{"TrOCRDecoderSelfAttention",
+          {kNUM_HEADS_8},
+          {{1, 1, 768}, {1, 8, 40, 32}, {1, 8, 41, 32}, {1, 1}},
+          {{1, 1, 256}, {1, 8, 40, 32}, {1, 8, 41, 32}},
+          3},
+         "past_value has shape [1, 8, 41, 32], expected [1, 8, 40, 32]"},
+        {{"TrOCRDecoderSelfAttention",
+          {kNUM_HEADS_8},
+          {{2, 1, 768}, {2, 8, 40, 32}, {2, 8, 40, 32}, {1, 1}},
+          {{2, 1, 256}, {2, 8, 40, 32}, {2, 8, 40, 32}},
+          3},
+         "position_ids has shape [1, 1], expected [2, 1]"},
+        {{"TrOCRBiasActivation", {kRELU}, {{4, 1024}, {1023}}, {{4, 1024}}}, "bias has shape [1023], expected [1024]"},
+        {{"TrOCRBiasActivation", {kRELU}, {{int64_t{1} << 40}, {1}}, {{int64_t{1} << 40}}}, "is out of range"},
+        {{"TrOCRResidualLayerNorm", {kEPSILON_FIELD, kWITHOUT_SUM}, {{}, {}, {1}, {1}}, {{}}}, "x is a scalar"},
+    };
+    for (Bad const& b : bad)
+    {
+        EXPECT_NE(configure(b.c, DataType::kHALF), 0) << b.message;
+        std::string const message = logged();
+        EXPECT_NE(message.find(b.message), std::string::npos) << message;
+
+        auto const plugin = create(b.c.op, b.c.fields);
+        std::vector<nvinfer1::PluginTensorDesc> const descs = staticOf(describe(b.c, DataType::kHALF));
+        auto const nbInputs = static_cast<int32_t>(b.c.inputs.size());
+        auto const nbOutputs = static_cast<int32_t>(b.c.outputs.size());
+        EXPECT_NE(runtimeOf(*plugin).onShapeChange(descs.data(), nbInputs, descs.data() + nbInputs, nbOutputs), 0);
+        EXPECT_NE(logged().find(b.message), std::string::npos);
+    }
+    Case wrongType = kCASES.front();
+    EXPECT_NE(configure(wrongType, DataType::kINT8), 0);
+    EXPECT_NE(logged().find("must be float32, float16 or bfloat16"), std::string::npos);
+}
+
+TEST_F(Plugins, WithoutALoggerErrorsGoToStderr)
+{
+    setLoggerFinder(nullptr);
+    testing::internal::CaptureStderr();
+    EXPECT_EQ(create("TrOCREncoderAttention", {}), nullptr);
+    EXPECT_EQ(testing::internal::GetCapturedStderr(),
+              "[trocr] error: TrOCREncoderAttention (layer): attribute 'num_heads' (INT32) is missing\n");
+}
+
+}  // namespace

@@ -1,0 +1,274 @@
+"""The fused ops: their definitions against PyTorch, their attributes, and the names of `--plugins`."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from graph_surgery.fused_ops import (
+    DOMAIN,
+    FUSED_OPS,
+    GROUPS,
+    MIN_OPSET,
+    VERSION,
+    Attribute,
+    FusedOp,
+    SurgeryError,
+    parse_plugins,
+)
+from tests.small_graphs import assert_close, run
+
+DTYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def run_op(
+    op: FusedOp,
+    inputs: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    attributes: Mapping[str, int | float | str],
+    omit: int = 0,
+    opset: int = MIN_OPSET,
+) -> list[torch.Tensor]:
+    """Run one op of this type on ONNX Runtime: float32 outputs of all its outputs but the last `omit`.
+
+    NumPy has no bfloat16, so the graph takes and gives float32, and casts. Its batch is dynamic.
+    """
+    nodes, values, outputs = [], [], op.outputs[: len(op.outputs) - omit]
+    for name, tensor in inputs.items():
+        integers = tensor.dtype == torch.int64
+        elem_type = onnx.TensorProto.INT64 if integers else onnx.TensorProto.FLOAT
+        dims = [f"{name}_{axis}" for axis in range(tensor.ndim)]
+        values.append(onnx.helper.make_tensor_value_info(name, elem_type, dims))
+        to = onnx.TensorProto.INT64 if integers else DTYPES[dtype]
+        nodes.append(onnx.helper.make_node("Cast", [name], [f"{name}_cast"], to=to))
+    nodes.append(
+        onnx.helper.make_node(
+            op.name,
+            [f"{name}_cast" for name in op.inputs],
+            [f"{name}_cast" for name in outputs] + [""] * omit,
+            domain=DOMAIN,
+            **op.node_attributes(**attributes),
+        )
+    )
+    nodes += [onnx.helper.make_node("Cast", [f"{name}_cast"], [name], to=1) for name in outputs]
+    results = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "op", values, results),
+        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, int(VERSION))],
+        functions=[op.function(opset)],
+        ir_version=9,
+    )
+    found = run(model, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return [torch.from_numpy(found[name]) for name in outputs]
+
+
+def rounded(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The values that an op of this type sees, in float32."""
+    return {
+        name: tensor if tensor.dtype == torch.int64 else tensor.to(dtype).float()
+        for name, tensor in tensors.items()
+    }
+
+
+def check(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """`expected` in float32. One rounding to the type is at most half a unit in the last place, eps / 2."""
+    assert found.shape == expected.shape
+    assert found.isfinite().all()
+    limit = 1e-5 * expected.abs().max()
+    if dtype != torch.float32:
+        limit = limit + torch.finfo(dtype).eps / 2 * expected.abs()
+    assert ((found - expected).abs() <= limit).all()
+
+
+def heads(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Rows [B, S, H*d] as heads [B, H, S, d]."""
+    return rows.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def rows(heads: torch.Tensor) -> torch.Tensor:
+    """Heads [B, H, S, d] as rows [B, S, H*d]."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+attend = torch.nn.functional.scaled_dot_product_attention
+
+
+@every_dtype
+@pytest.mark.parametrize(("batch", "length", "num_heads", "head_dim"), [(1, 1, 2, 32), (3, 59, 3, 64)])
+def test_encoder_attention(dtype, batch, length, num_heads, head_dim):
+    torch.manual_seed(0)
+    inputs = rounded({"qkv": torch.randn(batch, length, 3 * num_heads * head_dim)}, dtype)
+    (found,) = run_op(FUSED_OPS["encoder_attention"], inputs, dtype, {"num_heads": num_heads})
+    query, key, value = (heads(part, num_heads) for part in inputs["qkv"].chunk(3, dim=-1))
+    check(found, rows(attend(query, key, value)), dtype)
+
+
+@every_dtype
+def test_decoder_self_attention(dtype):
+    """Rows at different positions: the first, the last, and between. Beyond a row's position the cache is NaN."""
+    torch.manual_seed(0)
+    positions, num_heads, head_dim, capacity = [0, 6, 3], 3, 32, 7
+    cache = (len(positions), num_heads, capacity, head_dim)
+    inputs = {
+        "qkv": torch.randn(len(positions), 1, 3 * num_heads * head_dim),
+        "past_key": torch.randn(cache),
+        "past_value": torch.randn(cache),
+        "position_ids": torch.tensor(positions).unsqueeze(1),
+    }
+    for row, position in enumerate(positions):
+        inputs["past_key"][row, :, position:] = torch.nan
+        inputs["past_value"][row, :, position:] = torch.nan
+    inputs = rounded(inputs, dtype)
+    context, present_key, present_value = run_op(
+        FUSED_OPS["decoder_self_attention"], inputs, dtype, {"num_heads": num_heads}
+    )
+
+    query, new_key, new_value = (heads(part, num_heads) for part in inputs["qkv"].chunk(3, dim=-1))
+    for row, position in enumerate(positions):
+        key, value = inputs["past_key"][row].clone(), inputs["past_value"][row].clone()
+        key[:, position], value[:, position] = new_key[row, :, 0], new_value[row, :, 0]
+        torch.testing.assert_close(present_key[row], key, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(present_value[row], value, rtol=0, atol=0, equal_nan=True)
+        seen = slice(position + 1)
+        expected = attend(query[row : row + 1], key[None, :, seen], value[None, :, seen])
+        check(context[row : row + 1], rows(expected), dtype)
+
+
+@every_dtype
+def test_cross_attention(dtype):
+    torch.manual_seed(0)
+    batch, length, num_heads, head_dim = 3, 59, 3, 32
+    inputs = rounded(
+        {
+            "query": torch.randn(batch, 1, num_heads * head_dim),
+            "key": torch.randn(batch, num_heads, length, head_dim),
+            "value": torch.randn(batch, num_heads, length, head_dim),
+        },
+        dtype,
+    )
+    (found,) = run_op(FUSED_OPS["cross_attention"], inputs, dtype, {"num_heads": num_heads})
+    check(found, rows(attend(heads(inputs["query"], num_heads), inputs["key"], inputs["value"])), dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("emit_sum", [0, 1])
+@pytest.mark.parametrize("epsilon", [1e-12, 0.5])
+def test_residual_layernorm(dtype, emit_sum, epsilon):
+    torch.manual_seed(0)
+    width = 33
+    inputs = rounded(
+        {
+            "x": torch.randn(3, 5, width),
+            "residual": torch.randn(3, 5, width),
+            "gamma": torch.randn(width),
+            "beta": torch.randn(width),
+        },
+        dtype,
+    )
+    attributes = {"epsilon": epsilon, "emit_sum": emit_sum}
+    normed, *total = run_op(FUSED_OPS["layernorm"], inputs, dtype, attributes, omit=1 - emit_sum)
+    expected = inputs["x"] + inputs["residual"]
+    check(
+        normed,
+        torch.nn.functional.layer_norm(expected, (width,), inputs["gamma"], inputs["beta"], epsilon),
+        dtype,
+    )
+    assert len(total) == emit_sum
+    for found in total:
+        check(found, expected, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_bias_activation(dtype, opset, activation):
+    inputs = rounded(
+        {"x": torch.linspace(-6, 6, 66).view(2, 3, 11), "bias": torch.linspace(-1, 1, 11)}, dtype
+    )
+    (found,) = run_op(FUSED_OPS["bias_activation"], inputs, dtype, {"activation": activation}, opset=opset)
+    check(found, getattr(torch.nn.functional, activation)(inputs["x"] + inputs["bias"]), dtype)
+
+
+def test_names_and_namespace_are_those_that_tensorrt_looks_up():
+    for plugin, op in FUSED_OPS.items():
+        assert op.plugin == plugin
+        assert op.name.startswith(
+            "TrOCR"
+        )  # TensorRT's parser ignores the domain: no built-in name may be met
+        function = op.function(MIN_OPSET)
+        assert (function.domain, function.name) == ("trocr", op.name)
+        assert {node.domain for node in function.node} == {""}
+        declared = {*function.attribute, *(attribute.name for attribute in function.attribute_proto)}
+        assert declared >= {"plugin_version", "plugin_namespace"}
+
+
+def test_node_attributes_are_completed():
+    assert FUSED_OPS["layernorm"].node_attributes(epsilon=1e-5) == {
+        "epsilon": 1e-5,
+        "emit_sum": 0,
+        "plugin_version": "1",
+        "plugin_namespace": "trocr",
+    }
+
+
+@pytest.mark.parametrize(
+    ("plugin", "attributes", "message"),
+    [
+        ("encoder_attention", {}, "num_heads is required"),
+        ("encoder_attention", {"num_heads": 2.0}, "num_heads=2.0 is of type float, expected int"),
+        ("encoder_attention", {"num_heads": 2, "scale": 1.0}, "unknown attribute scale"),
+        ("bias_activation", {"activation": "tanh"}, "activation='tanh' is not one of 'gelu', 'relu'"),
+        ("layernorm", {"epsilon": 1e-5, "emit_sum": 2}, "emit_sum=2 is not one of 0, 1"),
+    ],
+)
+def test_bad_attributes_are_refused(plugin, attributes, message):
+    with pytest.raises(SurgeryError, match=message):
+        FUSED_OPS[plugin].node_attributes(**attributes)
+
+
+def test_attribute_default_is_written_into_the_function():
+    op = FusedOp("Op", "op", ("x",), ("y",), (Attribute("mode", str, "a"),), "y = Identity (x)")
+    defaults = {attribute.name: attribute.s for attribute in op.function(MIN_OPSET).attribute_proto}
+    assert defaults == {"mode": b"a", "plugin_version": b"1", "plugin_namespace": b"trocr"}
+
+
+def test_old_opset_is_refused():
+    with pytest.raises(SurgeryError, match="opset 17 or newer, the graph has 13"):
+        FUSED_OPS["layernorm"].function(13)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("none", set()),
+        ("all", set(FUSED_OPS)),
+        ("fused", GROUPS["fused"]),
+        ("attention", {"encoder_attention", "decoder_self_attention", "cross_attention"}),
+        ("layernorm", {"layernorm"}),
+        ("cross_attention, layernorm,layernorm", {"cross_attention", "layernorm"}),
+        ("attention,bias_activation", GROUPS["attention"] | {"bias_activation"}),
+    ],
+)
+def test_parse_plugins(text, expected):
+    assert parse_plugins(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "layernorm,", "gelu", "Layernorm"])
+def test_parse_plugins_names_the_unknown_and_the_known(text):
+    with pytest.raises(SurgeryError) as error:
+        parse_plugins(text)
+    assert repr(text.split(",")[-1]) in str(error.value)
+    for name in (*FUSED_OPS, *GROUPS):
+        assert name in str(error.value)
+
+
+def test_assert_close_can_fail():
+    with pytest.raises(AssertionError):
+        assert_close(np.ones(3, np.float32), np.full(3, 1.1, np.float32))
