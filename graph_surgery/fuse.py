@@ -41,7 +41,7 @@ MAX_INLINE_BYTES = 2_000_000_000
 PROBES = ((1009, 10), (2003, 30))
 
 # graphsurgeon warns that it would convert bfloat16 weights to another type. It does not any more: onnx hands
-# it arrays of ml_dtypes.bfloat16, which it writes as they are (tests/test_passes.py holds it to that).
+# it arrays of ml_dtypes.bfloat16, which it writes as they are (tests/test_fuse.py holds it to that).
 G_LOGGER.severity = G_LOGGER.ERROR
 
 

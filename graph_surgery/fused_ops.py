@@ -144,8 +144,8 @@ DECODER_SELF_ATTENTION = FusedOp(
     inputs=("qkv", "past_key", "past_value", "position_ids"),
     outputs=("context", "present_key", "present_value"),
     attributes=(Attribute("num_heads", int),),
-    # What lies in the cache beyond a row's position may be anything, NaN too: the values are masked as well
-    # as the scores, for 0 * NaN is NaN.
+    # Of the C slots only the first T are looked at, up to the last position of the batch. What lies beyond a
+    # row's own position may be anything, NaN too: values are masked as well as scores, for 0 * NaN is NaN.
     body="""
         num_heads = Constant <value_int: int = @num_heads> ()
         first_axis = Constant <value_ints = [0]> ()
@@ -155,43 +155,47 @@ DECODER_SELF_ATTENTION = FusedOp(
         packed_shape = Concat <axis = 0> (lead, heads_dim, one_row)
         rows_shape = Constant <value_ints = [0, 1, -1]> ()
 
-        wide = Cast <to = 1> (qkv)
-        packed = Reshape (wide, packed_shape)                               # [B, 3, H, 1, d]
+        packed = Reshape (qkv, packed_shape)                                # [B, 3, H, 1, d]
         first = Constant <value_int = 0> ()
         second = Constant <value_int = 1> ()
         third = Constant <value_int = 2> ()
-        query = Gather <axis = 1> (packed, first)                           # [B, H, 1, d]
+        narrow_query = Gather <axis = 1> (packed, first)                    # [B, H, 1, d]
         new_key = Gather <axis = 1> (packed, second)
         new_value = Gather <axis = 1> (packed, third)
 
-        capacity_dim = Shape <start = 2, end = 3> (past_key)
-        capacity = Squeeze (capacity_dim)
-        slots = Range (first, capacity, second)                               # [C]
-        row_axes = Constant <value_ints = [1, 3]> ()
+        cache_axes = Constant <value_ints = [2, 3]> ()
+        position = Unsqueeze (position_ids, cache_axes)                     # [B, 1, 1, 1]
+        row_shape = Shape (new_key)
+        slot = Expand (position, row_shape)                                 # [B, H, 1, d]
+        present_key = ScatterElements <axis = 2> (past_key, slot, new_key)
+        present_value = ScatterElements <axis = 2> (past_value, slot, new_value)
+
+        last = ReduceMax <keepdims = 0> (position_ids)
+        length = Add (last, second)
+        length_dim = Unsqueeze (length, first_axis)
+        slots_axis = Constant <value_ints = [2]> ()
+        narrow_key = Slice (present_key, first_axis, length_dim, slots_axis)
+        narrow_value = Slice (present_value, first_axis, length_dim, slots_axis)
+        slots = Range (first, length, second)
+        seen = LessOrEqual (slots, position_ids)                            # [B, T]
         score_axes = Constant <value_ints = [1, 2]> ()
-        is_new = Equal (slots, position_ids)                                # [B, C]
-        is_new_row = Unsqueeze (is_new, row_axes)                           # [B, 1, C, 1]
-        seen = LessOrEqual (slots, position_ids)                            # [B, C]
-        seen_row = Unsqueeze (seen, row_axes)                               # [B, 1, C, 1]
-        seen_score = Unsqueeze (seen, score_axes)                           # [B, 1, 1, C]
+        value_axes = Constant <value_ints = [1, 3]> ()
+        seen_score = Unsqueeze (seen, score_axes)                           # [B, 1, 1, T]
+        seen_slot = Unsqueeze (seen, value_axes)                            # [B, 1, T, 1]
 
-        wide_past_key = Cast <to = 1> (past_key)
-        wide_past_value = Cast <to = 1> (past_value)
-        key = Where (is_new_row, new_key, wide_past_key)                    # [B, H, C, d]
-        value = Where (is_new_row, new_value, wide_past_value)
-        present_key = CastLike (key, past_key)
-        present_value = CastLike (value, past_value)
-
+        query = Cast <to = 1> (narrow_query)
+        key = Cast <to = 1> (narrow_key)                                    # [B, H, T, d]
+        value = Cast <to = 1> (narrow_value)
         head_dim = Shape <start = -1> (query)
         head_dim_f = Cast <to = 1> (head_dim)
         root = Sqrt (head_dim_f)
         scaled = Div (query, root)
         key_t = Transpose <perm = [0, 1, 3, 2]> (key)
-        all_scores = MatMul (scaled, key_t)                                 # [B, H, 1, C]
+        all_scores = MatMul (scaled, key_t)                                 # [B, H, 1, T]
         unseen_score = Constant <value_float = -inf> ()
         unseen_value = Constant <value_float = 0.0> ()
         scores = Where (seen_score, all_scores, unseen_score)
-        seen_value = Where (seen_row, value, unseen_value)
+        seen_value = Where (seen_slot, value, unseen_value)
         probs = Softmax <axis = -1> (scores)
         mixed = MatMul (probs, seen_value)                                  # [B, H, 1, d]
         wide_context = Reshape (mixed, rows_shape)

@@ -112,7 +112,7 @@ def test_encoder_attention(dtype, batch, length, num_heads, head_dim):
 
 @every_dtype
 def test_decoder_self_attention(dtype):
-    """Rows at different positions: the first, the last, and between. Beyond a row's position the cache is NaN."""
+    """Rows at the first position, the last, and between; beyond a row's position the cache is NaN."""
     torch.manual_seed(0)
     positions, num_heads, head_dim, capacity = [0, 6, 3], 3, 32, 7
     cache = (len(positions), num_heads, capacity, head_dim)

@@ -83,7 +83,7 @@ def encoder_attention(
     """Attention as the exporter writes it, with variations.
 
     scale_at: any of query_rows, query, key, scores, both (the root of the scale on queries and keys), none.
-    again, leak: the interior tensor (query_rows, key, scores, probs, mixed) to use twice, or to make an output.
+    again, leak: the interior tensor (query_rows, key, scores, probs, mixed) to use twice or to put out.
     """
     b = GraphBuilder()
     x = b.input("x", ["batch", SEQ, WIDTH])
@@ -212,7 +212,7 @@ def cross_attention(
     computed_key: bool = False,
     again: str = "",
 ) -> onnx.ModelProto:
-    """Attention of `queries` rows to keys and values that are inputs; with one row no transposes are needed."""
+    """Attention of `queries` rows to keys and values that are inputs; one row needs no transposes."""
     b = GraphBuilder()
     query = b.input("query", ["batch", queries, WIDTH])
     key = b.input("key", ["batch", HEADS, SEQ, HEAD_DIM])
@@ -362,7 +362,7 @@ def self_attention(
     ids=str,
 )
 def test_decoder_self_attention_matches(variation):
-    """Rows at different positions in the fixed cache give what each row gives alone with its growing cache."""
+    """Rows at different positions in the fixed cache give what each gives alone with a growing cache."""
     model = self_attention(**variation)
     fused, report = run_pass("decoder_self_attention", model)
     assert report.fused == ["/block/TrOCRDecoderSelfAttention"]
