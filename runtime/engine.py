@@ -65,8 +65,8 @@ class Engine:
     def load(cls, folder: Path | str, name: str) -> Engine:
         """The engine `name` ("encoder", "cross_kv" or "decoder") of an engine folder, on torch's current GPU.
 
-        Checks the manifest, this machine and the file's hash before TensorRT sees a byte, and loads the plugin
-        library where the folder's graphs need it.
+        Checks the manifest, this machine and the file's hash before TensorRT sees a byte, and loads the
+        plugin library where the folder's graphs need it.
 
         Raises:
             EngineError: no or a damaged manifest; an engine missing, damaged, or of another TensorRT or GPU;
@@ -180,9 +180,8 @@ class BoundEngine:
         dtype = self.engine.dtypes[name]
         if tensor.dtype != dtype or not tensor.is_cuda or not tensor.is_contiguous() or address % ALIGNMENT:
             raise EngineError(
-                f"{self.engine.path}: {name} is {tensor.dtype} on {tensor.device} at address {address:#x}, "
-                f"strides {tensor.stride()}; the engine takes {dtype} on the GPU, contiguous, at a multiple of "
-                f"{ALIGNMENT}"
+                f"{self.engine.path}: {name} is {tensor.dtype} on {tensor.device} at {address:#x}, strides "
+                f"{tensor.stride()}; the engine takes {dtype} on the GPU, contiguous, aligned to {ALIGNMENT}"
             )
         self._context.set_tensor_address(name, address)
         self.tensors[name] = tensor  # keeps the memory

@@ -1,4 +1,4 @@
-"""TensorRT engines behind the backend interface: static buffers, CUDA graphs of encoding and of search steps."""
+"""TensorRT engines behind the backend interface: static buffers, CUDA graphs of encoding and search."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class LeastRecentlyUsed(OrderedDict[Hashable, T]):
 class TensorRTBackend(Backend):
     """The engines of one folder.
 
-    All buffers are made once, for the largest batch; a smaller batch uses their beginning. So every address is
-    fixed, and a CUDA graph of one batch size stays valid whatever ran in between.
+    All buffers are made once, for the largest batch; a smaller batch uses their beginning. So every address
+    is fixed, and a CUDA graph of one batch size stays valid whatever ran in between.
 
-    A fixed cache is read and written in place. A growing one alternates between two sets of buffers: what step t
-    writes is what step t + 1 reads.
+    A fixed cache is read and written in place. A growing one alternates between two sets of buffers: what
+    step t writes is what step t + 1 reads.
     """
 
     name = "tensorrt"
@@ -148,10 +148,10 @@ class TensorRTBackend(Backend):
         return self._logits[: state.batch, 0]
 
     def capture(self, state: State, step: Callable[[], None]) -> Callable[[], None]:
-        """One CUDA graph a batch size; with a growing cache, whose shapes change with each token, one a position.
+        """One CUDA graph a batch size; with a growing cache, whose shapes change, one a position.
 
-        A graph is captured when it is first needed: the step runs once as it is, which also is the enqueue that
-        TensorRT wants before a capture, and is recorded after that for the next time.
+        A graph is captured when it is first needed: the step runs once as it is, which also is the enqueue
+        that TensorRT wants before a capture, and is recorded after that for the next time.
         """
         if not self.cuda_graphs:
             return step

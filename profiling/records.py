@@ -1,0 +1,120 @@
+"""Bench records: one measurement each, as `results/<gpu>/<model>/bench.json` lists them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+from runtime.gpu import current_gpu, driver_version
+from runtime.tensorrt_loader import TensorRTError, load_tensorrt
+
+PARTS = ("encoder", "decoder", "end_to_end", "page")
+VARIANTS = ("stock", "stock_naive", "fused", "torch", "compile", "onnxruntime", "tensorrt_rtx")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class RecordError(ValueError):
+    """A file that does not hold bench records; the message names the file and the value."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with what a measurement was made. What is not there is None."""
+
+    command: str
+    commit: str | None
+    date: str
+    gpu: str | None
+    driver: str | None
+    cuda: str | None
+    tensorrt: str | None
+
+
+@dataclass(frozen=True)
+class Record(Environment):
+    """One measurement.
+
+    Attributes:
+        part: of PARTS. "decoder" is all decode steps, "end_to_end" is pixel values to token ids, "page" is
+        image
+            files to text.
+        batch: images a batch.
+        tokens: decode steps a line; None for the encoder, and for a page, whose lines end where their text
+        does.
+        variant: of VARIANTS.
+        median_ms, p99_ms: of one batch; of a page, of all its lines.
+        lines_per_s: from the median.
+        us_per_token: of one decode step of the batch ("decoder" only).
+        images_per_s, tflops: "encoder" only; operations as counted in `encoder_flops`.
+        rel_error: max |x - y| / max |y| against PyTorch in float32 ("encoder" only).
+        same_tokens: share of the token ids that PyTorch in float32 chooses as well.
+    """
+
+    part: str
+    model: str
+    batch: int
+    tokens: int | None
+    precision: str
+    variant: str
+    median_ms: float
+    p99_ms: float
+    lines_per_s: float
+    us_per_token: float | None = None
+    images_per_s: float | None = None
+    tflops: float | None = None
+    rel_error: float | None = None
+    same_tokens: float | None = None
+
+
+def environment(command: str) -> Environment:
+    """This machine, now."""
+    gpu = current_gpu()
+    try:
+        tensorrt = load_tensorrt().__version__
+    except TensorRTError:
+        tensorrt = None
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return Environment(
+        command, commit(), date, gpu and gpu.name, driver_version(), gpu and gpu.cuda, tensorrt
+    )
+
+
+def commit() -> str | None:
+    """The commit that is measured; a copy without a repository gets it from TROCR_COMMIT."""
+    if named := os.environ.get("TROCR_COMMIT"):
+        return named
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(records: Sequence[Record], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+
+
+def read(path: Path) -> list[Record]:
+    """Raises RecordError where the file does not hold a list of records."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"{path}: unreadable ({error}); write it with `python -m runtime.bench --json`"
+        ) from None
+    known = {field.name for field in fields(Record)}
+    for number, entry in enumerate(content):
+        if entry.keys() != known:
+            wrong = ", ".join(sorted(known ^ entry.keys()))
+            raise RecordError(f"{path}: record {number}: fields missing or unknown: {wrong}")
+        if entry["part"] not in PARTS or entry["variant"] not in VARIANTS:
+            raise RecordError(
+                f"{path}: record {number}: part {entry['part']!r}, variant {entry['variant']!r}"
+            )
+    return [Record(**entry) for entry in content]

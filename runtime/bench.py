@@ -1,0 +1,467 @@
+#!/usr/bin/env python3
+"""Times the parts of recognition, variant against variant, and checks their results in the same run.
+
+    runtime/bench.py                                  end to end on the bundled checkpoint
+    python -m runtime.bench encoder --model small --batch 1,8,16,64 --variants stock,fused,torch --json FILE
+    nsys profile runtime/bench.py                     NVTX ranges are in the domain "trocr"
+
+Parts: encoder (pixel values to hidden states), decoder (all decode steps), end_to_end (pixel values on the
+host to token ids on the host), page (images of lines to texts), all. Every line gets the same number of
+tokens: end of text does not stop the search, except in a page. Input is random, except in a page.
+
+Engines: CUDA events around replays of CUDA graphs. PyTorch on a GPU: CUDA events around calls. CPU: wall
+clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the project's root in place of runtime/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import nvtx
+import onnxruntime as ort
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from build import PRECISIONS, BuildError, build, default_folder
+from graph_surgery.checkpoint import DTYPES, CheckpointError, EncoderSpec, ModelSpec, load_model, load_spec
+from graph_surgery.fused_ops import SurgeryError
+from profiling.accuracy import LinesError, line_images
+from profiling.models import find_model
+from profiling.records import PARTS, Record, environment, write
+from runtime.backends.base import Backend, BackendError
+from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+from runtime.backends.tensorrt_backend import TensorRTBackend
+from runtime.engine import capture
+from runtime.generation import GenerationError, GreedySearch
+from runtime.recognizer import Recognizer
+from runtime.tensorrt_loader import TensorRTError
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+VARIANTS = ("stock", "fused", "torch", "compile", "onnxruntime")
+DEFAULT_VARIANTS = "stock,fused,torch" if ON_GPU else "onnxruntime,torch"
+DEFAULT_BATCHES = "1,8,16,64" if ON_GPU else "1"
+DEFAULT_PRECISION = "fp16" if ON_GPU else "fp32"
+PAGE_LINES = 64 if ON_GPU else 8
+REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
+WARMUPS = 3
+MIN_REPEATS, MAX_REPEATS, SECONDS = 10, 200, 1.0  # of one measurement
+
+
+class Unavailable(Exception):
+    """This machine or variant cannot do the measurement; the message says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement to make."""
+
+    part: str
+    batch: int
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times of one batch, in milliseconds, and what was computed.
+
+    output: of the encoder float [B, S, D]; of the decoder and end to end the token ids [B, tokens]; of a
+    page the
+        number of tokens of every line.
+    """
+
+    times_ms: list[float]
+    output: torch.Tensor
+
+
+def encoder_flops(spec: EncoderSpec) -> float:
+    """Floating-point operations of one image in the encoder's products, two a multiply-add.
+
+    A layer of width d over S tokens takes 8 S d^2 (query, key, value, output), 4 S^2 d (attention) and 4 S
+    d f (feed-forward of width f); the patches take 2 N (3 p^2) d.
+    """
+    tokens, width = spec.num_tokens, spec.hidden_size
+    layer = 8 * tokens * width**2 + 4 * tokens**2 * width + 4 * tokens * width * spec.intermediate_size
+    patches = tokens - spec.num_special_tokens
+    return spec.num_hidden_layers * layer + 2 * patches * 3 * spec.patch_height * spec.patch_width * width
+
+
+def measure(
+    run: Callable[[], None], before: Callable[[], None] = lambda: None, device: torch.device = DEVICE
+) -> list[float]:
+    """Milliseconds of repeated runs on `device`. `before` prepares each and is not timed."""
+    time_once = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    for _ in range(WARMUPS):
+        before()
+        run()
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(times) < MIN_REPEATS or (len(times) < MAX_REPEATS and time.perf_counter() < end):
+        before()
+        times.append(time_once(run))
+    return times
+
+
+def _time_on_gpu(run: Callable[[], None]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _time_on_cpu(run: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def random_pixels(spec: ModelSpec, batch: int) -> torch.Tensor:
+    """float32 [B, 3, height, width] on the host: the same values for the same batch."""
+    generator = torch.Generator().manual_seed(batch)
+    shape = (batch, 3, spec.encoder.image_height, spec.encoder.image_width)
+    pixels = torch.randn(shape, generator=generator).clamp_(-1, 1)
+    return pixels.pin_memory() if ON_GPU else pixels
+
+
+class BackendVariant:
+    """Engines or ONNX graphs, with this project's greedy search."""
+
+    def __init__(self, backend: Backend, folder: Path):
+        self.backend = backend
+        self.folder = folder
+
+    def check(self, case: Case) -> None:
+        limits = [("batch", case.batch, self.backend.max_batch)]
+        if case.tokens is not None:
+            limits.append(("tokens", case.tokens, self.backend.max_steps))
+        for what, value, limit in limits:
+            if limit is not None and value > limit:
+                raise Unavailable(f"{self.folder} is built for {what} up to {limit}")
+
+    def decoder(self, pixels: torch.Tensor, tokens: int) -> Measurement:
+        search, start, steps = self._search(pixels, tokens)
+        times = measure(steps, start, self.backend.device)
+        return Measurement(times, search.output_ids[:, 1:])
+
+    def end_to_end(self, pixels: torch.Tensor, tokens: int) -> Measurement:
+        search, start, steps = self._search(pixels, tokens)
+
+        def run() -> None:
+            start()
+            steps()
+            search.output_ids.tolist()
+
+        times = measure(run, device=self.backend.device)
+        return Measurement(times, search.output_ids[:, 1:])
+
+    def page(self, lines: Sequence[Path], batch: int) -> Measurement:
+        return _measure_page(Recognizer(self.folder, backend=self.backend.name, batch_size=batch), lines)
+
+    def _search(self, pixels: torch.Tensor, tokens: int) -> tuple[GreedySearch, Callable, Callable]:
+        """A search, a function that puts it at the start of a line, and one that runs all steps."""
+        search = GreedySearch(self.backend, len(pixels), tokens)
+
+        def start() -> None:
+            search.state = self.backend.start(pixels)
+            search.reset()
+
+        start()
+        advance = self.backend.capture(search.state, search.step)
+
+        def steps() -> None:
+            for _ in range(tokens):
+                advance()
+
+        return search, start, steps
+
+
+class EngineVariant(BackendVariant):
+    """The engines of a folder."""
+
+    def __init__(self, folder: Path):
+        super().__init__(TensorRTBackend(folder), folder)
+
+    def encoder(self, pixels: torch.Tensor) -> Measurement:
+        engine = self.backend.encoder
+        inputs = {"pixel_values": pixels.to(DEVICE, engine.dtypes["pixel_values"])}
+        outputs = engine.empty_outputs(inputs)
+        bound = engine.bind(inputs | outputs)
+        bound()
+        return Measurement(measure(capture(bound).replay), outputs["last_hidden_state"])
+
+
+class OnnxVariant(BackendVariant):
+    """The ONNX graphs of a folder on ONNX Runtime's CPU."""
+
+    def __init__(self, folder: Path):
+        spec = load_spec(folder)
+        super().__init__(OnnxRuntimeBackend(folder, spec, spec.max_new_tokens), folder)
+
+    def encoder(self, pixels: torch.Tensor) -> Measurement:
+        session = ort.InferenceSession(self.folder / "encoder.onnx", providers=["CPUExecutionProvider"])
+        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[session.get_inputs()[0].type]
+        inputs = {"pixel_values": pixels.numpy().astype(dtype)}
+        (hidden,) = session.run(None, inputs)
+        times = measure(lambda: session.run(None, inputs), device=self.backend.device)
+        return Measurement(times, torch.from_numpy(hidden))
+
+
+class TorchVariant:
+    """Hugging Face's model and `generate`, with its cache and its fastest attention (sdpa in the encoder)."""
+
+    def __init__(self, spec: ModelSpec, precision: str):
+        self.spec, self.precision = spec, precision
+        self.model = load_model(spec, DTYPES[precision]).to(DEVICE)
+        self.model.encoder.set_attn_implementation("sdpa")
+
+    def check(self, case: Case) -> None:
+        pass
+
+    def encoder(self, pixels: torch.Tensor) -> Measurement:
+        return self._encoder(self.model.encoder, pixels)
+
+    def _encoder(self, encoder: torch.nn.Module, pixels: torch.Tensor) -> Measurement:
+        pixels = pixels.to(DEVICE, self.model.dtype)
+        hidden: list[torch.Tensor] = []
+
+        def run() -> None:
+            hidden[:] = [encoder(pixel_values=pixels).last_hidden_state]
+
+        times = measure(run)
+        return Measurement(times, hidden[0].clone())
+
+    def decoder(self, pixels: torch.Tensor, tokens: int) -> Measurement:
+        encoded = self.model.encoder(pixel_values=pixels.to(DEVICE, self.model.dtype))
+        times = measure(lambda: self.generate(tokens, stop=False, encoder_outputs=encoded))
+        return Measurement(times, self.generate(tokens, encoder_outputs=encoded))
+
+    def end_to_end(self, pixels: torch.Tensor, tokens: int) -> Measurement:
+        def run() -> None:
+            on_device = pixels.to(DEVICE, non_blocking=True).to(self.model.dtype)
+            self.generate(tokens, stop=False, pixel_values=on_device).tolist()
+
+        output = self.generate(tokens, pixel_values=pixels.to(DEVICE, self.model.dtype))
+        return Measurement(measure(run), output)
+
+    def page(self, lines: Sequence[Path], batch: int) -> Measurement:
+        recognizer = Recognizer(self.spec.source, backend="torch", precision=self.precision, batch_size=batch)
+        return _measure_page(recognizer, lines)
+
+    def generate(self, tokens: int, stop: bool = True, **inputs) -> torch.Tensor:
+        """Greedy token ids [B, tokens], padded after the end of text; without `stop` there is none."""
+        least = 0 if stop else tokens
+        settings = {"num_beams": 1, "do_sample": False, "use_cache": True}
+        ids = self.model.generate(**inputs, **settings, min_new_tokens=least, max_new_tokens=tokens)[:, 1:]
+        padding = self.model.generation_config.pad_token_id
+        return torch.nn.functional.pad(ids, (0, tokens - ids.shape[1]), value=padding)
+
+
+class CompileVariant(TorchVariant):
+    """The encoder under torch.compile, mode reduce-overhead. `generate` would stay as it is."""
+
+    def check(self, case: Case) -> None:
+        if case.part != "encoder":
+            raise Unavailable("measured for the encoder only")
+
+    def encoder(self, pixels: torch.Tensor) -> Measurement:
+        return self._encoder(torch.compile(self.model.encoder, mode="reduce-overhead"), pixels)
+
+
+class Reference:
+    """PyTorch in float32: what the results of every variant are held against."""
+
+    def __init__(self, spec: ModelSpec):
+        torch.backends.cudnn.allow_tf32 = False
+        self._torch = TorchVariant(spec, "fp32")
+
+    def accuracy(self, case: Case, pixels: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
+        """The accuracy fields of a record."""
+        rows = pixels[:REFERENCE_ROWS].to(DEVICE)
+        output = output[:REFERENCE_ROWS].to(DEVICE)
+        if case.part == "encoder":
+            expected = self._torch.model.encoder(pixel_values=rows).last_hidden_state
+            return {"rel_error": ((output.float() - expected).abs().max() / expected.abs().max()).item()}
+        expected = self._torch.generate(case.tokens, pixel_values=rows)
+        return {"same_tokens": (output == expected).float().mean().item()}
+
+
+def open_variant(name: str, folder: Path, spec: ModelSpec, precision: str, engines: Path):
+    """Raises Unavailable, or an error whose message says what to do."""
+    if name == "torch":
+        return TorchVariant(spec, precision)
+    if name == "compile":
+        return CompileVariant(spec, precision)
+    plugins = "none" if name == "stock" else "fused"
+    target = engines / default_folder(str(folder), plugins, precision).name
+    if name == "onnxruntime":
+        return OnnxVariant(build(str(folder), plugins, precision, out=target, onnx_only=True))
+    if not ON_GPU:
+        raise Unavailable("no NVIDIA GPU can be used here")
+    if not target.exists():
+        raise Unavailable(
+            f"{target} does not exist; build it: python build.py --model {folder} --plugins {plugins} "
+            f"--precision {precision} --batch 1,16,64 --out {target}"
+        )
+    return EngineVariant(target)
+
+
+def _measure_page(recognizer: Recognizer, lines: Sequence[Path]) -> Measurement:
+    tokens = [len(result.token_ids) for result in recognizer.recognize(lines)]
+    return Measurement(measure(lambda: recognizer.recognize(lines)), torch.tensor(tokens))
+
+
+@torch.inference_mode()
+def run(
+    cases: Sequence[Case], variants: Sequence[str], folder: Path, precision: str, engines: Path, command: str
+) -> tuple[list[Record], list[str]]:
+    """Measure every case with every variant.
+
+    Returns:
+        The records, and a line for every measurement that could not be made, with the reason.
+    """
+    spec = load_spec(folder)
+    here = asdict(environment(command))
+    reference = Reference(spec)
+    records: list[Record] = []
+    skipped: list[str] = []
+    with tqdm(total=len(cases) * len(variants), unit="measurement", disable=None) as bar:
+        for name in variants:
+            try:
+                variant = open_variant(name, folder, spec, precision, engines)
+            except Unavailable as reason:
+                skipped.append(f"{name}: {reason}")
+                bar.update(len(cases))
+                continue
+            for case in cases:
+                bar.set_description(f"{name} {case.part} {case.batch}")
+                try:
+                    variant.check(case)
+                    with nvtx.annotate(f"{name} {case.part} batch {case.batch}", domain="trocr"):
+                        fields = measure_case(variant, case, spec, reference)
+                    records.append(
+                        Record(**here, **fields, model=spec.name, precision=precision, variant=name)
+                    )
+                except Unavailable as reason:
+                    skipped.append(f"{name} {case.part} batch {case.batch}: {reason}")
+                bar.update()
+            del variant
+            torch.cuda.empty_cache()
+    return records, skipped
+
+
+def measure_case(variant, case: Case, spec: ModelSpec, reference: Reference) -> dict[str, Any]:
+    """The fields of a record that the measurement itself decides."""
+    if case.part == "page":
+        try:
+            with line_images(most=PAGE_LINES) as lines:
+                measurement = variant.page(lines, case.batch)
+        except LinesError as error:
+            raise Unavailable(str(error)) from None
+        return _times(case, measurement.times_ms, len(lines))
+
+    pixels = random_pixels(spec, case.batch)
+    if case.part == "encoder":
+        measurement = variant.encoder(pixels)
+    elif case.part == "decoder":
+        measurement = variant.decoder(pixels, case.tokens)
+    else:
+        measurement = variant.end_to_end(pixels, case.tokens)
+    fields = _times(case, measurement.times_ms, case.batch)
+    if case.part == "encoder":
+        fields["images_per_s"] = fields["lines_per_s"]
+        fields["tflops"] = encoder_flops(spec.encoder) * fields["lines_per_s"] / 1e12
+    if case.part == "decoder":
+        fields["us_per_token"] = 1e3 * fields["median_ms"] / case.tokens
+    return fields | reference.accuracy(case, pixels, measurement.output)
+
+
+def _times(case: Case, times_ms: Sequence[float], lines: int) -> dict[str, Any]:
+    median = statistics.median(times_ms)
+    return {
+        "part": case.part,
+        "batch": case.batch,
+        "tokens": case.tokens,
+        "median_ms": median,
+        "p99_ms": float(np.percentile(times_ms, 99)),
+        "lines_per_s": 1e3 * lines / median,
+    }
+
+
+def _table(records: Sequence[Record]) -> str:
+    columns = ("part", "variant", "batch", "tokens", "median_ms", "p99_ms", "lines_per_s")
+    columns += ("us_per_token", "tflops", "rel_error", "same_tokens")
+    rows = [[getattr(record, column) for column in columns] for record in records]
+    return tabulate(rows, columns, floatfmt=".4g", missingval="-")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers, such as 1,8,16")
+    return numbers
+
+
+def _variants(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise argparse.ArgumentTypeError(
+            f"no variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}"
+        )
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Time the parts of recognition, variant against variant.")
+    parser.add_argument("part", nargs="?", choices=(*PARTS, "all"), default="end_to_end")
+    parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
+    parser.add_argument("--batch", type=_numbers, default=DEFAULT_BATCHES, help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=20, help="decode steps a line (default: %(default)s)")
+    parser.add_argument("--variants", type=_variants, default=DEFAULT_VARIANTS, help="default: %(default)s")
+    parser.add_argument("--precision", choices=PRECISIONS, default=DEFAULT_PRECISION)
+    parser.add_argument("--engines", type=Path, default=Path("engines"), help="where build.py's folders are")
+    parser.add_argument("--json", type=Path, help="write the records to this file")
+    options = parser.parse_args(arguments)
+
+    parts = PARTS if options.part == "all" else (options.part,)
+    cases = [
+        Case(part, batch, options.tokens if part in ("decoder", "end_to_end") else None)
+        for part in parts
+        for batch in options.batch
+    ]
+    command = shlex.join(
+        ["python", "-m", "runtime.bench", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    try:
+        folder = find_model(options.model)
+        records, skipped = run(cases, options.variants, folder, options.precision, options.engines, command)
+    except (BackendError, BuildError, CheckpointError, GenerationError, SurgeryError, TensorRTError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        write(records, options.json)
+    print(_table(records))
+    for line in skipped:
+        print(f"not measured: {line}")
+    return 0 if records else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
