@@ -47,7 +47,7 @@ def linear():
     """profiling.linear with the built module."""
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU")
-    return pytest.importorskip("profiling.linear", reason="trocr_linear is not built", exc_type=ImportError)
+    return pytest.importorskip("profiling.linear", reason="trocr_kernels is not built", exc_type=ImportError)
 
 
 def test_gelu_polynomial_is_within_a_quarter_of_half_an_ulp() -> None:
@@ -92,7 +92,7 @@ def test_encoder_products_at_batch_64(linear, inputs: int, outputs: int, dtype: 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_every_tactic(linear, epilogue: str) -> None:
     ran = 0
-    for tactic in range(1, linear.trocr_linear.linear_tactic_count() + 1):
+    for tactic in range(1, linear.kernels.linear_tactic_count() + 1):
         for rows, inputs, outputs in ((1, 192, 192), (65, 320, 448), (577, 768, 768), (1154, 1024, 3072)):
             problem = linear.Linear(rows, inputs, outputs, epilogue, torch.float16)
             try:
@@ -109,7 +109,7 @@ def test_every_tactic(linear, epilogue: str) -> None:
 @pytest.mark.parametrize("epilogue", ["plain", "gelu", "residual"])
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (72, 40), (200, 72), (1000, 1016)])
 def test_sizes_that_fit_no_tile(linear, inputs: int, outputs: int, epilogue: str) -> None:
-    for tactic in range(linear.trocr_linear.linear_tactic_count() + 1):
+    for tactic in range(linear.kernels.linear_tactic_count() + 1):
         problem = linear.Linear(100, inputs, outputs, epilogue, torch.float16)
         try:
             problem.run(tactic)
@@ -122,7 +122,7 @@ def test_sizes_that_fit_no_tile(linear, inputs: int, outputs: int, epilogue: str
 @pytest.mark.gpu
 @pytest.mark.parametrize("epilogue", ["layernorm_gelu", "residual_statistics"])
 def test_runs_are_bitwise_equal_on_any_stream_and_overlapped(linear, epilogue: str) -> None:
-    for tactic in range(linear.trocr_linear.linear_tactic_count() + 1):
+    for tactic in range(linear.kernels.linear_tactic_count() + 1):
         problem = linear.Linear(1154, 768, 768, epilogue, torch.float16)
         try:
             problem.run(tactic)
@@ -142,7 +142,7 @@ def test_runs_are_bitwise_equal_on_any_stream_and_overlapped(linear, epilogue: s
 
 @pytest.mark.gpu
 def test_residual_in_place(linear) -> None:
-    for tactic in range(linear.trocr_linear.linear_tactic_count() + 1):
+    for tactic in range(linear.kernels.linear_tactic_count() + 1):
         problem = linear.Linear(578, 1536, 384, "residual_statistics", torch.float16)
         try:
             problem.run(tactic)
@@ -159,12 +159,12 @@ def test_residual_in_place(linear) -> None:
 def test_row_statistics(linear, dtype: torch.dtype) -> None:
     x = (torch.randn(577, 768, device="cuda") * 3 + 10).to(dtype)
     got = torch.full((578, 12, 2), torch.nan, device="cuda")
-    linear.trocr_linear.row_statistics(
+    linear.kernels.row_statistics(
         x=x.data_ptr(),
         statistics=got.data_ptr(),
         rows=577,
         width=768,
-        data_type=getattr(linear.trocr_linear.DataType, "HALF" if dtype == torch.float16 else "BF16"),
+        dtype=linear.name_of(dtype),
         stream=torch.cuda.current_stream().cuda_stream,
     )
     torch.testing.assert_close(got[:577], linear.partial_statistics(x), rtol=1e-4, atol=1e-5)
@@ -191,7 +191,8 @@ def test_statistics_carry_from_product_to_product(linear) -> None:
         ({"outputs": 4}, "multiples of 8"),
         ({"rows": 0}, "at least 1"),
         ({"tactic": 999}, "invalid argument"),
-        ({"y": 2}, "invalid argument"),
+        ({"y": 2}, "pointer 'y' is not a multiple of 16 bytes"),
+        ({"bias": 4}, "invalid argument"),
         ({"weight_sum": 8}, "input statistics"),
         ({"output_statistics": 8}, "output statistics"),
     ],
@@ -205,7 +206,7 @@ def test_refuses_what_it_cannot_do(linear, change: dict, reason: str) -> None:
         "rows": 64,
         "outputs": 64,
         "inputs": 64,
-        "data_type": linear.trocr_linear.DataType.HALF,
+        "dtype": "float16",
     }
     with pytest.raises(RuntimeError, match=reason):
-        linear.trocr_linear.linear(**(arguments | change))
+        linear.kernels.linear(**(arguments | change))
