@@ -256,7 +256,7 @@ RESIDUAL_LAYER_NORM = FusedOp(
     """,
 )
 
-# Statements that choose among `none`, `gelu` and `relu`: `biased` -> `activated`, both float32. Opset 17 cannot
+# Statements that choose among `none`, `gelu`, `relu`: `biased` -> `activated`, both float32. Opset 17 cannot
 # compare strings; but two that are equal have one distinct element. GELU is x * Phi(x), with the cumulative
 # normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2. The branches are chosen when a graph is loaded.
 _ACTIVATE = """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import math
+import statistics
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
+from profiling.kernel_calls import load_kernels
 
 POLYNOMIAL = (  # of gelu() in plugins/linear/epilogue.cuh, from degree 5 down
     -0.00030645227525383234,
@@ -63,6 +66,24 @@ def test_gelu_polynomial_is_within_a_quarter_of_half_an_ulp() -> None:
     exact = x.double() * 0.5 * torch.erfc(-x.double() / math.sqrt(2))
     half_ulp = torch.clamp(exact.abs() * 2**-11, min=2**-25)
     assert ((gelu.double() - exact).abs() / half_ulp).max() < 0.25
+
+
+def test_tactics_are_nearly_the_best_of_those_measured() -> None:
+    """The choice among Hopper's tactics, against times on an H200 (132 multiprocessors)."""
+    try:
+        kernels = load_kernels()
+    except ImportError as error:
+        pytest.skip(str(error))
+    table = Path(__file__).parents[1] / "plugins" / "linear" / "tactics-h200.csv"
+    ratios = []
+    for row in csv.DictReader(table.open()):
+        sizes = {name: int(row[name]) for name in ("rows", "inputs", "outputs")}
+        chosen = kernels.linear_tactic_on_hopper(**sizes, multiprocessors=132)
+        times = {name: float(row[name]) for name in row if name.startswith("tactic") and row[name]}
+        ratios.append(times[f"tactic {chosen}"] / min(times.values()))
+    assert len(ratios) == 64
+    assert max(ratios) < 1.06
+    assert statistics.mean(ratios) < 1.002
 
 
 @pytest.mark.gpu

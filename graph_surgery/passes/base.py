@@ -53,7 +53,7 @@ class FusionPass(ABC):
 
     @abstractmethod
     def expected(self, spec: ModelSpec, fused: Collection[str]) -> dict[str, int]:
-        """How many fused nodes the pass puts into each of a model's graphs, once the passes `fused` have fired.
+        """How many fused nodes the pass puts into each of a model's graphs, after the passes `fused`.
 
         A graph that is not named is not searched. A node that replaces no stock node does not count.
         """

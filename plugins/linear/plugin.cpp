@@ -71,10 +71,9 @@ LinearParams describeProduct(Dims const& x, Dims const& weight, Dims const& bias
     params.outputs = dimension("weight", weight, 0);
     params.inputs = dimension("x", x, x.nbDims - 1);
     params.dataType = toDataType(type);
-    // Weights are constants of the engine, so nothing that precedes writes what is read before
-    // griddepcontrol.wait. That waits for the preceding grid's end and the visibility of all it wrote, whoever's it
-    // is. A grid of ours ends after its own wait, so by induction all earlier work has ended too: what is overwritten
-    // has no readers left.
+    // Only the weight, a constant of the engine, is read before griddepcontrol.wait. That returns when the preceding
+    // grid, whoever's it is, has ended and what it wrote is visible. Each of our grids ends after its own wait, so by
+    // induction all earlier work has ended too: what is overwritten has no readers left. README.md.
     params.overlapPredecessor = true;
 
     expectShape("weight", weight, {2, {params.outputs, params.inputs}});
