@@ -69,7 +69,7 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     accuracy = [*python, "-m", "profiling.accuracy", "--engines", str(fused), "--engines", str(stock)]
     accuracy += ["--json", str(out / "accuracy.json")]
     kernels = [*python, "-m", "profiling.kernels", "--out", str(out / "kernels.json")]
-    build = "cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release && cmake --build build"
+    build = "CMAKE_GENERATOR=Ninja cmake -S . -B build && cmake --build build --parallel"
     return [
         Stage("plugins", ["bash", "-c", build], 30),
         Stage("engines", engines, 30),

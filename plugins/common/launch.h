@@ -45,8 +45,8 @@ inline cudaError_t deviceAttribute(cudaDeviceAttr attribute, int& value)
 //! Launches without dynamic shared memory; the error returned is this launch's, not an earlier one's. With
 //! `clusterX` above 1, that many blocks along x share their memory (compute capability 9.0 and above only).
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(
-    void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned clusterX, cudaStream_t stream, Arguments... arguments)
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned clusterX, cudaStream_t stream,
+    Arguments... arguments)
 {
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;

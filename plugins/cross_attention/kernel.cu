@@ -14,8 +14,8 @@ namespace
 {
 
 // 8 warps with 4 keys and values a lane in flight are 32 KiB of loads a block; 4.8 TB/s at 0.7 us of latency ask for
-// about 25 KiB a multiprocessor at any time. Three blocks cover each other's arithmetic, and as a launch bound leave the
-// compiler the registers to keep all loads in flight (without, it saves registers and waits for every second load).
+// about 25 KiB a multiprocessor at any time. Three blocks cover each other's arithmetic, and as a launch bound leave
+// the compiler the registers to keep all loads in flight (else it saves registers and waits for every second load).
 constexpr int kWARPS = 8;
 constexpr int kUNROLL = 4;
 constexpr int kBLOCKS_A_MULTIPROCESSOR = 3;

@@ -1,0 +1,316 @@
+#pragma once
+
+// Hopper's own instructions, one thin wrapper each. Shared-memory operands are 32-bit shared-window addresses
+// (sharedAddress). PTX names stand in the comments; sm_90a only.
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace trocr::sm90
+{
+
+__device__ __forceinline__ uint32_t sharedAddress(void const* pointer)
+{
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- mbarrier ----
+
+//! mbarrier.init: a phase completes after `arrivals` arrivals and when no announced bytes are outstanding.
+__device__ __forceinline__ void barrierInit(uint32_t barrier, uint32_t arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+//! fence.mbarrier_init: makes initialised barriers visible to cluster and copy engine; before a cluster barrier.
+__device__ __forceinline__ void barrierInitFence()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+//! mbarrier.arrive.expect_tx: one arrival, and `bytes` more to be delivered by the copy engine in this phase.
+__device__ __forceinline__ void barrierArriveExpect(uint32_t barrier, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+//! mbarrier.arrive on a barrier of this block.
+__device__ __forceinline__ void barrierArrive(uint32_t barrier)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+//! mapa: the address, in block `rank` of the cluster, of what lies at `address` in this block.
+__device__ __forceinline__ uint32_t mapToRank(uint32_t address, uint32_t rank)
+{
+    uint32_t remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+
+//! mbarrier.arrive on the same barrier of block `rank` of the cluster. The default scope orders nothing between blocks
+//! (a cluster-wide release costs a device-wide fence): for arrivals after completed wgmma reads, which need no order.
+__device__ __forceinline__ void barrierArriveAtRank(uint32_t barrier, uint32_t rank)
+{
+    uint32_t const remote = mapToRank(barrier, rank);
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+}
+
+//! mbarrier.try_wait.parity: returns when the phase of this parity has completed; on a fresh barrier parity 1 has.
+__device__ __forceinline__ void barrierWait(uint32_t barrier, uint32_t parity)
+{
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// ---- block cluster and dependent launch ----
+
+__device__ __forceinline__ uint32_t clusterRank()
+{
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ uint32_t clusterSize()
+{
+    uint32_t size;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+
+//! barrier.cluster: all threads of all blocks of the cluster; orders their shared memory.
+__device__ __forceinline__ void clusterSync()
+{
+    asm volatile(
+        "barrier.cluster.arrive.release;\n"
+        "barrier.cluster.wait.acquire;\n" ::
+            : "memory");
+}
+
+//! The same without ordering memory: after barrierInitFence, and where a block only waits for others' finished reads.
+__device__ __forceinline__ void clusterSyncRelaxed()
+{
+    asm volatile(
+        "barrier.cluster.arrive.relaxed;\n"
+        "barrier.cluster.wait;\n" ::
+            : "memory");
+}
+
+//! griddepcontrol.wait: until the grids this launch depends on have finished; returns at once in a plain launch.
+__device__ __forceinline__ void waitForPriorGrids()
+{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+//! griddepcontrol.launch_dependents: lets the next grid's blocks start (they wait before they read our output).
+__device__ __forceinline__ void launchDependents()
+{
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// ---- tensor memory accelerator ----
+
+__device__ __forceinline__ void prefetchTensorMap(CUtensorMap const* map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+//! cp.async.bulk.tensor.2d global -> shared: the box at (column, row) to `destination`; its bytes count on `barrier`.
+__device__ __forceinline__ void loadBox(
+    uint32_t destination, CUtensorMap const* map, int32_t column, int32_t row, uint32_t barrier)
+{
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            destination),
+        "l"(map), "r"(barrier), "r"(column), "r"(row)
+        : "memory");
+}
+
+//! The same, delivered to the same addresses (data and barrier) of every block of the cluster whose bit is in `blocks`.
+__device__ __forceinline__ void loadBoxMulticast(
+    uint32_t destination, CUtensorMap const* map, int32_t column, int32_t row, uint32_t barrier, uint16_t blocks)
+{
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(destination),
+        "l"(map), "r"(barrier), "h"(blocks), "r"(column), "r"(row)
+        : "memory");
+}
+
+//! cp.async.bulk.tensor.2d shared -> global: the box at (column, row) from `source`; what lies outside is not written.
+__device__ __forceinline__ void storeBox(CUtensorMap const* map, int32_t column, int32_t row, uint32_t source)
+{
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(source),
+                 "r"(column), "r"(row)
+                 : "memory");
+}
+
+//! cp.async.bulk.commit_group: closes the group of this thread's stores since the last one.
+__device__ __forceinline__ void storeCommit()
+{
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+//! cp.async.bulk.wait_group.read: until at most kPENDING of this thread's groups still read shared memory.
+template <int kPENDING>
+__device__ __forceinline__ void storeWaitRead()
+{
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPENDING) : "memory");
+}
+
+//! fence.proxy.async: orders this thread's ordinary shared-memory accesses before later ones of the copy engine.
+__device__ __forceinline__ void proxyFence()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- 8x8 matrices between registers and shared memory ----
+
+//! ldmatrix.x4: matrix i from the eight rows of 16 bytes that lanes 8 i to 8 i + 7 point at.
+__device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], uint32_t row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+//! stmatrix.x4: the reverse.
+__device__ __forceinline__ void storeMatrices(uint32_t row, uint32_t const (&r)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
+//! ld.shared::cluster: four floats of another block's shared memory (address from mapToRank).
+__device__ __forceinline__ float4 loadFromCluster(uint32_t address)
+{
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+// ---- warpgroup matrix multiply ----
+
+//! setmaxnreg: registers a thread of this warpgroup from here on.
+template <int kREGISTERS>
+__device__ __forceinline__ void growRegisters()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kREGISTERS));
+}
+
+template <int kREGISTERS>
+__device__ __forceinline__ void shrinkRegisters()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kREGISTERS));
+}
+
+//! Descriptor of a K-major operand in rows of 128 bytes (64 elements), as the copy engine leaves them with
+//! CU_TENSOR_MAP_SWIZZLE_128B, at an address that is a multiple of 1024:
+//!   bits 0-13   start >> 4; the next 16 elements of K are + 2, the next 64 rows + 512
+//!   bits 16-29  leading offset, unused with a swizzle
+//!   bits 32-45  bytes from eight rows to the next eight >> 4: 1024 >> 4
+//!   bits 62-63  1: 128-byte swizzle
+__device__ __forceinline__ uint64_t operandDescriptor(uint32_t address)
+{
+    return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (uint64_t{1} << 16) | (uint64_t{1024 >> 4} << 32)
+        | (uint64_t{1} << 62);
+}
+
+//! wgmma.fence: before the first wgmma, and where registers it uses were touched.
+__device__ __forceinline__ void wgmmaFence()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmmaCommit()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int kPENDING>
+__device__ __forceinline__ void wgmmaWait()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPENDING) : "memory");
+}
+
+//! wgmma.m64nNk16: d[64, N] (+)= a[64, 16] b[N, 16]^T. d[4 j + 2 h + e] of lane l of warp w is the element of row
+//! 16 w + 8 h + l / 4 and column 8 j + 2 (l % 4) + e. `accumulate` 0 overwrites d.
+template <typename T, int N>
+struct Wgmma;
+
+#define TROCR_D8(i)                                                                                                    \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
+        "+f"(d[i + 7])
+#define TROCR_D32(i) TROCR_D8(i), TROCR_D8(i + 8), TROCR_D8(i + 16), TROCR_D8(i + 24)
+
+// Places of the accumulators in the instruction's text: 0 to 31, 32 to 63, 64 to 95.
+#define TROCR_P0                                                                                                       \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"                                                            \
+    ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define TROCR_P32                                                                                                      \
+    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"                                                 \
+    ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define TROCR_P64                                                                                                      \
+    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"                                                 \
+    ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+
+#define TROCR_WGMMA(T, TYPES, N, PLACES, A, B, ACCUMULATE, ...)                                                        \
+    template <>                                                                                                        \
+    struct Wgmma<T, N>                                                                                                 \
+    {                                                                                                                  \
+        static __device__ __forceinline__ void run(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate)          \
+        {                                                                                                              \
+            asm volatile("{\n"                                                                                         \
+                         ".reg .pred p;\n"                                                                             \
+                         "setp.ne.b32 p, " ACCUMULATE ", 0;\n"                                                         \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" PLACES "}, " A ", " B            \
+                         ", p, 1, 1, 0, 0;\n"                                                                          \
+                         "}\n"                                                                                         \
+                         : __VA_ARGS__                                                                                 \
+                         : "l"(a), "l"(b), "r"(accumulate));                                                           \
+        }                                                                                                              \
+    };
+#define TROCR_WGMMAS(T, TYPES)                                                                                         \
+    TROCR_WGMMA(T, TYPES, 64, TROCR_P0, "%32", "%33", "%34", TROCR_D32(0))                                             \
+    TROCR_WGMMA(T, TYPES, 128, TROCR_P0 TROCR_P32, "%64", "%65", "%66", TROCR_D32(0), TROCR_D32(32))                   \
+    TROCR_WGMMA(T, TYPES, 192, TROCR_P0 TROCR_P32 TROCR_P64, "%96", "%97", "%98", TROCR_D32(0), TROCR_D32(32),         \
+                TROCR_D32(64))
+TROCR_WGMMAS(__half, "f16.f16")
+TROCR_WGMMAS(__nv_bfloat16, "bf16.bf16")
+
+#undef TROCR_WGMMAS
+#undef TROCR_WGMMA
+#undef TROCR_P64
+#undef TROCR_P32
+#undef TROCR_P0
+#undef TROCR_D32
+#undef TROCR_D8
+
+//! Keeps reads of the accumulators behind wgmmaWait: the compiler does not know that the wait finishes them.
+template <int N>
+__device__ __forceinline__ void wgmmaResult(float (&d)[N])
+{
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+    {
+        asm volatile("" : "+f"(d[i])::"memory");
+    }
+}
+
+} // namespace trocr::sm90

@@ -1,0 +1,258 @@
+#pragma once
+
+// What both kernels do with an accumulated chunk of 16 rows and 64 columns, which one warp holds as the matrix
+// instructions leave it: v[4 j + 2 h + e] of lane l is the element of row 8 h + l / 4, column 8 j + 2 (l % 4) + e.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "linear/kernel.h"
+
+namespace trocr::linear_detail
+{
+
+constexpr int kCHUNK_ROWS = 16;
+constexpr int kCHUNK_COLUMNS = kLINEAR_STATISTICS_WIDTH;
+
+//! The compiled variants. kBIAS covers no activation and ReLU (a lower bound of -inf or 0).
+enum class Epilogue
+{
+    kBIAS,
+    kGELU,
+    kRESIDUAL,
+};
+
+//! The part of LinearParams that the epilogue reads on the device.
+struct EpilogueParams
+{
+    float const* bias;
+    float const* weightSum;
+    float const* inputStatistics;
+    float* outputStatistics;
+    float epsilon;
+    float lowerBound;
+    int32_t rows;
+    int32_t outputs;
+    int32_t inputs;
+};
+
+inline Epilogue epilogueOf(LinearParams const& p)
+{
+    if (p.residual != nullptr)
+    {
+        return Epilogue::kRESIDUAL;
+    }
+    return p.activation == LinearActivation::kGELU ? Epilogue::kGELU : Epilogue::kBIAS;
+}
+
+inline EpilogueParams epilogueParams(LinearParams const& p)
+{
+    float const lowerBound = p.activation == LinearActivation::kRELU ? 0.0F : -__builtin_huge_valf();
+    return {p.bias,    p.weightSum, p.inputStatistics, p.outputStatistics, p.epsilon, lowerBound,
+            p.rows, p.outputs, p.inputs};
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high, __half)
+{
+    __half2 const v = __floats2half2_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(v);
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16)
+{
+    __nv_bfloat162 const v = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(v);
+}
+
+__device__ __forceinline__ float2 unpack(uint32_t v, __half)
+{
+    return __half22float2(reinterpret_cast<__half2 const&>(v));
+}
+
+__device__ __forceinline__ float2 unpack(uint32_t v, __nv_bfloat16)
+{
+    return __bfloat1622float2(reinterpret_cast<__nv_bfloat162 const&>(v));
+}
+
+//! x Phi(x) = max(x, 0) - |x| Phi(-|x|), with log2 Phi(-t) a polynomial of degree 5 in t: eight instructions. Fitted
+//! (weighted minimax on [0, 6.5]) so that the result is within 0.21 half-ulps of float16, subnormals included;
+//! beyond 6.5 the polynomial keeps falling, and the second term is below 3e-9. tests/test_linear.py checks the figures.
+__device__ __forceinline__ float gelu(float x)
+{
+    float const t = fabsf(x);
+    float p = -0.00030645227525383234F;
+    p = fmaf(p, t, 0.0056864055804908276F);
+    p = fmaf(p, t, -0.04774897173047066F);
+    p = fmaf(p, t, -0.4648023247718811F);
+    p = fmaf(p, t, -1.1488468647003174F);
+    p = fmaf(p, t, -1.0001472234725952F);
+    float tail; // Phi(-t)
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(tail) : "f"(p));
+    return fmaf(-t, tail, fmaxf(x, 0.0F));
+}
+
+//! max(x, bound), NaN if x is.
+__device__ __forceinline__ float boundBelow(float x, float bound)
+{
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(bound));
+    return y;
+}
+
+//! (rstd, -mean rstd) of one row from its partial statistics: Chan's combination, in order.
+__device__ __forceinline__ float2 rowScale(float2 const* partials, int count, float epsilon)
+{
+    float mean = 0.0F;
+    float m2 = 0.0F;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i)
+    {
+        float2 const part = partials[i];
+        float const share = __fdividef(1.0F, static_cast<float>(i + 1));
+        float const delta = part.x - mean;
+        mean = fmaf(delta, share, mean);
+        m2 += fmaf(delta * delta, kCHUNK_COLUMNS * (1.0F - share), part.y);
+    }
+    float const rstd = rsqrtf(m2 / static_cast<float>(count * kCHUNK_COLUMNS) + epsilon);
+    return make_float2(rstd, -mean * rstd);
+}
+
+//! Scales of a warp's kBLOCKS blocks of 16 rows, `stride` rows apart, to `scales` in shared memory. Rows beyond the
+//! last are left alone: what is computed with them is never stored.
+template <int kBLOCKS>
+__device__ __forceinline__ void loadRowScales(float2* scales, EpilogueParams const& p, int row, int stride, int lane)
+{
+    int const parts = p.inputs / kCHUNK_COLUMNS;
+    auto const* statistics = reinterpret_cast<float2 const*>(p.inputStatistics);
+    for (int i = lane; i < kBLOCKS * kCHUNK_ROWS; i += 32)
+    {
+        int const r = row + i / kCHUNK_ROWS * stride + i % kCHUNK_ROWS;
+        if (r < p.rows)
+        {
+            scales[i] = rowScale(statistics + static_cast<int64_t>(r) * parts, parts, p.epsilon);
+        }
+    }
+    __syncwarp();
+}
+
+//! (rstd, -mean rstd) of a lane's two rows.
+struct RowScales
+{
+    float2 row[2];
+};
+
+__device__ __forceinline__ RowScales laneScales(EpilogueParams const& p, float2 const* scales, int lane)
+{
+    if (p.inputStatistics == nullptr)
+    {
+        return {{make_float2(1.0F, 0.0F), make_float2(1.0F, 0.0F)}};
+    }
+    return {{scales[lane / 4], scales[lane / 4 + 8]}};
+}
+
+//! Bias and weight sum of two neighbouring columns.
+struct ColumnPair
+{
+    float2 bias;
+    float2 sum;
+};
+
+//! The column pairs from `column` on, to `pairs` in shared memory; zeros for what is absent.
+template <int kCOLUMNS>
+__device__ __forceinline__ void loadColumnPairs(ColumnPair* pairs, EpilogueParams const& p, int column, int lane)
+{
+    auto const load = [&](float const* values, int at)
+    {
+        bool const present = values != nullptr && at < p.outputs;
+        return present ? __ldg(reinterpret_cast<float2 const*>(values + at)) : make_float2(0.0F, 0.0F);
+    };
+#pragma unroll
+    for (int i = lane; i < kCOLUMNS / 2; i += 32)
+    {
+        float2 const bias = load(p.bias, column + 2 * i);
+        float2 const sum = load(p.weightSum, column + 2 * i);
+        reinterpret_cast<float4&>(pairs[i]) = make_float4(bias.x, bias.y, sum.x, sum.y);
+    }
+    __syncwarp();
+}
+
+//! Column group j (8 columns) of a chunk: v[0..3] of the lane -> two packed pairs (rows l / 4 and 8 + l / 4).
+//! `residual` holds the same elements of the residual, packed; `columns` the lane's pair.
+template <typename T, Epilogue kEPILOGUE>
+__device__ __forceinline__ void finishGroup(uint32_t (&out)[2], float const* v, uint32_t const* residual,
+    RowScales const& scales, ColumnPair const& columns, EpilogueParams const& p)
+{
+    float4 const c = reinterpret_cast<float4 const&>(columns);
+    float2 const bias{c.x, c.y};
+    float2 const sum{c.z, c.w};
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+    {
+        float2 const scale = scales.row[h];
+        float low = fmaf(scale.x, v[2 * h], fmaf(scale.y, sum.x, bias.x));
+        float high = fmaf(scale.x, v[2 * h + 1], fmaf(scale.y, sum.y, bias.y));
+        if constexpr (kEPILOGUE == Epilogue::kBIAS)
+        {
+            low = boundBelow(low, p.lowerBound);
+            high = boundBelow(high, p.lowerBound);
+        }
+        else if constexpr (kEPILOGUE == Epilogue::kGELU)
+        {
+            low = gelu(low);
+            high = gelu(high);
+        }
+        else
+        {
+            float2 const r = unpack(residual[h], T{});
+            low += r.x;
+            high += r.y;
+        }
+        out[h] = pack(low, high, T{});
+    }
+}
+
+//! Sum over the four lanes that share a row.
+__device__ __forceinline__ float quadSum(float v)
+{
+    v += __shfl_xor_sync(0xFFFFFFFFU, v, 1);
+    return v + __shfl_xor_sync(0xFFFFFFFFU, v, 2);
+}
+
+//! Mean and sum of squared distances of each row of a finished chunk; out[2 j + h] as finishGroup leaves it.
+template <typename T>
+__device__ __forceinline__ void storeStatistics(
+    uint32_t const (&out)[16], EpilogueParams const& p, int row, int column, int lane)
+{
+    int const parts = p.outputs / kCHUNK_COLUMNS;
+    auto* statistics = reinterpret_cast<float2*>(p.outputStatistics);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+    {
+        float sum = 0.0F;
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+        {
+            float2 const v = unpack(out[2 * j + h], T{});
+            sum += v.x + v.y;
+        }
+        float const mean = quadSum(sum) * (1.0F / kCHUNK_COLUMNS);
+        float m2 = 0.0F;
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+        {
+            float2 const v = unpack(out[2 * j + h], T{});
+            m2 = fmaf(v.x - mean, v.x - mean, m2);
+            m2 = fmaf(v.y - mean, v.y - mean, m2);
+        }
+        m2 = quadSum(m2);
+        int const r = row + 8 * h + lane / 4;
+        if (lane % 4 == 0 && r < p.rows && column < p.outputs)
+        {
+            statistics[static_cast<int64_t>(r) * parts + column / kCHUNK_COLUMNS] = make_float2(mean, m2);
+        }
+    }
+}
+
+} // namespace trocr::linear_detail

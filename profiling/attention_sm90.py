@@ -1,0 +1,138 @@
+"""Encoder attention for Hopper beside PyTorch's flash attention: correctness and time in one run.
+
+    python -m profiling.attention_sm90 [--module trocr_attention_sm90] [--batch 1,8,16,64] [--heads 3,6,12,16]
+
+Ours reads the packed qkv [B, S, 3, H, 64]; PyTorch gets separate contiguous q, k, v [B, H, S, 64]. Times are
+medians of CUDA-graph replays; TFLOP/s count 4 S^2 64 a head, the work without padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+
+import torch
+from tabulate import tabulate
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+HEAD_DIM = 64
+ROTATION_BYTES = (
+    256 << 20
+)  # several inputs in turn, so that they come from memory and not from the 50 MB L2 cache
+
+
+def reference(qkv: torch.Tensor) -> torch.Tensor:
+    """Context [B, S, H * d] in the dtype of qkv [B, S, 3, H, d], by its definition."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def run(module, qkv: torch.Tensor, context: torch.Tensor, overlap_predecessor: bool = False) -> None:
+    batch, length, _, heads, head_dim = qkv.shape
+    module.encoder_attention(
+        qkv=qkv.data_ptr(),
+        context=context.data_ptr(),
+        batch=batch,
+        sequence_length=length,
+        num_heads=heads,
+        head_dim=head_dim,
+        dtype=str(qkv.dtype).removeprefix("torch."),
+        stream=torch.cuda.current_stream().cuda_stream,
+        overlap_predecessor=overlap_predecessor,
+    )
+
+
+def errors(module, qkv: torch.Tensor) -> tuple[float, float, torch.Tensor]:
+    """Largest error against float32 and its bound (design.md's rule), and the context."""
+    context = torch.full(
+        (*qkv.shape[:2], qkv[0, 0, 0].numel()), torch.nan, dtype=qkv.dtype, device=qkv.device
+    )
+    run(module, qkv, context)
+    exact = reference(qkv.float())
+    error = (context.float() - exact).abs().nan_to_num(torch.inf).max().item()
+    bound = 2 * (reference(qkv).float() - exact).abs().max().item() + 1e-5
+    return error, bound, context
+
+
+def graph_milliseconds(calls: list, replays: int = 7) -> float:
+    """Milliseconds of one call: median over replays of a graph that makes each call in turn, twice."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls[0]()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls * 2:
+                call()
+        graph.replay()
+        times = []
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / (2 * len(calls)))
+    return statistics.median(times)
+
+
+def main() -> None:
+    def integers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--module", default="trocr_attention_sm90")
+    parser.add_argument("--batch", type=integers, default=[1, 8, 16, 64])
+    parser.add_argument("--heads", type=integers, default=[3, 6, 12, 16])
+    parser.add_argument("--length", type=integers, default=[578, 577])
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--no-flash", action="store_true", help="time only our kernel")
+    options = parser.parse_args()
+    module = importlib.import_module(options.module)
+    dtype = getattr(torch, options.dtype)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+    rows = []
+    for length in options.length:
+        for heads in options.heads:
+            for batch in options.batch:
+                torch.manual_seed(length + heads + batch)
+                size = batch * length * 3 * heads * HEAD_DIM * 2
+                copies = max(2, min(16, ROTATION_BYTES // size))
+                inputs = torch.randn(copies, batch, length, 3, heads, HEAD_DIM, dtype=dtype, device="cuda")
+                few = inputs[0][: min(batch, 8)].contiguous()
+                error, bound, _ = errors(module, few)
+                contexts = torch.empty(copies, batch, length, heads * HEAD_DIM, dtype=dtype, device="cuda")
+                ours = graph_milliseconds(
+                    [lambda i=i, c=contexts, x=inputs: run(module, x[i], c[i]) for i in range(copies)]
+                )
+                row = [
+                    options.dtype,
+                    length,
+                    heads,
+                    batch,
+                    f"{error:.1e}",
+                    "ok" if error <= bound else "WRONG",
+                ]
+                tera = 4 * length**2 * HEAD_DIM * heads * batch / 1e9
+                row += [f"{ours * 1e3:.1f}", f"{tera / ours:.0f}"]
+                if not options.no_flash:
+                    apart = [[t.contiguous() for t in x.permute(2, 0, 3, 1, 4)] for x in inputs]
+                    theirs = graph_milliseconds([lambda q=q, k=k, v=v: flash(q, k, v) for q, k, v in apart])
+                    row += [f"{theirs * 1e3:.1f}", f"{tera / theirs:.0f}", f"{theirs / ours:.2f}"]
+                rows.append(row)
+    headers = ["dtype", "S", "H", "B", "error", "check", "us", "TFLOP/s"]
+    if not options.no_flash:
+        headers += ["flash us", "flash TFLOP/s", "ratio"]
+    print(tabulate(rows, headers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""The fused linear kernel against PyTorch: correctness and speed on the shapes of the encoders.
+
+    python -m profiling.linear bench [--models small,base] [--batches 1,8,16,64] [--dtype float16]
+    python -m profiling.linear check [--tactics 1,2,3]      # quick; prints the first failure and where it is
+
+Needs the module `trocr_linear` (scripts/build_linear.sh) in build/linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "build" / "linear"))
+import trocr_linear
+
+EPSILON = 1e-12
+STATISTICS_WIDTH = 64
+GUARD_ROWS = 3
+
+# name -> (tokens, hidden size)
+ENCODERS = {"tiny": (578, 192), "small": (578, 384), "base": (577, 768), "large": (577, 1024)}
+EPILOGUES = (
+    "plain",
+    "bias",
+    "relu",
+    "gelu",
+    "layernorm",
+    "layernorm_gelu",
+    "residual",
+    "residual_statistics",
+)
+
+
+def encoder_products(hidden: int) -> dict[str, tuple[int, int, str]]:
+    """name -> (K, N, epilogue) of the four products of a pre-LN layer."""
+    return {
+        "qkv": (hidden, 3 * hidden, "layernorm"),
+        "projection": (hidden, hidden, "residual_statistics"),
+        "fc1": (hidden, 4 * hidden, "layernorm_gelu"),
+        "fc2": (4 * hidden, hidden, "residual_statistics"),
+    }
+
+
+def partial_statistics(x: Tensor) -> Tensor:
+    """float32 [M, K / 64, 2]: mean and sum of squared distances from it of each 64 columns of x [M, K]."""
+    parts = x.double().unflatten(-1, (-1, STATISTICS_WIDTH))
+    mean = parts.mean(-1)
+    m2 = (parts - mean[..., None]).square().sum(-1)
+    return torch.stack((mean, m2), -1).float()
+
+
+@dataclass
+class Linear:
+    """One problem, y = epilogue(x w^T) with x T [M, K] and w T [N, K]: inputs on the GPU, and references."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    epilogue: str
+    dtype: torch.dtype
+    seed: int = 0
+    y: Tensor = field(init=False)
+    output_statistics: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator("cuda").manual_seed(self.seed)
+
+        def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+            values = torch.randn(*shape, generator=generator, device="cuda")
+            return (values * scale + shift).to(self.dtype)
+
+        self.normalised = self.epilogue.startswith("layernorm")
+        self.activation = next((name for name in ("gelu", "relu") if name in self.epilogue), None)
+        self.x = normal(self.rows, self.inputs, shift=0.5 if self.normalised else 0.0)
+        self.w = normal(self.outputs, self.inputs, scale=self.inputs**-0.5)
+        self.b = None if self.epilogue == "plain" else normal(self.outputs, scale=0.2)
+        self.residual = normal(self.rows, self.outputs) if "residual" in self.epilogue else None
+        self.weight, self.bias = self.w, None if self.b is None else self.b.float()
+        self.input_statistics = self.weight_sum = None
+        if self.normalised:
+            self.gamma = normal(self.inputs, scale=0.1, shift=1.0)
+            self.beta = normal(self.inputs, scale=0.1)
+            self.weight = (self.w.float() * self.gamma.float()).to(self.dtype)
+            self.bias = (self.b.double() + self.w.double() @ self.beta.double()).float()
+            self.weight_sum = self.weight.double().sum(1).float()
+            self.input_statistics = partial_statistics(self.x)
+        if self.epilogue == "residual_statistics":
+            shape = (self.rows + GUARD_ROWS, self.outputs // STATISTICS_WIDTH, 2)
+            self.output_statistics = torch.empty(shape, device="cuda")
+        self.y = torch.empty(self.rows + GUARD_ROWS, self.outputs, dtype=self.dtype, device="cuda")
+        self.poison()
+
+    def poison(self) -> None:
+        self.y.fill_(float("nan"))
+        if self.output_statistics is not None:
+            self.output_statistics.fill_(float("nan"))
+
+    def run(self, tactic: int = 0, overlap: bool = False) -> None:
+        """Enqueues the kernel on PyTorch's current stream."""
+
+        def address(tensor: Tensor | None) -> int:
+            return 0 if tensor is None else tensor.data_ptr()
+
+        activations = {None: "NONE", "gelu": "GELU", "relu": "RELU"}
+        trocr_linear.linear(
+            x=self.x.data_ptr(),
+            weight=self.weight.data_ptr(),
+            y=self.y.data_ptr(),
+            rows=self.rows,
+            outputs=self.outputs,
+            inputs=self.inputs,
+            data_type=getattr(trocr_linear.DataType, "HALF" if self.dtype == torch.float16 else "BF16"),
+            bias=address(self.bias),
+            residual=address(self.residual),
+            input_statistics=address(self.input_statistics),
+            weight_sum=address(self.weight_sum),
+            output_statistics=address(self.output_statistics),
+            epsilon=EPSILON,
+            activation=getattr(trocr_linear.Activation, activations[self.activation]),
+            tactic=tactic,
+            overlap_predecessor=overlap,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+
+    def product(self) -> Tensor:
+        """The product and bias alone, by cuBLAS."""
+        return F.linear(self.x, self.w, self.b)
+
+    def pytorch(self, dtype: torch.dtype) -> Tensor:
+        """The same function unfused, in `dtype`."""
+        x, w, b, residual = (
+            None if t is None else t.to(dtype) for t in (self.x, self.w, self.b, self.residual)
+        )
+        if self.normalised:
+            x = F.layer_norm(x, (self.inputs,), self.gamma.to(dtype), self.beta.to(dtype), EPSILON)
+        y = F.linear(x, w, b)
+        if self.activation:
+            y = F.gelu(y) if self.activation == "gelu" else F.relu(y)
+        return y if residual is None else y + residual
+
+    def errors(self) -> list[str]:
+        """What is wrong with the last run's outputs: max|y - ref32| <= 2 max|PyTorch - ref32| + 1e-5, nothing
+        outside written, statistics those of y."""
+        found = []
+        reference = self.pytorch(torch.float32)
+        allowed = 2 * (self.pytorch(self.dtype).float() - reference).abs().max().item() + 1e-5
+        y = self.y[: self.rows]
+        error = (y.float() - reference).abs()
+        wrong = ~(error <= allowed)
+        if wrong.any():
+            places = wrong.nonzero()
+            row, column = places[0].tolist()
+            found.append(
+                f"{len(places)} of {wrong.numel()} outside {allowed:.2e} "
+                f"(max {error.nan_to_num(1e9).max():.3e}); "
+                f"first at [{row}, {column}]: {y[row, column]:.5f}, not "
+                f"{reference[row, column]:.5f}; "
+                f"rows {places[:, 0].min()} to {places[:, 0].max()}, "
+                f"columns {places[:, 1].min()} to {places[:, 1].max()}"
+            )
+        if not self.y[self.rows :].isnan().all():
+            found.append("wrote behind the last row")
+        if self.output_statistics is not None and not wrong.any():
+            expected = partial_statistics(y)
+            got = self.output_statistics[: self.rows]
+            if not torch.allclose(got, expected, rtol=1e-4, atol=1e-5):
+                place = tuple((~torch.isclose(got, expected, rtol=1e-4, atol=1e-5)).nonzero()[0].tolist())
+                found.append(f"statistics at {place}: {got[place]}, not {expected[place]}")
+            if not self.output_statistics[self.rows :].isnan().all():
+                found.append("wrote statistics behind the last row")
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.epilogue} M={self.rows} K={self.inputs} N={self.outputs} {str(self.dtype)[6:]}"
+
+
+def microseconds(launch: Callable[[], object], budget: float = 2000.0) -> float:
+    """Median time of one launch in replays of a CUDA graph of several, on warm caches."""
+    stream = torch.cuda.Stream()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.stream(stream):
+        launch()
+        start.record()
+        for _ in range(3):
+            launch()
+        end.record()
+        end.synchronize()
+        count = max(3, min(50, int(budget / max(1.0, start.elapsed_time(end) * 1000 / 3))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(count):
+                launch()
+        times = []
+        for _ in range(6):
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1000 / count)
+    return statistics.median(times[1:])
+
+
+def measured_rate(dtype: torch.dtype) -> float:
+    """TFLOP/s of cuBLAS in an 8192 x 8192 x 8192 product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+    return 2 * 8192**3 / microseconds(lambda: a @ b.T, budget=20000) / 1e6
+
+
+def bench(models: list[str], batches: list[int], dtype: torch.dtype) -> bool:
+    """Prints one line a product; returns whether all outputs were right."""
+    rate = measured_rate(dtype)
+    name = torch.cuda.get_device_name()
+    print(f"{name}, {str(dtype)[6:]}: 8192^3 product {rate:.0f} TFLOP/s; times in us, graph replays")
+    print(
+        f"{'model':6}{'B':>3} {'product':11}{'M':>6}{'K':>5}{'N':>5}{'cuBLAS':>8}{'unfused':>9}{'ours':>8}"
+        f"{'overlap':>8}{'TFLOP/s':>8}{'of rate':>8}  best tactic: us; all"
+    )
+    right = True
+    for model in models:
+        tokens, hidden = ENCODERS[model]
+        for batch in batches:
+            for product, (inputs, outputs, epilogue) in encoder_products(hidden).items():
+                problem = Linear(batch * tokens, inputs, outputs, epilogue, dtype)
+                problem.run()
+                errors = problem.errors()
+                right = right and not errors
+                cublas = microseconds(problem.product)
+                unfused = microseconds(lambda problem=problem: problem.pytorch(problem.dtype))
+                ours = microseconds(problem.run)
+                overlap = microseconds(lambda problem=problem: problem.run(overlap=True))
+                tactics = {}
+                for tactic in range(1, trocr_linear.linear_tactic_count() + 1):
+                    try:
+                        problem.run(tactic)
+                    except RuntimeError:
+                        continue
+                    tactics[tactic] = microseconds(
+                        lambda problem=problem, tactic=tactic: problem.run(tactic), 500
+                    )
+                best = min(tactics, key=tactics.get)
+                achieved = 2 * problem.rows * inputs * outputs / ours / 1e6
+                print(
+                    f"{model:6}{batch:3} {product:11}{problem.rows:6}{inputs:5}{outputs:5}"
+                    f"{cublas:8.2f}{unfused:9.2f}{ours:8.2f}{overlap:8.2f}{achieved:8.0f}"
+                    f"{achieved / rate:8.1%}  {best:2}: {tactics[best]:.2f}; "
+                    + " ".join(f"{time:.1f}" for time in tactics.values())
+                    + "".join(f"\n    WRONG: {error}" for error in errors),
+                    flush=True,
+                )
+    return right
+
+
+def check(tactics: list[int]) -> bool:
+    """A quick look at some tactics, from easy to hard; stops at the first failure."""
+    cases = [
+        (128, 64, 192, "plain"),
+        (128, 384, 192, "plain"),
+        (577, 384, 384, "bias"),
+        (577, 384, 1152, "layernorm"),
+        (578, 384, 1536, "layernorm_gelu"),
+        (578, 1536, 384, "residual"),
+        (578, 1536, 384, "residual_statistics"),
+        (1, 192, 768, "relu"),
+        (63, 200, 72, "gelu"),
+        (4624, 768, 768, "residual_statistics"),
+        (4616, 1024, 4096, "layernorm_gelu"),
+    ]
+    for tactic in tactics:
+        for dtype in (torch.float16, torch.bfloat16):
+            for rows, inputs, outputs, epilogue in cases:
+                problem = Linear(rows, inputs, outputs, epilogue, dtype)
+                print(f"tactic {tactic}: {problem}", end=" ", flush=True)
+                try:
+                    problem.run(tactic)
+                    torch.cuda.synchronize()
+                except RuntimeError as error:
+                    if "invalid argument" in str(error):
+                        print("not for this tactic")
+                        continue
+                    raise
+                if errors := problem.errors():
+                    print("FAILED:", "; ".join(errors))
+                    return False
+                print("ok")
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("bench", "check"))
+    parser.add_argument("--models", default="small,base,large,tiny")
+    parser.add_argument("--batches", default="1,8,16,64")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--tactics", default="0")
+    arguments = parser.parse_args()
+    if arguments.what == "check":
+        right = check([int(tactic) for tactic in arguments.tactics.split(",")])
+    else:
+        batches = [int(batch) for batch in arguments.batches.split(",")]
+        right = bench(arguments.models.split(","), batches, getattr(torch, arguments.dtype))
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
