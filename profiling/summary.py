@@ -24,7 +24,7 @@ README_END = "<!-- end of results -->"
 TITLES = {
     "encoder": "Encoder",
     "decoder": "Decoder",
-    "end_to_end": "Pixel values to token ids",
+    "end_to_end": "Pixel values on the device to token ids on the host",
     "page": "Images of lines to texts",
 }
 
