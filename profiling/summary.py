@@ -1,6 +1,9 @@
 """bench.json and accuracy.json -> tables in Markdown: stock against fused, losing rows too.
 
-python -m profiling.summary results/nvidia-h200/trocr-tiny-printed
+    python -m profiling.summary results/nvidia-h200/trocr-tiny-printed
+    python -m profiling.summary --readme
+
+The second command puts the headline tables of all results into README.md, between its two marks.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from typing import Any
 
 from tabulate import tabulate
 
-from profiling.records import PARTS, VARIANTS, Record, RecordError, read
+from profiling.records import PARTS, ROOT, VARIANTS, Record, RecordError, read
 
+README_BEGIN = "<!-- results: written by python -m profiling.summary --readme -->"
+README_END = "<!-- end of results -->"
 TITLES = {
     "encoder": "Encoder",
     "decoder": "Decoder",
-    "end_to_end": "Pixel values to token ids",
+    "end_to_end": "Pixel values on the device to token ids on the host",
     "page": "Images of lines to texts",
 }
 
@@ -134,17 +139,48 @@ def summarize(folder: Path) -> str:
     return summary(records, content("accuracy.json", []), stages)
 
 
+def headline(results: Path) -> str:
+    """The tables for README.md: of every results folder the encoder, the whole way, and the accuracy."""
+    lines = []
+    for bench in sorted(results.glob("*/*/bench.json")):
+        folder, records = bench.parent, read(bench)
+        link = folder.relative_to(results.parent).as_posix()
+        lines += [f"### {records[0].model} on {records[0].gpu}", ""]
+        for part in ("encoder", "end_to_end"):
+            if rows := [record for record in records if record.part == part]:
+                lines += [f"{TITLES[part]}, median ms a batch:", "", part_table(rows), ""]
+        if (folder / "accuracy.json").is_file():
+            accuracies = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
+            lines += ["Accuracy on the labelled lines:", "", accuracy_table(accuracies), ""]
+        lines += [f"All parts, versions and the command of each figure: [{link}]({link}/summary.md).", ""]
+    return "\n".join(lines)
+
+
+def with_headline(readme: str, results: Path) -> str:
+    """README's text with the newest tables between its marks."""
+    before, _, rest = readme.partition(README_BEGIN)
+    _, _, after = rest.partition(README_END)
+    return f"{before}{README_BEGIN}\n\n{headline(results)}\n{README_END}{after}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write summary.md of a results folder.")
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args(arguments).folder
+    parser = argparse.ArgumentParser(description="Write summary.md of a results folder, or README's tables.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("folder", type=Path, nargs="?", help="results/<gpu>/<model>")
+    what.add_argument("--readme", action="store_true", help="put the headline tables into README.md")
+    options = parser.parse_args(arguments)
     try:
-        text = summarize(folder)
+        if options.readme:
+            readme = ROOT / "README.md"
+            text = with_headline(readme.read_text(encoding="utf-8"), ROOT / "results")
+            readme.write_text(text, encoding="utf-8")
+        else:
+            text = summarize(options.folder)
+            (options.folder / "summary.md").write_text(text, encoding="utf-8")
+            print(text)
     except RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    (folder / "summary.md").write_text(text, encoding="utf-8")
-    print(text)
     return 0
 
 

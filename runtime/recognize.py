@@ -135,6 +135,8 @@ def recognize(options: argparse.Namespace) -> int:
         raise UsageError("; ".join(errors.values()))
     if options.json and not options.json.absolute().parent.is_dir():
         raise UsageError(f"{options.json}: there is no folder {options.json.parent}; make it first")
+    if options.json and options.json.is_dir():
+        raise UsageError(f"{options.json}: a folder; name the file to write")
     labels = Labels(options.labels) if options.labels else None
     found_labels = [labels.find(image) if labels else None for image in images]
     unlabelled = found_labels.count(None)

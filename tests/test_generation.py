@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import VisionEncoderDecoderModel
 
+from build import build
 from graph_surgery.checkpoint import ModelSpec, load_model, load_spec
 from runtime.backends.base import Backend, BackendError
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
@@ -167,8 +168,15 @@ def test_missing_and_damaged_graphs(
     folder = shutil.copytree(graphs(spec.source, "none"), tmp_path / "graphs")
     decoder = folder / "decoder.onnx"
     decoder.write_bytes(decoder.read_bytes()[:1000])
-    with pytest.raises(BackendError, match=rf"{decoder}: ONNX Runtime cannot load it .* build it again"):
+    with pytest.raises(BackendError, match=rf"{decoder}: ONNX Runtime cannot load it .* build it in fp32"):
         OnnxRuntimeBackend(folder, spec, NEW_TOKENS)
     decoder.unlink()
     with pytest.raises(BackendError, match=f"{decoder}: missing; build the graphs"):
+        OnnxRuntimeBackend(folder, spec, NEW_TOKENS)
+
+
+def test_bf16_graphs_do_not_run_on_onnx_runtime(checkpoint: Callable[[str], Path], tmp_path: Path):
+    spec = load_spec(checkpoint("small"))
+    folder = build(str(spec.source), "none", "bf16", out=tmp_path / "bf16", onnx_only=True)
+    with pytest.raises(BackendError, match=r"encoder.onnx: .*bfloat16.*; build it in fp32"):
         OnnxRuntimeBackend(folder, spec, NEW_TOKENS)

@@ -137,6 +137,7 @@ def test_case_counts_unless_it_is_ignored(engines: list[str], tmp_path: Path):
         (["{tmp}/empty"], "{tmp}/empty: no images in this folder; put .jpg"),
         (["{tmp}/*.jpg"], "{tmp}/*.jpg: matches no file; check the pattern"),
         (["--json", "{tmp}/no/report.json", "{line}"], "{tmp}/no/report.json: there is no folder {tmp}/no"),
+        (["--json", "{tmp}/empty", "{line}"], "{tmp}/empty: a folder; name the file to write"),
         (["--labels", "{tmp}/no.tsv", "{line}"], "{tmp}/no.tsv: "),
         (["--labels", "{tmp}/bad.tsv", "{line}"], "{tmp}/bad.tsv: line 2 is 'no tab here'; an image, a tab"),
         (["--labels", "{tmp}/twice.tsv", "{line}"], "{tmp}/twice.tsv: line 2 gives a.png another text"),

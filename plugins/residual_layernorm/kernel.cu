@@ -283,16 +283,8 @@ cudaError_t residualLayerNorm(ResidualLayerNormParams const& params, cudaStream_
     {
         return cudaErrorInvalidValue;
     }
-    switch (params.dataType)
-    {
-    case DataType::kFLOAT:
-        return launchTyped<float>(params, stream);
-    case DataType::kHALF:
-        return launchTyped<__half>(params, stream);
-    case DataType::kBF16:
-        return launchTyped<__nv_bfloat16>(params, stream);
-    }
-    return cudaErrorInvalidValue;
+    return dispatchType(
+        params.dataType, [&](auto type) { return launchTyped<decltype(type)>(params, stream); });
 }
 
 } // namespace trocr
