@@ -8,8 +8,8 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 from profiling.kernel_calls import load_kernels
 
 POLYNOMIAL = (  # of gelu() in plugins/linear/epilogue.cuh, from degree 5 down
