@@ -371,6 +371,21 @@ def test_folded_weights(stock, precision, dtype):
     np.testing.assert_array_equal(residual, stock_weights["layers.1.mlp.fc2.weight"].T)
 
 
+def test_published_widths(tmp_path):
+    """The encoder of small as published, but for its depth and the image's size."""
+    encoder, decoder = ARCHITECTURES["small"]
+    shallow = encoder | {"num_hidden_layers": 2, "image_size": 64}
+    write_random_checkpoint(shallow, decoder | SMALL_DECODER, tmp_path, torch.float32, seed=0)
+    spec = load_spec(tmp_path)
+    export(spec, load_model(spec, torch.float32), "fp32", tmp_path)
+    stock_model = load(tmp_path)["encoder"]
+    fused = fuse_graph("encoder", stock_model, spec, parse_plugins("fused"))
+    assert op_counts(fused) == TWO
+    pixels = {"pixel_values": random_images(spec, 2)}
+    expected, found = (run(model, pixels)["last_hidden_state"] for model in (stock_model, fused))
+    assert_close(found, expected)
+
+
 def test_widths_that_linear_cannot_do_are_left_to_the_other_passes(tmp_path):
     encoder, decoder = ARCHITECTURES["small"]
     narrow = ENCODER | {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160}

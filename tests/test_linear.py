@@ -98,6 +98,15 @@ def test_epilogues_and_tails(linear, rows: int, epilogue: str, dtype: torch.dtyp
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_float32(linear, epilogue: str) -> None:
+    for rows, inputs, outputs in ((1, 64, 64), (63, 192, 768), (577, 768, 192), (130, 1024, 320)):
+        problem = linear.Linear(rows, inputs, outputs, epilogue, torch.float32, seed=rows)
+        problem.run()
+        assert not problem.errors(), str(problem)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 def test_encoder_products_at_batch_64(linear, inputs: int, outputs: int, dtype: torch.dtype) -> None:
@@ -176,7 +185,7 @@ def test_residual_in_place(linear) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", (*TYPES, torch.float32), ids=str)
 def test_row_statistics(linear, dtype: torch.dtype) -> None:
     x = (torch.randn(577, 768, device="cuda") * 3 + 10).to(dtype)
     got = torch.full((578, 12, 2), torch.nan, device="cuda")

@@ -197,6 +197,136 @@ def test_encoder_attention_does_not_match(variation, reason):
     check_mismatch("encoder_attention", encoder_attention(**variation), reason)
 
 
+# linear
+
+NORMED, WIDE = 64, 128
+
+
+def linear(
+    *,
+    residual: bool = True,
+    swap: bool = False,
+    biases: bool = True,
+    activation: str = "erf",
+    with_product: bool = True,
+    width: int = NORMED,
+    outputs: int = WIDE,
+    axis: int = -1,
+    beta: bool = True,
+    computed: str = "",
+    broadcast: bool = False,
+    normed_is_output: bool = False,
+    again: str = "",
+    leak: str = "",
+) -> onnx.ModelProto:
+    """A product and residual, LayerNorm, and a product and activation, with variations.
+
+    computed: which of gamma, before (the weight before it) and after is computed, not constant.
+    again, leak: the interior tensor (before, normed, after, biased) to use twice or to put out.
+    """
+    b = GraphBuilder()
+    interior = {}
+
+    def weight(name: str, *shape: int) -> str:
+        return b.input(name, shape) if computed == name else b.weight(*shape)
+
+    def biased(product: str, size: int) -> str:
+        return b.commutative("Add", product, b.weight(size), swap) if biases else product
+
+    x = b.input("x", ["batch", SEQ, width])
+    if residual:
+        context = b.input("context", ["batch", SEQ, WIDE])
+        interior["before"] = b("MatMul", context, weight("before", WIDE, width))
+        other = b.input("other", [1, SEQ, width]) if broadcast else x
+        x = b.commutative("Add", biased(interior["before"], width), other, swap)
+    affine = [weight("gamma", width), *([b.weight(width)] if beta else [])]
+    normed = interior["normed"] = b("LayerNormalization", x, *affine, axis=axis, epsilon=1e-3)
+    if with_product:
+        product = interior["after"] = b("MatMul", normed, weight("after", width, outputs))
+        y = interior["biased"] = biased(product, outputs)
+        if activation == "relu":
+            y = b("Relu", y)
+        elif activation == "erf":
+            error = b("Erf", b("Div", y, b.constant(math.sqrt(2))))
+            product = b.commutative("Mul", y, b("Add", error, b.constant(1.0)), swap)
+            y = b("Mul", product, b.constant(0.5))
+        elif activation == "tanh":
+            error = b("Erf", b("Div", y, b.constant(1.5)))
+            y = b("Mul", y, error)
+        b("Identity", y, output="y")
+        b.output("y", ["batch", SEQ, outputs])
+    if residual:
+        b("Identity", x, output="sum")  # the next layer's residual
+        b.output("sum", ["batch", SEQ, width])
+    if normed_is_output or not with_product:
+        b("Identity", normed, output="normed")
+        b.output("normed", ["batch", SEQ, width])
+    if again:
+        use_again(b, interior[again])
+    if leak:
+        b.output(interior[leak], None)
+    return b.model()
+
+
+@pytest.mark.parametrize(
+    ("variation", "ops"),
+    [
+        ({}, ["LinearResidual", "LayerNormLinear"]),
+        ({"swap": True}, ["LinearResidual", "LayerNormLinear"]),
+        ({"activation": "relu"}, ["LinearResidual", "LayerNormLinear"]),
+        ({"activation": "none"}, ["LinearResidual", "LayerNormLinear"]),
+        ({"activation": "tanh"}, ["LinearResidual", "LayerNormLinear"]),  # which stays behind the product
+        ({"biases": False}, ["LinearResidual", "LayerNormLinear"]),
+        ({"beta": False}, ["LinearResidual", "LayerNormLinear"]),
+        ({"axis": 2}, ["LinearResidual", "LayerNormLinear"]),
+        ({"residual": False}, ["RowStatistics", "LayerNormLinear"]),
+        ({"broadcast": True}, ["RowStatistics", "LayerNormLinear"]),
+        ({"computed": "before"}, ["RowStatistics", "LayerNormLinear"]),
+        ({"again": "after"}, ["LinearResidual", "LayerNormLinear"]),  # the bias stays behind the product
+        ({"with_product": False}, ["LinearResidual"]),
+        ({"normed_is_output": True}, ["LinearResidual"]),
+        ({"again": "normed"}, ["LinearResidual"]),
+    ],
+    ids=str,
+)
+def test_linear_matches(variation, ops):
+    model = linear(**variation)
+    fused, report = run_pass("linear", model)
+    assert report.rejected == {}
+    found = [node.op_type for node in fused.graph.node if node.domain == "trocr"]
+    assert found == [f"TrOCR{op}" for op in ops]
+    assert len(report.fused) == len(ops) - ops.count("RowStatistics")
+    inputs = feeds(model)
+    expected, results = run(model, inputs), run(fused, inputs)
+    for name in expected:
+        assert_close(results[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("variation", "reason"),
+    [
+        ({"axis": 1, "beta": False}, "from axis 1 on"),
+        ({"width": 96}, "it normalises 96 values, not a multiple of 64"),
+        ({"outputs": 96}, "a weight [64, 96]"),
+        ({"computed": "gamma"}, "gamma or beta is not constant"),
+        ({"computed": "after"}, "has no constant weight"),
+        (
+            {"residual": False, "with_product": False},
+            "neither a product and residual before it nor a product after it",
+        ),
+        ({"again": "before"}, "is also used by Neg"),
+        ({"leak": "before"}, "is an output of the graph"),
+        ({"leak": "after"}, "is an output of the graph"),
+        ({"leak": "normed"}, "is an output of the graph"),
+        ({"again": "biased"}, "is also used by Neg"),
+        ({"leak": "biased"}, "is an output of the graph"),
+    ],
+    ids=str,
+)
+def test_linear_does_not_match(variation, reason):
+    check_mismatch("linear", linear(**variation), reason)
+
+
 # cross-attention
 
 

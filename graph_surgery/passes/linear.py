@@ -179,18 +179,27 @@ def _match_product(matmul: gs.Node) -> Product:
 
 
 def _match_activation(x: gs.Tensor) -> tuple[str, gs.Tensor, list[gs.Node]]:
-    """What is applied to x (none, gelu or relu), its result, and its nodes."""
-    for node in x.outputs:
-        if node.op == "Relu" and len(x.outputs) == 1:
+    """What is applied to x (gelu, relu, or none that the op has), its result, and its nodes."""
+    if len(x.outputs) == 1:
+        (node,) = x.outputs
+        if node.op == "Relu":
             return "relu", node.outputs[0], [node]
-        exact = node.attrs.get("approximate", "none") == "none"
-        if node.op == "Gelu" and exact and len(x.outputs) == 1:
+        if node.op == "Gelu" and node.attrs.get("approximate", "none") == "none":
             return "gelu", node.outputs[0], [node]
-        erf = node.outputs[0].outputs[0] if node.outputs[0].outputs else None
-        if split_scalar(node) is not None and erf is not None and erf.op == "Erf":
+    erfs = [
+        user
+        for node in x.outputs
+        if split_scalar(node)
+        for user in node.outputs[0].outputs
+        if user.op == "Erf"
+    ]
+    for erf in erfs:
+        try:
             biased, y, nodes = match_erf_gelu(erf)
-            if biased is x:
-                return "gelu", y, nodes
+        except Mismatch:
+            continue
+        if biased is x:
+            return "gelu", y, nodes
     return "none", x, []
 
 
