@@ -1,8 +1,7 @@
 // Encoder attention on Hopper: wgmma, TMA, keys and values of one head resident in shared memory. SM90.md has the
 // arithmetic behind the sizes below.
 
-#include "encoder_attention/kernel_sm90.h"
-
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -12,6 +11,7 @@
 
 #include "common/device.cuh"
 #include "common/launch.h"
+#include "encoder_attention/launchers.h"
 #include "encoder_attention/sm90.cuh"
 
 namespace trocr
@@ -28,16 +28,14 @@ constexpr int kQUERIES = 64;              // query rows of a tile: the M of wgmm
 constexpr int kQUERY_BYTES = kQUERIES * kROW_BYTES;
 constexpr int kCONSUMER_WARPS = 4; // of one consumer group, a warpgroup
 
-//! Sizes of one variant of the kernel. The last key tile of a head takes kTAIL columns, the others kKEYS;
-//! kPOLYNOMIAL of 8 exponentials are computed without the special function unit.
-template <int kGROUPS_, int kKEYS_, int kTAIL_, int kSLOTS_, int kPOLYNOMIAL_>
+//! Sizes of one variant of the kernel. The last key tile of a head takes kTAIL columns, the others kKEYS.
+template <int kGROUPS_, int kKEYS_, int kTAIL_, int kSLOTS_>
 struct Variant
 {
     static constexpr int kGROUPS = kGROUPS_; // consumer warpgroups
     static constexpr int kKEYS = kKEYS_;
     static constexpr int kTAIL = kTAIL_;
     static constexpr int kSLOTS = kSLOTS_; // key or value tiles in shared memory
-    static constexpr int kPOLYNOMIAL = kPOLYNOMIAL_;
 
     static constexpr int kTHREADS = 128 * (kGROUPS + 1);
     static constexpr int kQUERY_BUFFERS = 2 * kGROUPS;
@@ -199,10 +197,11 @@ __device__ __forceinline__ void multiplyScores(float* s, uint32_t queries, uint3
 template <typename T, int N>
 __device__ __forceinline__ void multiplyValues(float* o, uint32_t const* p, uint32_t values)
 {
+    uint64_t const descriptor = operandDescriptor(values);
 #pragma unroll
     for (int k = 0; k < N / 16; ++k)
     {
-        RegisterProduct<T>::run(o, p + 4 * k, operandDescriptor(values + 16 * kROW_BYTES * k));
+        RegisterProduct<T>::run(o, p + 4 * k, descriptor + 16 * kROW_BYTES / 16 * k);
     }
 }
 
@@ -237,22 +236,8 @@ __device__ __forceinline__ void threadMaxima(float const* s, float (&maxima)[2])
     }
 }
 
-//! 2^x on the FMA units, x up to 127, relative error 7.5e-5 (fp16 rounds to 2.4e-4 at best): 2^n 2^f with n the nearest
-//! integer, and a minimax polynomial for 2^f, -0.5 <= f <= 0.5.
-__device__ __forceinline__ float exp2Polynomial(float x)
-{
-    constexpr float kROUNDER = 12582912.0F; // 1.5 * 2^23: the sum's last bit is worth 1
-    float const clamped = fmaxf(x, -126.0F);
-    float const rounded = clamped + kROUNDER;
-    float const f = clamped - (rounded - kROUNDER);
-    float p = fmaf(f, 0.05517167F, 0.24261113F);
-    p = fmaf(f, p, 0.69326097F);
-    p = fmaf(f, p, 0.99992806F);
-    return __int_as_float(__float_as_int(p) + (__float_as_int(rounded) << 23));
-}
-
 //! s = 2^(scale (s - maximum)), and the thread's part of the rows' sums.
-template <int N, int kPOLYNOMIAL>
+template <int N>
 __device__ __forceinline__ void exponentials(float* s, float scale, float const (&maxima)[2], float (&sums)[2])
 {
     float const offsets[2] = {-maxima[0] * scale, -maxima[1] * scale};
@@ -260,8 +245,7 @@ __device__ __forceinline__ void exponentials(float* s, float scale, float const 
     for (int i = 0; i < N / 2; ++i)
     {
         int const h = i / 2 % 2;
-        float const x = fmaf(s[i], scale, offsets[h]);
-        s[i] = i % 8 < kPOLYNOMIAL ? exp2Polynomial(x) : exp2Approx(x);
+        s[i] = exp2Approx(fmaf(s[i], scale, offsets[h]));
         sums[h] += s[i];
     }
 }
@@ -330,9 +314,6 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
 {
     constexpr int kKEYS = V::kKEYS;
     constexpr int kTAIL = V::kTAIL;
-    // A row's reference may lag this far (in log2) behind its maximum before o is rescaled: 2^8 is exact enough in
-    // either type, and most tiles need no rescaling at all.
-    constexpr float kLAG = 8.0F;
 
     int const blockBegin = blockIdx.x * arguments.tilesPerBlock;
     int const blockEnd = min(blockBegin + arguments.tilesPerBlock, arguments.tiles);
@@ -402,7 +383,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                 threadMaxima<kKEYS>(s, maxima);
                 maxima[0] = groupMax<4>(maxima[0]);
                 maxima[1] = groupMax<4>(maxima[1]);
-                exponentials<kKEYS, V::kPOLYNOMIAL>(s, scale, maxima, sums);
+                exponentials<kKEYS>(s, scale, maxima, sums);
             }
             pack<T, kKEYS>(p, s);
 #pragma unroll
@@ -443,8 +424,8 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                     }
                     float tops[2];
                     threadMaxima<N>(s, tops);
-                    bool const lags = fmaxf(tops[0] - maxima[0], tops[1] - maxima[1]) * scale > kLAG;
-                    rescale = __any_sync(kFULL_WARP, lags);
+                    // Exact maxima: a row's largest probability is then 1, which rounding leaves as it is.
+                    rescale = __any_sync(kFULL_WARP, tops[0] > maxima[0] || tops[1] > maxima[1]);
                     if (rescale)
                     {
 #pragma unroll
@@ -456,7 +437,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                             maxima[h] = maximum;
                         }
                     }
-                    exponentials<N, V::kPOLYNOMIAL>(s, scale, maxima, sums);
+                    exponentials<N>(s, scale, maxima, sums);
                 }
 
                 // The wait stands in both branches: in one line with the exponentials, ptxas moves it above them, and
@@ -560,18 +541,6 @@ __global__ void __launch_bounds__(V::kTHREADS, 1) encoderAttentionKernel(__grid_
     }
 }
 
-//! The compiled variant: consumer groups, keys of a tile, keys of the last tile, slots, polynomial eighths.
-#ifndef TROCR_ATTENTION_SIZES
-#define TROCR_ATTENTION_SIZES 2, 128, 80, 12, 0
-#endif
-template <int kGROUPS, int kKEYS, int kTAIL, int kSLOTS, int kPOLYNOMIAL>
-struct Variants
-{
-    using ShortTail = Variant<kGROUPS, kKEYS, kTAIL, kSLOTS, kPOLYNOMIAL>;
-    using FullTail = Variant<kGROUPS, kKEYS, kKEYS, kSLOTS, kPOLYNOMIAL>;
-};
-using Chosen = Variants<TROCR_ATTENTION_SIZES>;
-
 //! The driver's cuTensorMapEncodeTiled, found without linking to the driver's library; null where there is none.
 PFN_cuTensorMapEncodeTiled_v12000 tensorMapEncoder()
 {
@@ -610,17 +579,19 @@ cudaError_t makeMap(EncoderAttentionParams const& params, int rows, CUtensorMap&
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <typename T, typename V>
-cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, bool overlapPredecessor)
+//! A block's consumer groups work side by side: more than one round of theirs is filled up to a whole number of rounds.
+int tilesPerBlock(int tiles, int groups, int processors)
 {
-    int processors{};
-    cudaError_t status = deviceAttribute(cudaDevAttrMultiProcessorCount, processors);
+    int const even = ceilDiv(tiles, processors);
+    return even <= groups ? even : ceilDiv(even, groups) * groups;
+}
+
+template <typename T, typename V>
+cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int processors)
+{
     CUtensorMap queryMap{};
     CUtensorMap keyValueMap{};
-    if (status == cudaSuccess)
-    {
-        status = makeMap(params, kQUERIES, queryMap);
-    }
+    cudaError_t status = makeMap(params, kQUERIES, queryMap);
     if (status == cudaSuccess)
     {
         status = makeMap(params, V::kKEYS, keyValueMap);
@@ -642,12 +613,7 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, bool 
     arguments.queryTiles = ceilDiv(params.sequenceLength, kQUERIES);
     arguments.keyTiles = ceilDiv(params.sequenceLength, V::kKEYS);
     arguments.tiles = params.batch * params.numHeads * arguments.queryTiles;
-    // A block's consumer groups work side by side: more than one round is filled up to a whole number of rounds.
-    arguments.tilesPerBlock = ceilDiv(arguments.tiles, processors);
-    if (arguments.tilesPerBlock > V::kGROUPS)
-    {
-        arguments.tilesPerBlock = ceilDiv(arguments.tilesPerBlock, V::kGROUPS) * V::kGROUPS;
-    }
+    arguments.tilesPerBlock = tilesPerBlock(arguments.tiles, V::kGROUPS, processors);
     arguments.resident = 2 * arguments.keyTiles <= V::kSLOTS;
     arguments.scale = kLOG2_E / std::sqrt(static_cast<float>(kHEAD_DIM));
 
@@ -656,22 +622,54 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, bool 
     config.blockDim = V::kTHREADS;
     config.dynamicSmemBytes = V::kSHARED_BYTES;
     config.stream = stream;
+    // Programmatic dependent launch: barriers, maps and registers are set up while the predecessor ends. The producer
+    // waits for that end before it reads qkv, and a consumer writes only after it has read what the producer loaded.
+    // That the producer of every block waits also keeps the order transitive: this grid ends after its predecessor.
     cudaLaunchAttribute dependent{};
     dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     dependent.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &dependent;
-    config.numAttrs = overlapPredecessor ? 1 : 0;
+    config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, queryMap, keyValueMap, arguments);
 }
 
-template <typename T>
-cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, bool overlapPredecessor)
+template <typename T, int kGROUPS, int kSLOTS>
+cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int processors)
 {
-    using Short = Chosen::ShortTail;
+    using Short = Variant<kGROUPS, 128, 80, kSLOTS>; // 577 and 578 tokens: 4 x 128 + 65 or 66
+    using Full = Variant<kGROUPS, 128, 128, kSLOTS>;
     int const tail = (params.sequenceLength - 1) % Short::kKEYS + 1;
     bool const isShort = params.sequenceLength > Short::kKEYS && tail <= Short::kTAIL;
-    return isShort ? run<T, Short>(params, stream, overlapPredecessor)
-                   : run<T, Chosen::FullTail>(params, stream, overlapPredecessor);
+    return isShort ? run<T, Short>(params, stream, processors) : run<T, Full>(params, stream, processors);
+}
+
+//! The path of the lower cost: rounds of the fullest block, at what a round takes. Measured on an H200 at 578 tokens
+//! (SM90.md): 6.8 us for a round of two query tiles, 9.3 us for one of three.
+EncoderAttentionPath choosePath(EncoderAttentionParams const& params, int processors)
+{
+    int const tiles = params.batch * params.numHeads * ceilDiv(params.sequenceLength, kQUERIES);
+    auto const cost = [&](int groups, double microseconds)
+    { return ceilDiv(tilesPerBlock(tiles, groups, processors), groups) * microseconds; };
+    return cost(3, 9.3) < cost(2, 6.8) ? EncoderAttentionPath::kHOPPER_3 : EncoderAttentionPath::kHOPPER_2;
+}
+
+template <typename T>
+cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
+{
+    int processors{};
+    cudaError_t const status = deviceAttribute(cudaDevAttrMultiProcessorCount, processors);
+    if (status != cudaSuccess)
+    {
+        return status;
+    }
+    bool const isForced
+        = params.path != EncoderAttentionPath::kAUTO && params.path != EncoderAttentionPath::kHOPPER;
+    switch (isForced ? params.path : choosePath(params, processors))
+    {
+    case EncoderAttentionPath::kHOPPER_2: return run<T, 2, 12>(params, stream, processors);
+    case EncoderAttentionPath::kHOPPER_3: return run<T, 3, 11>(params, stream, processors);
+    default: return cudaErrorInvalidValue;
+    }
 }
 
 } // namespace
@@ -699,13 +697,9 @@ bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char
     return true;
 }
 
-cudaError_t encoderAttentionSm90(EncoderAttentionParams const& params, cudaStream_t stream, bool overlapPredecessor)
+cudaError_t encoderAttentionSm90(EncoderAttentionParams const& params, cudaStream_t stream)
 {
-    if (!canImplementEncoderAttentionSm90(params) || !areAligned(16, params.qkv, params.context))
-    {
-        return cudaErrorInvalidValue;
-    }
-    return params.dataType == DataType::kHALF ? run<__half>(params, stream, overlapPredecessor)
-                                              : run<__nv_bfloat16>(params, stream, overlapPredecessor);
+    return params.dataType == DataType::kHALF ? run<__half>(params, stream) : run<__nv_bfloat16>(params, stream);
 }
+
 } // namespace trocr
