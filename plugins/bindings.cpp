@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include <pybind11/pybind11.h>
 
@@ -67,27 +68,27 @@ Activation parseActivation(std::string const& op, std::string const& name)
 
 EncoderAttentionPath parsePath(std::string const& op, std::string const& name)
 {
-    if (name == "auto")
+    constexpr std::pair<char const*, EncoderAttentionPath> kPATHS[] = {
+        {"auto", EncoderAttentionPath::kAUTO},
+        {"mma", EncoderAttentionPath::kGENERAL},
+        {"hopper", EncoderAttentionPath::kHOPPER},
+        {"hopper2", EncoderAttentionPath::kHOPPER_2},
+        {"hopper3", EncoderAttentionPath::kHOPPER_3},
+        {"hopper2-ordered", EncoderAttentionPath::kHOPPER_2_ORDERED},
+        {"hopper3-ordered", EncoderAttentionPath::kHOPPER_3_ORDERED},
+        {"hopper2-ahead", EncoderAttentionPath::kHOPPER_2_AHEAD},
+        {"hopper2-ahead-ordered", EncoderAttentionPath::kHOPPER_2_AHEAD_ORDERED},
+    };
+    std::string known;
+    for (auto const& [path, value] : kPATHS)
     {
-        return EncoderAttentionPath::kAUTO;
+        if (name == path)
+        {
+            return value;
+        }
+        known += std::string(known.empty() ? "'" : ", '") + path + "'";
     }
-    if (name == "mma")
-    {
-        return EncoderAttentionPath::kGENERAL;
-    }
-    if (name == "hopper")
-    {
-        return EncoderAttentionPath::kHOPPER;
-    }
-    if (name == "hopper2")
-    {
-        return EncoderAttentionPath::kHOPPER_2;
-    }
-    if (name == "hopper3")
-    {
-        return EncoderAttentionPath::kHOPPER_3;
-    }
-    fail(op, "path '" + name + "' is none of 'auto', 'mma', 'hopper', 'hopper2', 'hopper3'");
+    fail(op, "path '" + name + "' is none of " + known);
 }
 
 //! A tensor's address as Python has it, and what it must be a multiple of.
@@ -206,7 +207,7 @@ PYBIND11_MODULE(trocr_kernels, module)
         "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0, "path"_a = "auto",
         "context [B, S, H*d] = softmax(q k^T / sqrt(d)) v of the packed qkv [B, S, 3, H, d]. path forces an implementation: "
         "'mma' (mma.sync, any GPU), 'hopper' (wgmma; compute capability 9.0, d = 64, 16-bit types) or one of its variants "
-        "'hopper2', 'hopper3'.");
+        "(kernel.h).");
 
     module.def("decoder_self_attention", bindDecoderSelfAttention, "qkv"_a, "past_key"_a, "past_value"_a,
         "position_ids"_a, "context"_a, "present_key"_a, "present_value"_a, py::kw_only(), "batch"_a, "capacity"_a,

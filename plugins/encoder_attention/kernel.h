@@ -14,8 +14,12 @@ enum class EncoderAttentionPath : int32_t
     kGENERAL, //!< mma.sync for float16 and bfloat16, plain float32: every device
     // wgmma and TMA: compute capability 9.0, head size 64, float16 and bfloat16 (variants: kernel_sm90.cu)
     kHOPPER,    //!< the variant of the least predicted cost
-    kHOPPER_2,  //!< two consumer groups
-    kHOPPER_3,  //!< three
+    kHOPPER_2, //!< two consumer groups
+    kHOPPER_3, //!< three
+    kHOPPER_2_ORDERED, //!< products started in turn
+    kHOPPER_3_ORDERED,
+    kHOPPER_2_AHEAD, //!< scores one key tile ahead
+    kHOPPER_2_AHEAD_ORDERED,
 };
 
 //! softmax(Q K^T / sqrt(d)) V for every image and head, without a mask, on the packed output of the QKV projection.
