@@ -319,10 +319,11 @@ template <typename V>
 class Turns
 {
 public:
-    //! Not in turn: a block of less than one round, which has groups without a tile; and streamed keys and values, where a
-    //! group might wait for a slot that another leaves only after its turn, which comes after the first group's.
+    //! Not in turn: a block of less than one round, where some groups have no tile; and where a group may wait for a slot
+    //! that another leaves only after a later turn of its own: streamed keys and values, and scores ahead without two
+    //! slots to spare.
     __device__ __forceinline__ Turns(Arguments const& arguments, int group, int blockTiles)
-        : mOrdered(V::kORDERED && arguments.resident && blockTiles >= V::kGROUPS)
+        : mOrdered(V::kORDERED && 2 * arguments.keyTiles + (V::kAHEAD ? 2 : 0) <= V::kSLOTS && blockTiles >= V::kGROUPS)
         , mGroup(group)
     {
         if (group == V::kGROUPS - 1)
@@ -555,6 +556,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
             }
             else // the next tile's first scores run while this one's output is written
             {
+                wgmmaFence();
                 multiplyScores<T, kKEYS>(s, shared.query(next), shared.slot(passLoad));
                 wgmmaCommit();
                 turns.pass();
