@@ -119,7 +119,7 @@ def test_other_stream(path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    (({"head_dim": 32}, "head size"), ({"dtype": "float32"}, "only fp16 and bf16")),
+    (({"head_dim": 32}, "head size 64 only"), ({"dtype": "float32"}, "float16 and bfloat16 only")),
 )
 def test_forcing_refuses_what_only_other_paths_do(kernels, path, change, message):
     sizes = {"batch": 1, "sequence_length": 578, "num_heads": 6, "head_dim": 64, "dtype": "float16"}

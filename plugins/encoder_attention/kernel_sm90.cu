@@ -1,7 +1,6 @@
 // Encoder attention on Hopper: wgmma, TMA, keys and values of one head resident in shared memory. SM90.md has the
 // arithmetic behind the sizes below.
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -987,23 +986,18 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
 
 bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char const** reason)
 {
-    if (params.dataType != DataType::kHALF && params.dataType != DataType::kBF16)
+    if (params.dataType == DataType::kFLOAT)
     {
-        return refuse(reason, "encoder attention on sm_90: only fp16 and bf16");
+        return refuse(reason, "the Hopper path takes float16 and bfloat16 only");
     }
     if (params.headDim != kHEAD_DIM)
     {
-        return refuse(reason, "encoder attention on sm_90: the head size must be 64");
-    }
-    if (params.batch < 1 || params.sequenceLength < 1 || params.numHeads < 1)
-    {
-        return refuse(reason, "encoder attention on sm_90: sizes must be positive");
+        return refuse(reason, "the Hopper path takes head size 64 only");
     }
     int64_t const rows = static_cast<int64_t>(params.sequenceLength) + kQUERIES;
-    if (params.batch > 65535 || params.numHeads > 65535
-        || rows * params.batch * params.numHeads > std::numeric_limits<int32_t>::max())
+    if (rows * params.batch * params.numHeads > std::numeric_limits<int32_t>::max())
     {
-        return refuse(reason, "encoder attention on sm_90: batch * heads * sequence length must be below 2^31");
+        return refuse(reason, "the Hopper path takes batch * heads * sequence length below 2^31 only");
     }
     return true;
 }

@@ -17,7 +17,7 @@ cudaError_t encoderAttentionMma(EncoderAttentionParams const& params, cudaStream
 template <int kHEAD_DIM>
 cudaError_t encoderAttentionFloat(EncoderAttentionParams const& params, cudaStream_t stream);
 
-//! Whether encoderAttentionSm90 takes these sizes and this type (float16 or bfloat16, head size 64).
+//! Whether encoderAttentionSm90 takes what canImplementEncoderAttention does: float16 or bfloat16 and head size 64.
 bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char const** reason = nullptr);
 
 //! With wgmma and TMA; compute capability 9.0 only, which the caller has checked.
