@@ -10,15 +10,15 @@ namespace trocr
 //! Which implementation serves a call. All but kAUTO are for tests and benchmarks.
 enum class EncoderAttentionPath : int32_t
 {
-    kAUTO,    //!< Hopper's where device and sizes allow it, else by type
+    kAUTO,    //!< Hopper's where device and sizes allow it, else the general one
     kGENERAL, //!< mma.sync for float16 and bfloat16, plain float32: every device
-    // wgmma and TMA: compute capability 9.0, head size 64, float16 and bfloat16 (variants: kernel_sm90.cu)
-    kHOPPER,    //!< the variant of the least predicted cost
-    kHOPPER_2, //!< two consumer groups
-    kHOPPER_3, //!< three
-    kHOPPER_2_ORDERED, //!< products started in turn
+    kHOPPER,  //!< wgmma and TMA: compute capability 9.0, head size 64, float16 and bfloat16; the variant of the lower cost
+    // Its variants (SM90.md), by consumer groups; ordered: products started in turn; ahead: scores one key tile ahead.
+    kHOPPER_2,
+    kHOPPER_3,
+    kHOPPER_2_ORDERED,
     kHOPPER_3_ORDERED,
-    kHOPPER_2_AHEAD, //!< scores one key tile ahead
+    kHOPPER_2_AHEAD,
     kHOPPER_2_AHEAD_ORDERED,
 };
 
