@@ -51,8 +51,8 @@ build: $(PACKAGES) $(TOOLCHAIN)
 
 # Real code for every supported architecture, as it is shipped.
 all-archs: $(PACKAGES) $(TOOLCHAIN)
-	cmake -S . -B $(BUILD)-all -G Ninja -DTROCR_ALL_ARCHS=ON
-	cmake --build $(BUILD)-all
+	cmake --preset all-archs
+	cmake --build --preset all-archs
 
 $(VENV)/.installed: requirements.txt
 	@$(BOOTSTRAP_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -85,4 +85,4 @@ lock: $(PACKAGES)
 	    requirements.in --output-file requirements.txt
 
 clean:
-	rm -rf $(BUILD) $(BUILD)-all engines
+	rm -rf $(BUILD) build-all-archs engines

@@ -24,11 +24,12 @@ namespace trocr
 namespace
 {
 
-constexpr char kMODULE_DOC[] = R"(Fused TrOCR kernels on raw device pointers (`tensor.data_ptr()`), for numerics and micro-benchmarks.
+constexpr char kMODULE_DOC[] =
+    R"(Fused TrOCR kernels on raw device pointers (`tensor.data_ptr()`), for numerics and micro-benchmarks.
 
-Every function enqueues one op on `stream` (a cudaStream_t as an integer, `torch.cuda.current_stream().cuda_stream`; 0 is the
-default stream) of the current device and returns at once. Tensors are contiguous and of `dtype`: 'float32', 'float16' or
-'bfloat16'. Shapes: B batch, S tokens, H heads of size d (32 or 64), C cache capacity, R rows, N width.
+Every function enqueues one op on `stream` (a cudaStream_t as an integer, `torch.cuda.current_stream().cuda_stream`;
+0 is the default stream) of the current device and returns at once. Tensors are contiguous and of `dtype`: 'float32',
+'float16' or 'bfloat16'. Shapes: B batch, S tokens, H heads of size d (32 or 64), C cache capacity, R rows, N width.
 RuntimeError: an argument the op cannot implement, with the reason, or the error of the launch.)";
 
 [[noreturn]] void fail(std::string const& op, std::string const& why)
@@ -212,10 +213,10 @@ PYBIND11_MODULE(trocr_kernels, module)
     module.def("decoder_self_attention", bindDecoderSelfAttention, "qkv"_a, "past_key"_a, "past_value"_a,
         "position_ids"_a, "context"_a, "present_key"_a, "present_value"_a, py::kw_only(), "batch"_a, "capacity"_a,
         "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,
-        "One decoding step: the key and value of qkv [B, 1, 3, H, d] go to row position_ids[b] (int64 [B, 1]) of the cache "
-        "[B, H, C, d]; context [B, 1, H*d] attends to rows 0 to position_ids[b]. present_* is past_* (only the new row is "
-        "written) or apart from it (the whole cache is copied). A position outside [0, C) writes no row and a zero "
-        "context.");
+        "One decoding step: the key and value of qkv [B, 1, 3, H, d] go to row position_ids[b] (int64 [B, 1]) of the "
+        "cache [B, H, C, d]; context [B, 1, H*d] attends to rows 0 to position_ids[b]. present_* is past_* (only the "
+        "new row is written) or apart from it (the whole cache is copied). A position outside [0, C) writes no row and "
+        "a zero context.");
 
     module.def("cross_attention", bindCrossAttention, "query"_a, "key"_a, "value"_a, "context"_a, py::kw_only(),
         "batch"_a, "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,

@@ -39,13 +39,12 @@ class LinesError(RuntimeError):
 
 @contextmanager
 def line_images(archive: Path = LINES, most: int | None = None) -> Iterator[list[Path]]:
-    """The image files of an archive of lines, in the order of their names, unpacked for as long as it takes."""
+    """The image files of an archive of lines, in the order of their names, unpacked meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             with tarfile.open(archive) as tar:
-                images = sorted(
-                    (member for member in tar if member.name.endswith(".jpg")), key=lambda m: m.name
-                )
+                images = [member for member in tar if member.name.endswith(".jpg")]
+                images.sort(key=lambda image: image.name)
                 tar.extractall(folder, images[:most], filter="data")
         except (OSError, tarfile.TarError) as error:
             raise LinesError(f"{archive}: cannot be unpacked ({error}); fetch the file again") from None
@@ -67,7 +66,8 @@ def compare(
     """Read the images; labels are compared without regard to case, as the data set's are all upper case.
 
     Returns:
-        lines, cer, exact_match, lines_per_s; identical: the share of lines that read exactly as the reference;
+        lines, cer, exact_match, lines_per_s; identical: the share of lines that read exactly as the
+        reference;
         different: the first lines that do not.
     """
     recognizer.recognize(images[: recognizer.batch_size])  # engines warm up, graphs are captured
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 manifest = Manifest.read(folder)
                 recognizer = Recognizer(folder, backend=options.backend, batch_size=options.batch_size)
                 result = {
-                    "model": recognizer.spec.name,
+                    "model": Path(manifest.model).resolve().name,
                     "variant": "fused" if manifest.plugins else "stock",
                     "backend": options.backend,
                     "precision": manifest.precision,

@@ -40,12 +40,11 @@ class Record(Environment):
     """One measurement.
 
     Attributes:
-        part: of PARTS. "decoder" is all decode steps, "end_to_end" is pixel values to token ids, "page" is
-        image
-            files to text.
+        part: of PARTS. "decoder" is all decode steps, "end_to_end" is pixel values on the device to token ids
+            on the host, "page" is image files to text.
         batch: images a batch.
         tokens: decode steps a line; None for the encoder, and for a page, whose lines end where their text
-        does.
+            does.
         variant: of VARIANTS.
         median_ms, p99_ms: of one batch; of a page, of all its lines.
         lines_per_s: from the median.

@@ -55,7 +55,7 @@ VARIANTS = ("stock", "fused", "torch", "compile", "onnxruntime")
 DEFAULT_VARIANTS = "stock,fused,torch" if ON_GPU else "onnxruntime,torch"
 DEFAULT_BATCHES = "1,8,16,64" if ON_GPU else "1"
 DEFAULT_PRECISION = "fp16" if ON_GPU else "fp32"
-PAGE_LINES = 64
+PAGE_LINES = 64 if ON_GPU else 8
 REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
 WARMUPS = 3
 MIN_REPEATS, MAX_REPEATS, SECONDS = 10, 200, 1.0  # of one measurement
@@ -99,8 +99,11 @@ def encoder_flops(spec: EncoderSpec) -> float:
     return spec.num_hidden_layers * layer + 2 * patches * 3 * spec.patch_height * spec.patch_width * width
 
 
-def measure(run: Callable[[], None], before: Callable[[], None] = lambda: None) -> list[float]:
-    """Milliseconds of repeated runs. `before` prepares each and is not timed."""
+def measure(
+    run: Callable[[], None], before: Callable[[], None] = lambda: None, device: torch.device = DEVICE
+) -> list[float]:
+    """Milliseconds of repeated runs on `device`. `before` prepares each and is not timed."""
+    time_once = _time_on_gpu if device.type == "cuda" else _time_on_cpu
     for _ in range(WARMUPS):
         before()
         run()
@@ -108,7 +111,7 @@ def measure(run: Callable[[], None], before: Callable[[], None] = lambda: None) 
     end = time.perf_counter() + SECONDS
     while len(times) < MIN_REPEATS or (len(times) < MAX_REPEATS and time.perf_counter() < end):
         before()
-        times.append(_time_on_gpu(run) if ON_GPU else _time_on_cpu(run))
+        times.append(time_once(run))
     return times
 
 
@@ -131,8 +134,7 @@ def random_pixels(spec: ModelSpec, batch: int) -> torch.Tensor:
     """float32 [B, 3, height, width] on the host: the same values for the same batch."""
     generator = torch.Generator().manual_seed(batch)
     shape = (batch, 3, spec.encoder.image_height, spec.encoder.image_width)
-    pixels = torch.randn(shape, generator=generator).clamp_(-1, 1)
-    return pixels.pin_memory() if ON_GPU else pixels
+    return torch.randn(shape, generator=generator).clamp_(-1, 1)
 
 
 class BackendVariant:
@@ -152,18 +154,19 @@ class BackendVariant:
 
     def decoder(self, pixels: torch.Tensor, tokens: int) -> Measurement:
         search, start, steps = self._search(pixels, tokens)
-        times = measure(steps, before=start)
+        times = measure(steps, start, self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
 
     def end_to_end(self, pixels: torch.Tensor, tokens: int) -> Measurement:
-        search, start, steps = self._search(pixels, tokens)
+        search, start, steps = self._search(pixels.to(self.backend.device), tokens)
 
         def run() -> None:
             start()
             steps()
             search.output_ids.tolist()
 
-        return Measurement(measure(run), search.output_ids[:, 1:])
+        times = measure(run, device=self.backend.device)
+        return Measurement(times, search.output_ids[:, 1:])
 
     def page(self, lines: Sequence[Path], batch: int) -> Measurement:
         return _measure_page(Recognizer(self.folder, backend=self.backend.name, batch_size=batch), lines)
@@ -213,7 +216,8 @@ class OnnxVariant(BackendVariant):
         dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[session.get_inputs()[0].type]
         inputs = {"pixel_values": pixels.numpy().astype(dtype)}
         (hidden,) = session.run(None, inputs)
-        return Measurement(measure(lambda: session.run(None, inputs)), torch.from_numpy(hidden))
+        times = measure(lambda: session.run(None, inputs), device=self.backend.device)
+        return Measurement(times, torch.from_numpy(hidden))
 
 
 class TorchVariant:
@@ -246,12 +250,12 @@ class TorchVariant:
         return Measurement(times, self.generate(tokens, encoder_outputs=encoded))
 
     def end_to_end(self, pixels: torch.Tensor, tokens: int) -> Measurement:
-        def run() -> None:
-            on_device = pixels.to(DEVICE, non_blocking=True).to(self.model.dtype)
-            self.generate(tokens, stop=False, pixel_values=on_device).tolist()
+        pixels = pixels.to(DEVICE)
 
-        output = self.generate(tokens, pixel_values=pixels.to(DEVICE, self.model.dtype))
-        return Measurement(measure(run), output)
+        def run() -> None:
+            self.generate(tokens, stop=False, pixel_values=pixels.to(self.model.dtype)).tolist()
+
+        return Measurement(measure(run), self.generate(tokens, pixel_values=pixels.to(self.model.dtype)))
 
     def page(self, lines: Sequence[Path], batch: int) -> Measurement:
         recognizer = Recognizer(self.spec.source, backend="torch", precision=self.precision, batch_size=batch)

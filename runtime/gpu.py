@@ -39,7 +39,8 @@ def current_gpu() -> Gpu | None:
     try:
         checked(driver.cuInit(0))  # raises RuntimeError where libcuda.so.1 is missing
         device = checked(driver.cuDeviceGet(0))
-        name = checked(driver.cuDeviceGetName(128, device)).rstrip(b"\0").decode()
+        # A C string in a buffer of 128 bytes, whose rest may be anything.
+        name = checked(driver.cuDeviceGetName(128, device)).split(b"\0", 1)[0].decode()
         attribute = driver.CUdevice_attribute
         major, minor = (
             checked(driver.cuDeviceGetAttribute(which, device))

@@ -46,16 +46,16 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
         return _decode(_from_array(source, name), name)
     if isinstance(source, Image.Image):
         return _decode(source, name)
-    raise ImageError(f"{name}: a {type(source).__name__}; give a path, a PIL image or a numpy array")
+    raise ImageError(f"{name}: of type {type(source).__name__}; give a path, a PIL image or a numpy array")
 
 
 def _load_file(path: Path, name: str) -> Image.Image:
-    if path.is_dir():
-        raise ImageError(f"{name}: a folder; give the images in it")
     try:
         image = Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise ImageError(f"{name}: a folder; give the images in it") from None
     except Image.UnidentifiedImageError:
         what = "an empty file" if path.stat().st_size == 0 else "not a readable JPEG, PNG, TIFF or WebP image"
         raise ImageError(f"{name}: {what}; convert it, or leave it out") from None

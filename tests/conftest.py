@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from build import build
 from tests.checkpoints import random_checkpoint
+
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "trocr-tiny-printed"
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     """The folder of a small random checkpoint of tests/checkpoints.py, by name, in fp32. Only to be read."""
     root = tmp_path_factory.mktemp("checkpoints")
     return cache(lambda name: random_checkpoint(name, root / name))
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
+    """The graphs of a checkpoint with these --plugins, in fp32, as build.py writes them. Only to be read."""
+    root = tmp_path_factory.mktemp("graphs")
+
+    @cache
+    def built(model: Path, plugins: str) -> Path:
+        out = root / f"{model.parent.name}-{model.name}-{plugins}"
+        return build(str(model), plugins, "fp32", out=out, onnx_only=True)
+
+    return built

@@ -135,16 +135,8 @@ cudaError_t biasActivation(BiasActivationParams const& params, cudaStream_t stre
     {
         return cudaErrorInvalidValue;
     }
-    switch (params.dataType)
-    {
-    case DataType::kFLOAT:
-        return launchActivation<float>(params, stream);
-    case DataType::kHALF:
-        return launchActivation<__half>(params, stream);
-    case DataType::kBF16:
-        return launchActivation<__nv_bfloat16>(params, stream);
-    }
-    return cudaErrorInvalidValue;
+    return dispatchType(
+        params.dataType, [&](auto type) { return launchActivation<decltype(type)>(params, stream); });
 }
 
 } // namespace trocr

@@ -4,7 +4,11 @@
 #include <cstdint>
 #include <utility>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "common/data_type.h"
 
 //! Host-side helpers of the launchers.
 
@@ -19,6 +23,45 @@ inline bool refuse(char const** reason, char const* why)
         *reason = why;
     }
     return false;
+}
+
+//! What every attention kernel asks of its sizes; `length` counts the keys.
+inline bool canImplementAttention(
+    DataType dataType, int headDim, int batch, int numHeads, int length, char const** reason)
+{
+    if (sizeOf(dataType) == 0)
+    {
+        return refuse(reason, "the data type is none of float32, float16, bfloat16");
+    }
+    if (headDim != 32 && headDim != 64)
+    {
+        return refuse(reason, "the head size is neither 32 nor 64");
+    }
+    if (batch < 1 || numHeads < 1 || length < 1)
+    {
+        return refuse(reason, "batch, heads and sequence length or cache capacity must be at least 1");
+    }
+    if (batch > 65535 || numHeads > 65535)
+    {
+        return refuse(reason, "batch and heads must be at most 65535");
+    }
+    return true;
+}
+
+//! Calls `launchTyped` with a value of the C++ type that `dataType` names; only its type matters.
+template <typename LaunchTyped>
+cudaError_t dispatchType(DataType dataType, LaunchTyped const& launchTyped)
+{
+    switch (dataType)
+    {
+    case DataType::kFLOAT:
+        return launchTyped(float{});
+    case DataType::kHALF:
+        return launchTyped(__half{});
+    case DataType::kBF16:
+        return launchTyped(__nv_bfloat16{});
+    }
+    return cudaErrorInvalidValue;
 }
 
 //! Whether every pointer is there and on a multiple of `bytes`.
@@ -45,8 +88,8 @@ inline cudaError_t deviceAttribute(cudaDeviceAttr attribute, int& value)
 //! Launches without dynamic shared memory; the error returned is this launch's, not an earlier one's. With
 //! `clusterX` above 1, that many blocks along x share their memory (compute capability 9.0 and above only).
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(
-    void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned clusterX, cudaStream_t stream, Arguments... arguments)
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned clusterX, cudaStream_t stream,
+    Arguments... arguments)
 {
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;

@@ -14,8 +14,8 @@ namespace
 {
 
 // 8 warps with 4 keys and values a lane in flight are 32 KiB of loads a block; 4.8 TB/s at 0.7 us of latency ask for
-// about 25 KiB a multiprocessor at any time. Three blocks cover each other's arithmetic, and as a launch bound leave the
-// compiler the registers to keep all loads in flight (without, it saves registers and waits for every second load).
+// about 25 KiB a multiprocessor at any time. Three blocks cover each other's arithmetic, and as a launch bound leave
+// the compiler the registers to keep all loads in flight (else it saves registers and waits for every second load).
 constexpr int kWARPS = 8;
 constexpr int kUNROLL = 4;
 constexpr int kBLOCKS_A_MULTIPROCESSOR = 3;
@@ -123,23 +123,8 @@ cudaError_t launchTyped(CrossAttentionParams const& params, cudaStream_t stream)
 
 bool canImplementCrossAttention(CrossAttentionParams const& params, char const** reason)
 {
-    if (sizeOf(params.dataType) == 0)
-    {
-        return refuse(reason, "the data type is none of float32, float16, bfloat16");
-    }
-    if (params.headDim != 32 && params.headDim != 64)
-    {
-        return refuse(reason, "the head size is neither 32 nor 64");
-    }
-    if (params.batch < 1 || params.numHeads < 1 || params.sequenceLength < 1)
-    {
-        return refuse(reason, "batch, heads and sequence length must be at least 1");
-    }
-    if (params.batch > 65535 || params.numHeads > 65535)
-    {
-        return refuse(reason, "batch and heads must be at most 65535");
-    }
-    return true;
+    return canImplementAttention(
+        params.dataType, params.headDim, params.batch, params.numHeads, params.sequenceLength, reason);
 }
 
 cudaError_t crossAttention(CrossAttentionParams const& params, cudaStream_t stream)
@@ -148,16 +133,8 @@ cudaError_t crossAttention(CrossAttentionParams const& params, cudaStream_t stre
     {
         return cudaErrorInvalidValue;
     }
-    switch (params.dataType)
-    {
-    case DataType::kFLOAT:
-        return launchTyped<float>(params, stream);
-    case DataType::kHALF:
-        return launchTyped<__half>(params, stream);
-    case DataType::kBF16:
-        return launchTyped<__nv_bfloat16>(params, stream);
-    }
-    return cudaErrorInvalidValue;
+    return dispatchType(
+        params.dataType, [&](auto type) { return launchTyped<decltype(type)>(params, stream); });
 }
 
 } // namespace trocr

@@ -111,23 +111,8 @@ cudaError_t launchTyped(DecoderSelfAttentionParams const& params, cudaStream_t s
 
 bool canImplementDecoderSelfAttention(DecoderSelfAttentionParams const& params, char const** reason)
 {
-    if (sizeOf(params.dataType) == 0)
-    {
-        return refuse(reason, "the data type is none of float32, float16, bfloat16");
-    }
-    if (params.headDim != 32 && params.headDim != 64)
-    {
-        return refuse(reason, "the head size is neither 32 nor 64");
-    }
-    if (params.batch < 1 || params.numHeads < 1 || params.capacity < 1)
-    {
-        return refuse(reason, "batch, heads and cache capacity must be at least 1");
-    }
-    if (params.batch > 65535 || params.numHeads > 65535)
-    {
-        return refuse(reason, "batch and heads must be at most 65535");
-    }
-    return true;
+    return canImplementAttention(
+        params.dataType, params.headDim, params.batch, params.numHeads, params.capacity, reason);
 }
 
 cudaError_t decoderSelfAttention(DecoderSelfAttentionParams const& params, cudaStream_t stream)
@@ -139,16 +124,8 @@ cudaError_t decoderSelfAttention(DecoderSelfAttentionParams const& params, cudaS
     {
         return cudaErrorInvalidValue;
     }
-    switch (params.dataType)
-    {
-    case DataType::kFLOAT:
-        return launchTyped<float>(params, stream);
-    case DataType::kHALF:
-        return launchTyped<__half>(params, stream);
-    case DataType::kBF16:
-        return launchTyped<__nv_bfloat16>(params, stream);
-    }
-    return cudaErrorInvalidValue;
+    return dispatchType(
+        params.dataType, [&](auto type) { return launchTyped<decltype(type)>(params, stream); });
 }
 
 } // namespace trocr

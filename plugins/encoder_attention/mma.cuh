@@ -7,8 +7,8 @@
 #include "common/mma.cuh"
 #include "encoder_attention/launchers.h"
 
-//! Encoder attention on tensor cores with mma.sync, after FlashAttention-2 (Dao, 2023): a block holds a tile of queries,
-//! streams the keys and values through shared memory once, and keeps scores, softmax and context in registers.
+//! Encoder attention on tensor cores with mma.sync, after FlashAttention-2 (Dao, 2023): a block holds a tile of
+//! queries, streams the keys and values through shared memory once, and keeps scores, softmax and context in registers.
 
 namespace trocr
 {
@@ -88,7 +88,7 @@ struct WarpState
 
     uint32_t queries[kROW_TILES][kDIM_STEPS][4];
     float context[kROW_TILES][2 * kDIM_STEPS][4]; // of 8 columns each; unnormalised
-    float maximum[kROW_TILES][2];                 // reference of the exponents, in raw scores; one for the four lanes of a row
+    float maximum[kROW_TILES][2];                 // reference of the exponents, in raw scores; same in a row's 4 lanes
     float sum[kROW_TILES][2];                     // of the lane's own columns only
 
     __device__ __forceinline__ void initialise(uint32_t queryTile, int lane)
@@ -217,9 +217,9 @@ struct WarpState
         }
     }
 
-    //! Lets `maximum` follow the scores. It is exact: a row's largest probability is then 1, which rounding to T leaves as
-    //! it is. A reference that lags behind would save most of the rescaling, but round the largest probability too, and
-    //! in rows where it weighs most that is three times the error. Where no row of the warp rises, nothing is rescaled.
+    //! Lets `maximum` follow the scores. It is exact: a row's largest probability is then 1, which rounding to T leaves
+    //! as it is. A reference that lags behind would save most of the rescaling, but round the largest probability too,
+    //! which where that one weighs most is three times the error. Where no row of the warp rises, nothing is rescaled.
     template <int kTILES>
     __device__ __forceinline__ void raiseMaximum(float const (&scores)[kROW_TILES][kTILES][4], float scale)
     {
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(Shape::kTHREADS, Shape::kMIN_BLOCKS)
         return;
     }
 
-    // Through shared memory, so that a row leaves in 16-byte pieces. Only this warp has read, and now writes, these rows.
+    // Through shared memory, so that a row leaves in 16-byte pieces. Only this warp reads and writes these rows.
     auto* const tile = reinterpret_cast<unsigned char*>(shared.queries[warpRow]);
     __syncwarp();
     state.finish(tile, lane);

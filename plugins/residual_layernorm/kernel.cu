@@ -35,37 +35,36 @@ struct Arguments
 
 //! x + residual as a reader of the stored sum sees it: rounded to T.
 template <typename T, int kSIZE>
-__device__ __forceinline__ Pack<T, kSIZE> roundedSum(T const* x, T const* residual)
+__device__ __forceinline__ Pack<T, kSIZE> roundedSum(Pack<T, kSIZE> x, Pack<T, kSIZE> const& residual)
 {
-    auto sum = Pack<T, kSIZE>::load(x);
-    auto const other = Pack<T, kSIZE>::load(residual);
 #pragma unroll
     for (int i = 0; i < kSIZE; ++i)
     {
-        sum.values[i] = toFloat(fromFloat<T>(sum.values[i] + other.values[i]));
+        x.values[i] = toFloat(fromFloat<T>(x.values[i] + residual.values[i]));
+    }
+    return x;
+}
+
+template <typename T, int kSIZE>
+__device__ __forceinline__ Pack<T, kSIZE> normalise(Pack<T, kSIZE> sum, float mean, float inverseDeviation,
+    Pack<T, kSIZE> const& gamma, Pack<T, kSIZE> const& beta)
+{
+#pragma unroll
+    for (int i = 0; i < kSIZE; ++i)
+    {
+        sum.values[i] = (sum.values[i] - mean) * inverseDeviation * gamma.values[i] + beta.values[i];
     }
     return sum;
 }
 
-template <typename T, int kSIZE>
-__device__ __forceinline__ void storeNormed(
-    Pack<T, kSIZE> sum, float mean, float inverseDeviation, T const* gamma, T const* beta, T* normed)
-{
-    auto const scale = Pack<T, kSIZE>::load(gamma);
-    auto const shift = Pack<T, kSIZE>::load(beta);
-#pragma unroll
-    for (int i = 0; i < kSIZE; ++i)
-    {
-        sum.values[i] = (sum.values[i] - mean) * inverseDeviation * scale.values[i] + shift.values[i];
-    }
-    sum.store(normed);
-}
-
-// A warp a row: no shared memory, no barrier, and both passes over registers.
+// A warp a row: no shared memory, no barrier, and both passes over registers. A decode step has few rows and so waits
+// for memory, not bandwidth: all loads, those of gamma and beta too, are started before the first is used. The launch
+// bound leaves the compiler the registers for that.
 constexpr int kROWS_A_BLOCK = 4;
 
 template <typename T, int kPACKS>
-__global__ void __launch_bounds__(kWARP_SIZE* kROWS_A_BLOCK) warpPerRowKernel(Arguments<T> args)
+__global__ void __launch_bounds__(kWARP_SIZE* kROWS_A_BLOCK, sizeof(T) == 4 ? 2 : 4)
+    warpPerRowKernel(Arguments<T> args)
 {
     constexpr int kSIZE = 16 / sizeof(T);
     int const row = blockIdx.x * kROWS_A_BLOCK + threadIdx.y;
@@ -75,32 +74,34 @@ __global__ void __launch_bounds__(kWARP_SIZE* kROWS_A_BLOCK) warpPerRowKernel(Ar
     }
     int64_t const offset = static_cast<int64_t>(row) * args.width;
 
-    Pack<T> packs[kPACKS];
+    // A lane whose last pack is beyond the row loads the row's first: without a branch around the loads they overlap.
+    uint4 x[kPACKS];
+    uint4 residual[kPACKS];
+    uint4 gamma[kPACKS];
+    uint4 beta[kPACKS];
+    bool inside[kPACKS];
+#pragma unroll
+    for (int p = 0; p < kPACKS; ++p)
+    {
+        int const column = (p * kWARP_SIZE + threadIdx.x) * kSIZE;
+        inside[p] = column < args.width;
+        int const safe = inside[p] ? column : 0;
+        x[p] = *reinterpret_cast<uint4 const*>(args.x + offset + safe);
+        residual[p] = *reinterpret_cast<uint4 const*>(args.residual + offset + safe);
+        gamma[p] = __ldg(reinterpret_cast<uint4 const*>(args.gamma + safe));
+        beta[p] = __ldg(reinterpret_cast<uint4 const*>(args.beta + safe));
+    }
+
+    Pack<T> sums[kPACKS];
     float total = 0.0F;
 #pragma unroll
     for (int p = 0; p < kPACKS; ++p)
     {
-        int const column = (p * kWARP_SIZE + threadIdx.x) * kSIZE;
-        if (column < args.width)
-        {
-            packs[p] = roundedSum<T, kSIZE>(args.x + offset + column, args.residual + offset + column);
-        }
-    }
+        sums[p] = roundedSum(Pack<T>::fromBits(x[p]), Pack<T>::fromBits(residual[p]));
 #pragma unroll
-    for (int p = 0; p < kPACKS; ++p)
-    {
-        int const column = (p * kWARP_SIZE + threadIdx.x) * kSIZE;
-        if (column < args.width)
+        for (int i = 0; i < kSIZE; ++i)
         {
-            if (args.sum != nullptr)
-            {
-                packs[p].store(args.sum + offset + column);
-            }
-#pragma unroll
-            for (int i = 0; i < kSIZE; ++i)
-            {
-                total += packs[p].values[i];
-            }
+            total += inside[p] ? sums[p].values[i] : 0.0F;
         }
     }
     float const mean = groupSum(total) / static_cast<float>(args.width);
@@ -109,15 +110,11 @@ __global__ void __launch_bounds__(kWARP_SIZE* kROWS_A_BLOCK) warpPerRowKernel(Ar
 #pragma unroll
     for (int p = 0; p < kPACKS; ++p)
     {
-        int const column = (p * kWARP_SIZE + threadIdx.x) * kSIZE;
-        if (column < args.width)
-        {
 #pragma unroll
-            for (int i = 0; i < kSIZE; ++i)
-            {
-                float const centred = packs[p].values[i] - mean;
-                squares += centred * centred;
-            }
+        for (int i = 0; i < kSIZE; ++i)
+        {
+            float const centred = inside[p] ? sums[p].values[i] - mean : 0.0F;
+            squares += centred * centred;
         }
     }
     float const inverseDeviation = rsqrtf(groupSum(squares) / static_cast<float>(args.width) + args.epsilon);
@@ -125,11 +122,15 @@ __global__ void __launch_bounds__(kWARP_SIZE* kROWS_A_BLOCK) warpPerRowKernel(Ar
 #pragma unroll
     for (int p = 0; p < kPACKS; ++p)
     {
-        int const column = (p * kWARP_SIZE + threadIdx.x) * kSIZE;
-        if (column < args.width)
+        if (inside[p])
         {
-            storeNormed<T, kSIZE>(packs[p], mean, inverseDeviation, args.gamma + column, args.beta + column,
-                args.normed + offset + column);
+            int64_t const element = offset + (p * kWARP_SIZE + threadIdx.x) * kSIZE;
+            if (args.sum != nullptr)
+            {
+                sums[p].store(args.sum + element);
+            }
+            normalise(sums[p], mean, inverseDeviation, Pack<T>::fromBits(gamma[p]), Pack<T>::fromBits(beta[p]))
+                .store(args.normed + element);
         }
     }
 }
@@ -164,13 +165,15 @@ __global__ void __launch_bounds__(kWARP_SIZE* kBLOCK_WARPS) blockPerRowKernel(Ar
     constexpr int kSTEP = kWARP_SIZE * kBLOCK_WARPS * kSIZE;
     int const firstColumn = threadIdx.x * kSIZE;
     int64_t const offset = static_cast<int64_t>(blockIdx.x) * args.width;
-    T const* const x = args.x + offset;
-    T const* const residual = args.residual + offset;
+    auto const sumAt = [&](int column) {
+        return roundedSum(Pack<T, kSIZE>::load(args.x + offset + column),
+            Pack<T, kSIZE>::load(args.residual + offset + column));
+    };
 
     float total = 0.0F;
     for (int column = firstColumn; column < args.width; column += kSTEP)
     {
-        auto const sum = roundedSum<T, kSIZE>(x + column, residual + column);
+        auto const sum = sumAt(column);
 #pragma unroll
         for (int i = 0; i < kSIZE; ++i)
         {
@@ -182,7 +185,7 @@ __global__ void __launch_bounds__(kWARP_SIZE* kBLOCK_WARPS) blockPerRowKernel(Ar
     float squares = 0.0F;
     for (int column = firstColumn; column < args.width; column += kSTEP)
     {
-        auto const sum = roundedSum<T, kSIZE>(x + column, residual + column);
+        auto const sum = sumAt(column);
 #pragma unroll
         for (int i = 0; i < kSIZE; ++i)
         {
@@ -195,13 +198,14 @@ __global__ void __launch_bounds__(kWARP_SIZE* kBLOCK_WARPS) blockPerRowKernel(Ar
 
     for (int column = firstColumn; column < args.width; column += kSTEP)
     {
-        auto const sum = roundedSum<T, kSIZE>(x + column, residual + column);
+        auto const sum = sumAt(column);
+        auto const gamma = Pack<T, kSIZE>::load(args.gamma + column);
+        auto const beta = Pack<T, kSIZE>::load(args.beta + column);
         if (args.sum != nullptr)
         {
             sum.store(args.sum + offset + column);
         }
-        storeNormed<T, kSIZE>(
-            sum, mean, inverseDeviation, args.gamma + column, args.beta + column, args.normed + offset + column);
+        normalise(sum, mean, inverseDeviation, gamma, beta).store(args.normed + offset + column);
     }
 }
 
@@ -279,16 +283,8 @@ cudaError_t residualLayerNorm(ResidualLayerNormParams const& params, cudaStream_
     {
         return cudaErrorInvalidValue;
     }
-    switch (params.dataType)
-    {
-    case DataType::kFLOAT:
-        return launchTyped<float>(params, stream);
-    case DataType::kHALF:
-        return launchTyped<__half>(params, stream);
-    case DataType::kBF16:
-        return launchTyped<__nv_bfloat16>(params, stream);
-    }
-    return cudaErrorInvalidValue;
+    return dispatchType(
+        params.dataType, [&](auto type) { return launchTyped<decltype(type)>(params, stream); });
 }
 
 } // namespace trocr

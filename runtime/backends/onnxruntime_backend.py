@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import torch
+from tqdm import tqdm
 
 from graph_surgery.checkpoint import ModelSpec
 from runtime.backends.base import Backend, BackendError
@@ -42,9 +43,9 @@ class OnnxRuntimeBackend(Backend):
 
     def __init__(self, folder: Path, spec: ModelSpec, max_new_tokens: int):
         self.spec = spec
-        self._encoder = _session(folder / "encoder.onnx")
-        self._cross_kv = _session(folder / "cross_kv.onnx")
-        self._decoder = _session(folder / "decoder.onnx")
+        files = [folder / f"{name}.onnx" for name in ("encoder", "cross_kv", "decoder")]
+        progress = tqdm(files, desc=f"load {folder.name}", unit="graph", delay=2, disable=None)
+        self._encoder, self._cross_kv, self._decoder = map(_session, progress)
         self._dtype = NUMPY_TYPES[self._encoder.get_inputs()[0].type]
 
         decoder = spec.decoder
@@ -75,21 +76,17 @@ class OnnxRuntimeBackend(Backend):
 
 def _session(file: Path) -> ort.InferenceSession:
     if not file.is_file():
-        raise BackendError(f"{file}: missing; build the graphs: python build.py --onnx-only")
+        raise BackendError(f"{file}: missing; build the graphs: python build.py --precision fp32 --onnx-only")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()  # one setting, OMP_NUM_THREADS, for both
     try:
-        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has an exception class for every status, and no common one
         raise BackendError(
-            f"{file}: ONNX Runtime cannot load it ({error}); build it again: python build.py --onnx-only"
+            f"{file}: ONNX Runtime cannot load it ({error}); build it in fp32: "
+            "python build.py --precision fp32 --onnx-only"
         ) from error
-    types = {value.type for value in session.get_inputs()} - {"tensor(int64)"}
-    if not types <= NUMPY_TYPES.keys():
-        raise BackendError(
-            f"{file}: {', '.join(types)} does not run on ONNX Runtime's CPU; build it with fp32"
-        )
-    return session
 
 
 def _value(array: np.ndarray) -> ort.OrtValue:

@@ -77,6 +77,9 @@ class TensorRTBackend(Backend):
         self.manifest = Manifest.read(folder)
         self.spec = load_spec(folder)
         self.device = torch.device("cuda", torch.cuda.current_device())
+        # On the default stream TensorRT synchronises at every enqueue: this thread leaves it for good.
+        if torch.cuda.current_stream() == torch.cuda.default_stream():
+            torch.cuda.set_stream(torch.cuda.Stream())
         self.cuda_graphs = cuda_graphs
         self.fixed_cache = self.manifest.cache == "fixed"
         self.max_batch = self.encoder.max_batch

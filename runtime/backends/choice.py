@@ -1,0 +1,95 @@
+"""Choosing and opening a backend."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from build import build, default_folder
+from graph_surgery.checkpoint import load_spec
+from runtime.backends.base import Backend, BackendError
+from runtime.generation import new_token_limit
+from runtime.gpu import current_gpu
+from runtime.manifest import FILE_NAME as MANIFEST
+from runtime.manifest import Manifest
+
+NAMES = ("auto", "tensorrt", "onnxruntime", "torch")
+
+
+def open_backend(
+    model: str | Path,
+    name: str = "auto",
+    plugins: str = "fused",
+    engines: str | Path | None = None,
+    precision: str | None = None,
+    max_new_tokens: int | None = None,
+) -> tuple[Backend, str]:
+    """Open a backend; the arguments are those of `Recognizer`.
+
+    Engines are taken from `engines`, or else from `model` if it is an engine folder, or else from where
+    build.py puts them by default. ONNX graphs are taken from the first two, or else built.
+
+    Returns:
+        The backend, and its name together with the reason where "auto" did not choose TensorRT.
+
+    Raises:
+        BackendError: no such backend, or nothing that it could run.
+    """
+    if name not in NAMES:
+        raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(NAMES)}")
+    given = _given_folder(model, engines, precision)
+    choice = name
+    if name == "auto":
+        obstacle = _tensorrt_obstacle(given or default_folder(str(model), plugins, precision or "fp16"))
+        name = "onnxruntime" if obstacle else "tensorrt"
+        choice = f"{name} ({obstacle})" if obstacle else name
+
+    if name == "torch":
+        from runtime.backends.torch_backend import TorchBackend
+
+        return TorchBackend(load_spec(model), precision or "fp32"), choice
+    if name == "tensorrt":
+        from runtime.backends.tensorrt_backend import TensorRTBackend
+
+        return TensorRTBackend(given or default_folder(str(model), plugins, precision or "fp16")), choice
+
+    from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+
+    folder = given
+    if folder is None:
+        with redirect_stdout(sys.stderr):  # where the caller's own output does not go
+            folder = build(str(model), plugins, precision or "fp32", onnx_only=True)
+    spec = load_spec(folder)
+    return OnnxRuntimeBackend(folder, spec, new_token_limit(spec, max_new_tokens)), choice
+
+
+def _given_folder(model: str | Path, engines: str | Path | None, precision: str | None) -> Path | None:
+    """The engine folder that the caller named, if any."""
+    if engines is None and not (Path(model) / MANIFEST).is_file():
+        return None
+    folder = Path(model if engines is None else engines)
+    manifest = Manifest.read(folder)
+    if precision not in (None, manifest.precision):
+        raise BackendError(
+            f"{folder / MANIFEST}: precision is {manifest.precision}, and {precision} was asked for; "
+            f"build it: python build.py --precision {precision}"
+        )
+    return folder
+
+
+def _tensorrt_obstacle(folder: Path) -> str | None:
+    """Why TensorRT cannot run the engines of `folder` here, in a few words."""
+    if current_gpu() is None:
+        return "no NVIDIA GPU"
+    from runtime.tensorrt_loader import TensorRTError, load_tensorrt
+
+    try:
+        load_tensorrt()
+    except TensorRTError as error:
+        return str(error)
+    if not (folder / MANIFEST).is_file():
+        return f"no engines in {folder}: python build.py makes them"
+    if not Manifest.read(folder).engines:
+        return f"no engines in {folder}, only graphs: python build.py makes them"
+    return None

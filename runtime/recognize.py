@@ -1,0 +1,276 @@
+"""Recognise images of text lines from the command line.
+
+    python -m runtime.recognize --model models/trocr-tiny-printed samples
+    python -m runtime.recognize --labels samples/labels.tsv --ignore-case --json result.json 'samples/*.jpg'
+
+Prints image, text and label as they come, and at the end the character error rate and the share of exact
+matches (with --labels), lines a second and the backend. Lines a second count reading and scaling the images
+and recognising them, not loading the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from build import BuildError
+from graph_surgery.checkpoint import DTYPES, CheckpointError
+from graph_surgery.fused_ops import SurgeryError
+from runtime.backends.base import BackendError
+from runtime.backends.choice import NAMES
+from runtime.generation import GenerationError, unsupported_settings
+from runtime.images import SUFFIXES
+from runtime.manifest import ManifestError
+from runtime.metrics import accuracy
+from runtime.recognizer import Recognizer
+
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "trocr-tiny-printed"
+GLOB_CHARACTERS = frozenset("*?[")
+
+
+class UsageError(ValueError):
+    """The command line names something that cannot be used."""
+
+
+UNUSABLE = (
+    UsageError,
+    CheckpointError,
+    SurgeryError,
+    BuildError,
+    ManifestError,
+    BackendError,
+    GenerationError,
+)
+
+
+class Labels:
+    """The texts of a TSV file: file, text, and further columns that do not count.
+
+    A file is meant relative to the labels file's folder. An image elsewhere takes the label of its file name,
+    if there is one and only one.
+    """
+
+    def __init__(self, file: Path):
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{file}: {error}; give a UTF-8 text file: image, tab, text") from error
+        self._by_path: dict[str, str] = {}
+        self._by_name: dict[str, set[str]] = {}
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            name, *columns = line.split("\t")
+            if not columns:
+                raise UsageError(f"{file}: line {number} is {line!r}; an image, a tab and a text are needed")
+            path = os.path.abspath(file.parent / name)
+            if self._by_path.setdefault(path, columns[0]) != columns[0]:
+                raise UsageError(f"{file}: line {number} gives {name} another text than before; remove one")
+            self._by_name.setdefault(os.path.basename(name), set()).add(columns[0])
+
+    def find(self, path: str) -> str | None:
+        """The label of the image at `path`, None where there is none."""
+        label = self._by_path.get(os.path.abspath(path))
+        if label is None:
+            candidates = self._by_name.get(os.path.basename(path), set())
+            label = next(iter(candidates)) if len(candidates) == 1 else None
+        return label
+
+
+@dataclass
+class Record:
+    """One line of the JSON's `records`: a `Result` with its label."""
+
+    path: str
+    text: str | None
+    label: str | None
+    error: str | None
+    mean_log_prob: float | None = None
+    token_ids: list[int] | None = None
+
+
+def find_images(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The image files that the arguments name, in their order; a file named twice comes twice.
+
+    A folder stands for the images in it (not in folders below), a glob for the files that it matches, both
+    sorted. Anything else stands for itself: whether it can be read turns out later.
+
+    Returns:
+        The files; and the arguments that name none, each with its error.
+    """
+    images: list[str] = []
+    errors: dict[str, str] = {}
+    for argument in arguments:
+        if os.path.isdir(argument):
+            found = sorted(
+                str(child) for child in Path(argument).iterdir() if child.suffix.lower() in SUFFIXES
+            )
+            if not found:
+                errors[argument] = (
+                    f"{argument}: no images in this folder; put {', '.join(SUFFIXES)} files there"
+                )
+        elif GLOB_CHARACTERS & set(argument) and not os.path.lexists(argument):
+            found = sorted(name for name in glob.glob(argument, recursive=True) if os.path.isfile(name))
+            if not found:
+                errors[argument] = f"{argument}: matches no file; check the pattern"
+        else:
+            found = [argument]
+        images += found
+    return images, errors
+
+
+def recognize(options: argparse.Namespace) -> int:
+    """Do what the command line asks; returns the exit status."""
+    images, errors = find_images(options.images)
+    if not images:
+        raise UsageError("; ".join(errors.values()))
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise UsageError(f"{options.json}: there is no folder {options.json.parent}; make it first")
+    if options.json and options.json.is_dir():
+        raise UsageError(f"{options.json}: a folder; name the file to write")
+    labels = Labels(options.labels) if options.labels else None
+    found_labels = [labels.find(image) if labels else None for image in images]
+    unlabelled = found_labels.count(None)
+    if labels and unlabelled:
+        warn(f"{unlabelled} of {len(images)} images have no label in {options.labels}")
+
+    recognizer = Recognizer(
+        options.model,
+        backend=options.backend,
+        plugins=options.plugins,
+        engines=options.engines,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
+    print(f"backend: {recognizer.backend_choice}", file=sys.stderr)
+    for setting in unsupported_settings(recognizer.spec):
+        warn(f"{recognizer.spec.source}: generation_config.json asks for {setting}; greedy search ignores it")
+
+    records = [Record(argument, None, None, error) for argument, error in errors.items()]
+    for record in records:
+        print(f"error: {record.error}", file=sys.stderr)
+    table = Table(images, found_labels)
+    begin = time.perf_counter()
+    with tqdm(total=len(images), unit="line", delay=2, disable=None) as progress:
+        for result, label in zip(recognizer.stream(images), found_labels, strict=True):
+            record = Record(
+                result.path, result.text, label, result.error, result.mean_log_prob, result.token_ids
+            )
+            records.append(record)
+            table.print(record)
+            progress.update()
+    seconds = time.perf_counter() - begin
+
+    report = summarize(records, seconds, options, recognizer)
+    if options.json:
+        write_json(options.json, report)
+    print(closing_line(report, recognizer.backend_choice))
+    return 1 if report["failed"] else 0
+
+
+class Table:
+    """Prints rows of image, text and label in columns; errors go to stderr."""
+
+    def __init__(self, images: Sequence[str], labels: Sequence[str | None]):
+        known = [label for label in labels if label is not None]
+        self._with_labels = bool(known)
+        self._widths = max(map(len, images)), max(map(len, known), default=0)
+        self._row("image", "text", "label")
+
+    def print(self, record: Record) -> None:
+        if record.error is None:
+            self._row(record.path, record.text, record.label or "")
+        else:
+            tqdm.write(f"error: {record.error}", file=sys.stderr)
+
+    def _row(self, image: str, text: str, label: str) -> None:
+        columns = [image.ljust(self._widths[0]), text]
+        if self._with_labels:
+            columns[1:] = [text.ljust(self._widths[1]), label]
+        tqdm.write("  ".join(columns).rstrip())
+
+
+def summarize(
+    records: Sequence[Record], seconds: float, options: argparse.Namespace, recognizer: Recognizer
+) -> dict:
+    """The content of the JSON file."""
+    read = [record for record in records if record.error is None]
+    labelled = [record for record in read if record.label is not None]
+    score = accuracy(
+        [record.label for record in labelled], [record.text for record in labelled], options.ignore_case
+    )
+    return {
+        "model": options.model,
+        "backend": recognizer.backend.name,
+        "batch_size": recognizer.batch_size,
+        "ignore_case": options.ignore_case,
+        "lines": len(read),
+        "failed": len(records) - len(read),
+        "labelled_lines": len(labelled),
+        "cer": score and score.cer,
+        "exact_match": score and score.exact_match,
+        "lines_per_s": len(read) / seconds,
+        "records": [asdict(record) for record in records],
+    }
+
+
+def closing_line(report: dict, backend: str) -> str:
+    parts = []
+    if report["labelled_lines"]:
+        case = " (case ignored)" if report["ignore_case"] else ""
+        parts += [f"CER {report['cer']:.2%}", f"exact match {report['exact_match']:.2%}{case}"]
+    parts += [f"{report['lines']} lines", f"{report['lines_per_s']:.1f} lines/s", f"backend {backend}"]
+    if report["failed"]:
+        parts.append(f"{report['failed']} failed")
+    return ", ".join(parts)
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write the file whole or not at all."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m runtime.recognize",
+        description="Read the text of images of text lines.",
+        epilog="exit status: 0 all images were read; 1 some were not; 2 wrong use, or something unusable",
+    )
+    parser.add_argument("images", nargs="+", metavar="PATH", help="image file, folder or glob")
+    parser.add_argument("--model", default=str(BUNDLED_MODEL), help="checkpoint or engine folder, or hub id")
+    parser.add_argument("--engines", type=Path, metavar="DIR", help="engine folder (default: build.py's)")
+    parser.add_argument("--backend", choices=NAMES, default="auto")
+    parser.add_argument("--plugins", default="fused", help="fused (default), none, or names with commas")
+    parser.add_argument("--precision", choices=DTYPES, help="default: fp16 for tensorrt, else fp32")
+    parser.add_argument(
+        "--labels", type=Path, metavar="TSV", help="image, tab, text; further columns ignored"
+    )
+    parser.add_argument("--ignore-case", action="store_true", help="compare with the labels in upper case")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write accuracy, speed and records")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens a line")
+    try:
+        return recognize(parser.parse_args(arguments))
+    except UNUSABLE as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Bench records and their summary; the bench itself where there is no GPU."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from graph_surgery.architectures import ARCHITECTURES, write_random_checkpoint
+from graph_surgery.checkpoint import load_spec
+from profiling.gpu_check import Stage, run_stage
+from profiling.gpu_check import main as gpu_check
+from profiling.records import Record, RecordError, commit, read, write
+from profiling.summary import summary
+from runtime.bench import encoder_flops
+from runtime.bench import main as bench
+from runtime.gpu import current_gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def record(**changes) -> Record:
+    base = Record(
+        part="encoder",
+        model="trocr-small",
+        batch=8,
+        tokens=None,
+        precision="fp16",
+        variant="stock",
+        median_ms=1.55,
+        p99_ms=1.6,
+        lines_per_s=5161.3,
+        images_per_s=5161.3,
+        tflops=160.0,
+        rel_error=1e-3,
+        command="python -m runtime.bench encoder",
+        commit="abc",
+        date="2026-11-22T20:00:00+00:00",
+        gpu="NVIDIA H200",
+        driver="580.1",
+        cuda="13.0",
+        tensorrt="10.6.0",
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def test_round_trip(tmp_path: Path):
+    records = [record(), record(variant="fused", median_ms=0.9)]
+    write(records, tmp_path / "results" / "bench.json")
+    assert read(tmp_path / "results" / "bench.json") == records
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entry: entry.pop("median_ms"), "fields missing or unknown: median_ms"),
+        (lambda entry: entry.update(extra=1), "fields missing or unknown: extra"),
+        (lambda entry: entry.update(variant="magic"), "variant 'magic'"),
+    ],
+)
+def test_wrong_records(tmp_path: Path, change, message: str):
+    path = tmp_path / "bench.json"
+    write([record()], path)
+    content = json.loads(path.read_text())
+    change(content[0])
+    path.write_text(json.dumps(content))
+    with pytest.raises(RecordError, match=rf"bench.json: record 0: .*{message}"):
+        read(path)
+
+
+def test_commit_of_a_copy(monkeypatch):
+    monkeypatch.setenv("TROCR_COMMIT", "0123abc")
+    assert commit() == "0123abc"
+
+
+def test_summary_shows_wins_and_losses():
+    records = [
+        record(batch=1, median_ms=0.8),
+        record(batch=1, variant="fused", median_ms=0.4, rel_error=2e-3),
+        record(batch=16, median_ms=2.0),
+        record(batch=16, variant="fused", median_ms=2.5),
+        record(batch=64, median_ms=10.0),
+    ]
+    accuracies = [
+        {
+            "variant": "fused",
+            "precision": "fp16",
+            "lines": 1934,
+            "cer": 0.0083,
+            "exact_match": 0.91,
+            "identical": 0.997,
+            "lines_per_s": 4000.0,
+        }
+    ]
+    stages = [{"name": "kernels", "status": "skipped", "seconds": 0, "reason": "3 s were left"}]
+    text = summary(records, accuracies, stages)
+    rows = {line.split("|")[2].strip(): line for line in text.splitlines() if line.startswith("| fp16")}
+    assert "2.00x" in rows["1"] and "0.80x" in rows["16"]
+    assert rows["64"].split("|")[4].strip() == "-"
+    assert "fused 2.0e-03" in text
+    assert "0.83%" in text and "99.70%" in text
+    assert "skipped" in text and "3 s were left" in text
+
+
+@pytest.mark.parametrize(("name", "gflop"), [("small", 31.0), ("base", 111.0), ("large", 382.0)])
+def test_encoder_flops(tmp_path: Path, name: str, gflop: float):
+    """The figures known for the published encoders."""
+    encoder, decoder = ARCHITECTURES[name]
+    tiny = {"d_model": 64, "decoder_layers": 1, "decoder_attention_heads": 1, "decoder_ffn_dim": 64}
+    # One layer has all the weights that the description needs; the formula is linear in the layers.
+    write_random_checkpoint(
+        encoder | {"num_hidden_layers": 1}, decoder | tiny | {"vocab_size": 120}, tmp_path
+    )
+    spec = dataclasses.replace(load_spec(tmp_path).encoder, num_hidden_layers=encoder["num_hidden_layers"])
+    assert encoder_flops(spec) / 1e9 == pytest.approx(gflop, rel=0.01)
+
+
+@pytest.mark.slow
+def test_bench_on_a_cpu(checkpoint, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # engines/ is made here
+    model = str(checkpoint("small"))
+    variants = ["--variants", "onnxruntime,torch", "--batch", "2", "--tokens", "4", "--precision", "fp32"]
+    for part in ("encoder", "decoder", "end_to_end"):
+        assert bench([part, "--model", model, *variants, "--json", f"{part}.json"]) == 0
+        records = read(tmp_path / f"{part}.json")
+        assert [(entry.part, entry.variant, entry.batch) for entry in records] == [
+            (part, "onnxruntime", 2),
+            (part, "torch", 2),
+        ]
+        for entry in records:
+            assert 0 < entry.median_ms <= entry.p99_ms
+            assert entry.lines_per_s == pytest.approx(2e3 / entry.median_ms)
+            if part == "encoder":
+                assert entry.rel_error < 1e-4
+            else:
+                assert entry.same_tokens == 1
+
+
+def test_bench_says_what_it_cannot_measure(checkpoint, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert bench(["decoder", "--model", str(checkpoint("small")), "--batch", "1", "--variants", "fused"]) == 2
+    assert "not measured: fused" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: the check would run")
+def test_gpu_check_without_gpu(capsys):
+    assert gpu_check([]) == 2
+    assert capsys.readouterr().err.startswith("error: no NVIDIA GPU")
+
+
+def test_gpu_check_records_every_kind_of_stage(capfd):
+    def stage(name: str, code: str, least_seconds: float = 0) -> Stage:
+        return Stage(name, [sys.executable, "-c", code], least_seconds)
+
+    deadline = time.monotonic() + 3
+    good = run_stage(stage("good", "print('hello')"), deadline)
+    bad = run_stage(stage("bad", "raise SystemExit(7)"), deadline)
+    slow = run_stage(stage("slow", "import time; time.sleep(60)"), deadline)
+    late = run_stage(stage("late", "print('never')", 5), deadline)
+    assert [outcome.status for outcome in (good, bad, slow, late)] == ["ok", "failed", "failed", "skipped"]
+    assert (good.reason, bad.reason) == (None, "exit status 7")
+    assert "time budget" in slow.reason and "were left" in late.reason
+    output = capfd.readouterr().out
+    assert "hello" in output and "never" not in output
+
+
+def test_bench_is_executable():
+    """`nsys profile runtime/bench.py` starts it as a program."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["runtime/bench.py", "--help"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "end_to_end" in result.stdout

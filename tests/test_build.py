@@ -1,0 +1,239 @@
+"""build.py without a GPU: graphs, manifest, no-op builds, folders that are whole or not there."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+
+import build as build_module
+from build import BuildError, NoEngines, build, default_folder, main
+from graph_surgery.fused_ops import DOMAIN, SurgeryError
+from runtime.gpu import current_gpu
+from runtime.manifest import Manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED = str(ROOT / "models" / "trocr-tiny-printed")
+GRAPH_FILES = ("encoder.onnx", "cross_kv.onnx", "decoder.onnx")
+
+without_gpu = pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: engines would be built")
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name -> inode and modification time."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+@pytest.fixture
+def model(checkpoint: Callable[[str], Path]) -> str:
+    return str(checkpoint("small"))
+
+
+@pytest.mark.slow
+def test_bundled_checkpoint(tmp_path: Path):
+    folder = build(BUNDLED, "fused", "fp16", (1, 8, 16), tmp_path / "engines", onnx_only=True)
+    manifest = Manifest.read(folder)
+    assert {op.op: op.count for op in manifest.fused_ops} == {
+        "TrOCREncoderAttention": 12,
+        "TrOCRDecoderSelfAttention": 6,
+        "TrOCRCrossAttention": 6,
+        "TrOCRResidualLayerNorm": 43,
+        "TrOCRBiasActivation": 18,
+    }
+    assert (manifest.cache, manifest.cache_capacity, manifest.max_length) == ("fixed", 96, 97)
+    assert (manifest.precision, manifest.batch, manifest.engines) == ("fp16", (1, 8, 16), {})
+    assert (
+        set(GRAPH_FILES) | {"config.json", "tokenizer.json", "preprocessor_config.json"}
+        <= manifest.files.keys()
+    )
+    for name in manifest.files:
+        manifest.check_file(folder, name)
+    for name in GRAPH_FILES:
+        ort.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+
+
+def test_stock_graphs(model: str, tmp_path: Path):
+    manifest = Manifest.read(build(model, "none", "fp32", out=tmp_path / "engines", onnx_only=True))
+    assert (manifest.plugins, manifest.fused_ops) == ([], [])
+    assert (manifest.cache, manifest.cache_capacity) == ("growing", None)
+    for name in GRAPH_FILES:
+        nodes = onnx.load(tmp_path / "engines" / name).graph.node
+        assert DOMAIN not in {node.domain for node in nodes}
+
+
+def test_one_plugin(model: str, tmp_path: Path):
+    manifest = Manifest.read(build(model, "layernorm", "fp32", out=tmp_path / "engines", onnx_only=True))
+    assert [op.op for op in manifest.fused_ops] == ["TrOCRResidualLayerNorm"]
+    assert manifest.cache == "growing"
+
+
+def test_capacity_is_rounded_up(model: str, tmp_path: Path):
+    build(model, "attention", "fp32", out=tmp_path / "engines", max_length=5, onnx_only=True)
+    manifest = Manifest.read(tmp_path / "engines")
+    assert (manifest.max_length, manifest.cache_capacity) == (5, 32)
+
+
+def test_second_build_changes_nothing(model: str, tmp_path: Path):
+    command = [sys.executable, "build.py", "--model", model, "--precision", "fp32", "--onnx-only"]
+    command += ["--out", str(tmp_path / "engines")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    before = snapshot(tmp_path / "engines")
+    began = time.monotonic()
+    # torch is what would take the time.
+    probe = (
+        "import sys, build; status = build.main(sys.argv[1:]); sys.exit(status or ('torch' in sys.modules))"
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", probe, *command[2:]], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert time.monotonic() - began < 5
+    assert again.stdout == f"{tmp_path / 'engines'}: up to date\n"
+    assert snapshot(tmp_path / "engines") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"plugins": "layernorm"}, "plugins"),
+        ({"batch": (1, 2, 4)}, "batch"),
+        ({"max_length": 9}, "max_length"),
+    ],
+)
+def test_changed_option_builds_again(model: str, tmp_path: Path, capsys, change: dict, named: str):
+    options = {"plugins": "none", "precision": "fp32", "out": tmp_path / "engines", "onnx_only": True}
+    build(model, **options)
+    before = snapshot(tmp_path / "engines")
+    capsys.readouterr()
+    build(model, **(options | change))
+    assert f"building again, changed: {named}\n" in capsys.readouterr().out
+    assert snapshot(tmp_path / "engines")["manifest.json"] != before["manifest.json"]
+
+
+def test_missing_file_builds_again(model: str, tmp_path: Path, capsys):
+    options = {"plugins": "none", "precision": "fp32", "out": tmp_path / "engines", "onnx_only": True}
+    build(model, **options)
+    (tmp_path / "engines" / "decoder.onnx").unlink()
+    build(model, **options)
+    assert "changed: decoder.onnx" in capsys.readouterr().out
+    assert (tmp_path / "engines" / "decoder.onnx").is_file()
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
+def test_interrupted_build_leaves_the_old_folder(model: str, tmp_path: Path, monkeypatch, interruption):
+    options = {"plugins": "none", "precision": "fp32", "out": tmp_path / "engines", "onnx_only": True}
+    build(model, **options)
+    before = snapshot(tmp_path / "engines")
+
+    def interrupt(self, folder: Path) -> None:
+        assert all((folder / name).is_file() for name in GRAPH_FILES)  # nearly done
+        raise interruption
+
+    monkeypatch.setattr(Manifest, "write", interrupt)
+    with pytest.raises(interruption):
+        build(model, **options, force=True)
+    with pytest.raises(interruption):
+        build(model, **(options | {"out": tmp_path / "new"}))
+    assert snapshot(tmp_path / "engines") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
+
+
+@without_gpu
+def test_without_gpu(model: str, tmp_path: Path, capsys):
+    arguments = ["--model", model, "--precision", "fp32", "--out", str(tmp_path / "engines")]
+    assert main(arguments) == 3
+    output = capsys.readouterr()
+    assert output.err.startswith("error: engines not built: no NVIDIA GPU")
+    assert "--onnx-only" in output.err and output.err.count("\n") == 1
+    assert Manifest.read(tmp_path / "engines").engines == {}
+    assert main([*arguments, "--onnx-only"]) == 0
+    with pytest.raises(NoEngines):
+        build(model, precision="fp32", out=tmp_path / "engines")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--plugins", "layernorn"], "layernorn"),
+        (["--model", BUNDLED, "--max-length", "129"], "--max-length 129"),
+        (["--model", BUNDLED, "--max-length", "1"], "--max-length 1:"),
+    ],
+)
+def test_wrong_input(tmp_path: Path, capsys, arguments: list[str], message: str):
+    assert main([*arguments, "--onnx-only", "--out", str(tmp_path / "engines")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "engines").exists()
+
+
+@pytest.mark.parametrize("batch", ["16", "8,1,16", "0,1,2", "1,2,x", ""])
+def test_wrong_batch(capsys, batch: str):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--batch", batch])
+    assert exit_.value.code == 2
+    assert "such as 1,8,16" in capsys.readouterr().err
+
+
+def test_out_with_several_plugins(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--plugins", "none", "--plugins", "fused", "--out", "x"])
+    assert exit_.value.code == 2
+
+
+def test_foreign_folder_is_not_replaced(model: str, tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(BuildError, match="another --out"):
+        build(model, out=tmp_path, onnx_only=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_truncated_weights(model: str, tmp_path: Path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in Path(model).iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["--model", str(broken), "--onnx-only", "--out", str(tmp_path / "engines")]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_command_builds_the_same_folder(model: str, tmp_path: Path):
+    """The remedy that messages name."""
+    out = tmp_path / "engines"
+    build(model, "layernorm,bias_activation", "fp32", (1, 2, 4), out, max_length=9, onnx_only=True)
+    first = Manifest.read(out)
+    program, script, *arguments = first.command.split()
+    assert (program, script) == ("python", "build.py")
+    assert main([*arguments, "--onnx-only", "--force"]) == 0
+    assert Manifest.read(out).inputs == first.inputs
+
+
+def test_default_folder():
+    assert default_folder("models/trocr-tiny-printed/", "attention,layernorm", "bf16") == Path(
+        "engines/trocr-tiny-printed-bf16-attention+layernorm"
+    )
+
+
+def test_unknown_plugin_is_named():
+    with pytest.raises(SurgeryError, match="encoder_atention"):
+        build(BUNDLED, "encoder_atention")
+
+
+def test_timing_cache_is_replaced_whole(tmp_path: Path):
+    path = tmp_path / "folder" / "timing.cache"
+    build_module._replace_file(path, b"first")
+    build_module._replace_file(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert [entry.name for entry in path.parent.iterdir()] == ["timing.cache"]
+
+
+def test_manifest_is_plain_json(model: str, tmp_path: Path):
+    build(model, "none", "fp32", out=tmp_path / "engines", onnx_only=True)
+    content = json.loads((tmp_path / "engines" / "manifest.json").read_text())
+    assert content["format"] == 1 and content["batch"] == [1, 8, 16]

@@ -1,0 +1,53 @@
+"""Loading engines on a machine that cannot run them: every reason has a message of its own."""
+
+from pathlib import Path
+
+import pytest
+
+from runtime.backends.base import BackendError
+from runtime.backends.tensorrt_backend import LeastRecentlyUsed, _bindable
+from runtime.engine import ALIGNMENT, Engine, EngineError
+from runtime.gpu import Gpu, current_gpu
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU")
+def test_no_gpu(tmp_path: Path):
+    with pytest.raises(EngineError, match="need an NVIDIA GPU, and none is here"):
+        Engine.load(tmp_path, "encoder")
+
+
+def test_engine_error_is_a_backend_error():
+    """What the command lines catch."""
+    assert issubclass(EngineError, BackendError)
+
+
+def test_least_recently_used():
+    cache = LeastRecentlyUsed(2)
+    cache.add("a", 1)
+    cache.add("b", 2)
+    assert cache.use("a") == 1
+    cache.add("c", 3)
+    assert (cache.use("a"), cache.use("b"), cache.use("c")) == (1, None, 3)
+
+
+def test_bindable_keeps_what_tensorrt_can_take():
+    ids = torch.arange(4).reshape(4, 1)
+    aligned = ids.data_ptr() % ALIGNMENT == 0
+    assert (_bindable(ids, 4) is ids) == aligned
+
+
+def test_bindable_copies_what_it_cannot():
+    column = torch.arange(12).reshape(4, 3)[:, 1:2]
+    bound = _bindable(column, 4)
+    assert bound.is_contiguous() and bound.tolist() == column.tolist()
+
+
+def test_bindable_pads_to_the_smallest_batch():
+    assert _bindable(torch.tensor([[5], [6]]), 4).tolist() == [[5], [6], [0], [0]]
+
+
+def test_gpu_slug():
+    assert Gpu("NVIDIA H200", "9.0", "13.0").slug == "nvidia-h200"
+    assert Gpu("NVIDIA RTX 6000 (Ada)", "8.9", "13.0").slug == "nvidia-rtx-6000-ada"

@@ -1,0 +1,184 @@
+"""Engines on a GPU: stock and fused against PyTorch, batches, CUDA graphs, and what does not fit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from build import build
+from graph_surgery.checkpoint import load_spec
+from runtime.backends.tensorrt_backend import TensorRTBackend
+from runtime.backends.torch_backend import TorchBackend
+from runtime.engine import Engine, EngineError
+from runtime.generation import GenerationError, GreedyDecoder, GreedySearch
+from runtime.manifest import FILE_NAME, Manifest
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU can be used here"),
+]
+TIMING_CACHE = Path("engines/timing.cache").resolve()  # shared with other builds: an engine takes a minute
+TOKENS = 8
+FOLDERS = ("none", "fused")
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: Callable[[str], Path], tmp_path_factory) -> Callable[[str], Path]:
+    """The engine folder of the reduced small checkpoint with these --plugins, for batches of 1 to 4."""
+    root = tmp_path_factory.mktemp("engines")
+
+    @cache
+    def built(plugins: str) -> Path:
+        model = str(checkpoint("small"))
+        return build(model, plugins, "fp16", (1, 2, 4), root / plugins, timing_cache=TIMING_CACHE)
+
+    return built
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Callable[[str], Path]) -> TorchBackend:
+    return TorchBackend(load_spec(checkpoint("small")), "fp32")
+
+
+def pixels(backend, batch: int) -> torch.Tensor:
+    encoder = backend.spec.encoder
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randn((batch, 3, encoder.image_height, encoder.image_width), generator=generator)
+
+
+def forced_logits(backend, images: torch.Tensor) -> torch.Tensor:
+    """float32 [B, TOKENS, V] after the same tokens in every backend: one rounding cannot change the rest."""
+    state = backend.start(images)
+    batch = len(images)
+    tokens = torch.arange(batch * TOKENS).reshape(batch, TOKENS) % backend.spec.decoder.vocab_size
+    logits = []
+    for step in range(TOKENS):
+        ids = tokens[:, step : step + 1].to(backend.device)
+        logits.append(backend.step(state, ids, torch.full_like(ids, step)).float().clone())
+    return torch.stack(logits, dim=1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("plugins", FOLDERS)
+def test_agrees_with_torch(engines, reference, plugins: str, batch: int):
+    backend = TensorRTBackend(engines(plugins))
+    images = pixels(backend, batch)
+    expected = forced_logits(reference, images)
+    found = forced_logits(backend, images)
+    assert found.shape == (batch, TOKENS, backend.spec.decoder.vocab_size)
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("plugins", FOLDERS)
+def test_rows_do_not_depend_on_the_batch(engines, plugins: str):
+    backend = TensorRTBackend(engines(plugins))
+    images = pixels(backend, 4)
+    whole = forced_logits(backend, images)
+    single = forced_logits(backend, images[:1])
+    # Another batch takes other kernels, which round differently.
+    assert (whole[:1] - single).abs().max() <= 0.02 * whole.abs().max()
+
+
+@pytest.mark.parametrize("plugins", FOLDERS)
+def test_graphs_do_not_change_tokens(engines, plugins: str):
+    """Also with another batch size in between, and when graphs are replayed."""
+    plain = GreedyDecoder(TensorRTBackend(engines(plugins), cuda_graphs=False), TOKENS)
+    captured = GreedyDecoder(TensorRTBackend(engines(plugins)), TOKENS)
+    for batch in (3, 1, 3, 4, 1, 3):
+        images = pixels(plain.backend, batch)
+        assert captured(images).token_ids == plain(images).token_ids
+
+
+@pytest.mark.parametrize("plugins", FOLDERS)
+def test_replays_use_no_stale_state(engines, plugins: str):
+    """A graph captured for one image must read another one's buffers."""
+    backend = TensorRTBackend(engines(plugins))
+    search = GreedySearch(backend, 2, TOKENS)
+    first, second = torch.zeros_like(pixels(backend, 2)), pixels(backend, 2)
+    runs = [search.run(images) for images in (first, second, first, second)]
+    assert runs[0].mean_log_probs == runs[2].mean_log_probs
+    assert runs[1].mean_log_probs == runs[3].mean_log_probs
+    assert runs[0].mean_log_probs != runs[1].mean_log_probs
+
+
+def test_works_on_another_stream(engines):
+    backend = TensorRTBackend(engines("fused"))
+    images = pixels(backend, 2)
+    expected = forced_logits(backend, images)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = forced_logits(backend, images)
+        torch.cuda.current_stream().synchronize()
+    assert torch.equal(found, expected)
+
+
+def test_manifest(engines):
+    stock, fused = (Manifest.read(engines(plugins)) for plugins in FOLDERS)
+    assert stock.engines.keys() == fused.engines.keys() == {"encoder", "cross_kv", "decoder"}
+    assert stock.gpu == torch.cuda.get_device_name()
+    assert stock.plugin_library_sha256 is None and len(fused.plugin_library_sha256) == 64
+    assert (stock.cache, fused.cache) == ("growing", "fixed")
+
+
+def test_second_build_is_a_no_op(engines, checkpoint, capsys):
+    folder = engines("fused")
+    before = (folder / FILE_NAME).stat().st_mtime_ns
+    build(str(checkpoint("small")), "fused", "fp16", (1, 2, 4), folder, timing_cache=TIMING_CACHE)
+    assert "up to date" in capsys.readouterr().out
+    assert (folder / FILE_NAME).stat().st_mtime_ns == before
+
+
+def test_batch_above_the_profile(engines):
+    backend = TensorRTBackend(engines("fused"))
+    with pytest.raises(EngineError, match=r"encoder.engine: a batch of 5 is above 4.*--batch"):
+        backend.start(pixels(backend, 5))
+
+
+def test_more_tokens_than_the_cache(engines):
+    backend = TensorRTBackend(engines("fused"))
+    with pytest.raises(GenerationError, match="33"):
+        GreedyDecoder(backend, 33)
+
+
+def test_wrong_tensors(engines):
+    engine = Engine.load(engines("none"), "encoder")
+    images = torch.zeros(1, 3, 48, 48, dtype=torch.float16, device="cuda")
+    outputs = engine.empty_outputs({"pixel_values": images})
+    with pytest.raises(EngineError, match="no tensor for last_hidden_state"):
+        engine.bind({"pixel_values": images})
+    with pytest.raises(EngineError, match=r"pixel_values is torch\.float32"):
+        engine.bind({"pixel_values": images.float()} | outputs)
+    with pytest.raises(EngineError, match=r"pixel_values has shape \[1, 3, 48, 32\]"):
+        engine.bind({"pixel_values": images[..., :32].contiguous()} | outputs)
+    with pytest.raises(EngineError, match=r"a batch of 8 is above 4"):
+        engine.bind({"pixel_values": images.repeat(8, 1, 1, 1)} | outputs)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("gpu", "NVIDIA L4", r"built for NVIDIA L4"),
+        ("compute_capability", "8.9", r"compute capability 8\.9"),
+        ("tensorrt", "9.9.9", r"built with TensorRT 9\.9\.9"),
+    ],
+)
+def test_engines_of_another_machine(engines, tmp_path: Path, field: str, value: str, message: str):
+    folder = Path(shutil.copytree(engines("none"), tmp_path / "copy"))
+    content = json.loads((folder / FILE_NAME).read_text())
+    content[field] = value
+    (folder / FILE_NAME).write_text(json.dumps(content))
+    with pytest.raises(EngineError, match=message):
+        Engine.load(folder, "encoder")
+
+
+def test_damaged_engine(engines, tmp_path: Path):
+    folder = Path(shutil.copytree(engines("none"), tmp_path / "copy"))
+    plan = bytearray((folder / "encoder.engine").read_bytes())
+    plan[len(plan) // 2] ^= 1
+    (folder / "encoder.engine").write_bytes(plan)
+    with pytest.raises(EngineError, match=r"encoder\.engine: damaged or replaced"):
+        Engine.load(folder, "encoder")
