@@ -26,7 +26,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from tqdm import tqdm
 
 from graph_surgery.checkpoint import CheckpointError, ModelSpec, load_spec
-from graph_surgery.fused_ops import DOMAIN, FUSED_OPS, VERSION, SurgeryError, parse_plugins
+from graph_surgery.fused_ops import DOMAIN, PLUGINS, VERSION, SurgeryError, parse_plugins
 from graph_surgery.passes import PASSES, PassReport
 
 GRAPHS = ("encoder", "cross_kv", "decoder")
@@ -66,12 +66,13 @@ def fuse_graph(
     fired: list[str] = []
     replaced: dict[str, list[str]] = {}
     for plugin, fusion in PASSES.items():
-        expected = fusion.expected(spec).get(name, 0) if plugin in plugins else 0
+        expected = fusion.expected(spec, fired).get(name, 0) if plugin in plugins else 0
         if expected:
             report = fusion.run(graph)
             _check_count(name, plugin, expected, report)
             fired.append(plugin)
-            replaced |= report.replaced
+            for new, nodes in report.replaced.items():  # a later pass may replace an earlier one's nodes
+                replaced[new] = [stock for node in nodes for stock in replaced.pop(node, [node])]
     metadata = {"trocr.plugins": ",".join(fired), "trocr.replaced": json.dumps(replaced)}
     if "decoder_self_attention" in fired:
         metadata["trocr.cache"] = "fixed"
@@ -118,7 +119,7 @@ def attach_functions(model: onnx.ModelProto, plugins: Collection[str]) -> None:
     if not plugins:
         return
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    model.functions.extend(FUSED_OPS[plugin].function(opsets[""]) for plugin in plugins)
+    model.functions.extend(op.function(opsets[""]) for plugin in plugins for op in PLUGINS[plugin])
     model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
     if DOMAIN not in opsets:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, int(VERSION)))

@@ -256,31 +256,30 @@ RESIDUAL_LAYER_NORM = FusedOp(
     """,
 )
 
-BIAS_ACTIVATION = FusedOp(
-    name="TrOCRBiasActivation",
-    plugin="bias_activation",
-    inputs=("x", "bias"),
-    outputs=("y",),
-    attributes=(Attribute("activation", str, allowed=("gelu", "relu")),),
-    # Opset 17 cannot compare strings; but two that are equal have one distinct element. GELU is x * Phi(x),
-    # with the cumulative normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2. The branch is chosen when a
-    # graph is loaded.
-    body="""
-        wide_x = Cast <to = 1> (x)
-        wide_bias = Cast <to = 1> (bias)
-        biased = Add (wide_x, wide_bias)
+# Statements that choose among `none`, `gelu`, `relu`: `biased` -> `activated`, both float32. Opset 17 cannot
+# compare strings; but two that are equal have one distinct element. GELU is x * Phi(x), with the cumulative
+# normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2. The branches are chosen when a graph is loaded.
+_ACTIVATE = """
         activation = Constant <value_string: string = @activation> ()
         first_axis = Constant <value_ints = [0]> ()
         chosen = Unsqueeze (activation, first_axis)
-        relu = Constant <value_strings = ["relu"]> ()
-        both = Concat <axis = 0> (chosen, relu)
-        distinct = Unique (both)
-        num_distinct = Size (distinct)
         one = Constant <value_int = 1> ()
-        is_relu = Equal (num_distinct, one)
-        wide_y = If (is_relu) <
-            then_branch = rectify () => (float[] rectified) { rectified = Relu (biased) },
-            else_branch = gate () => (float[] gated) {
+        relu = Constant <value_strings = ["relu"]> ()
+        chosen_or_relu = Concat <axis = 0> (chosen, relu)
+        distinct_of_relu = Unique (chosen_or_relu)
+        num_distinct_of_relu = Size (distinct_of_relu)
+        is_relu = Equal (num_distinct_of_relu, one)
+        gelu = Constant <value_strings = ["gelu"]> ()
+        chosen_or_gelu = Concat <axis = 0> (chosen, gelu)
+        distinct_of_gelu = Unique (chosen_or_gelu)
+        num_distinct_of_gelu = Size (distinct_of_gelu)
+        is_gelu = Equal (num_distinct_of_gelu, one)
+        rectified = If (is_relu) <
+            then_branch = rectify () => (float[] positive) { positive = Relu (biased) },
+            else_branch = pass () => (float[] same) { same = Identity (biased) }
+        >
+        activated = If (is_gelu) <
+            then_branch = gate () => (float[] gated) {
                 root_two = Constant <value_float = 1.4142135> ()
                 unit = Constant <value_float = 1.0> ()
                 half = Constant <value_float = 0.5> ()
@@ -289,46 +288,168 @@ BIAS_ACTIVATION = FusedOp(
                 shifted = Add (error, unit)
                 doubled = Mul (biased, shifted)
                 gated = Mul (doubled, half)
-            }
-        >
+            },
+            else_branch = keep () => (float[] kept) { kept = Identity (rectified) }
+        >"""
+
+BIAS_ACTIVATION = FusedOp(
+    name="TrOCRBiasActivation",
+    plugin="bias_activation",
+    inputs=("x", "bias"),
+    outputs=("y",),
+    attributes=(Attribute("activation", str, allowed=("gelu", "relu")),),
+    body=f"""
+        wide_x = Cast <to = 1> (x)
+        wide_bias = Cast <to = 1> (bias)
+        biased = Add (wide_x, wide_bias)
+        {_ACTIVATE}
+        y = CastLike (activated, x)
+    """,
+)
+
+# Row statistics are float32 [..., N / 64, 2]: of each 64 columns the mean, and the sum of squared distances
+# from it.
+STATISTICS_WIDTH = 64
+
+# Statements: `rounded`, float32 values of type T's precision -> `statistics`.
+_TAKE_STATISTICS = f"""
+        rows_shape = Shape <start = 0, end = -1> (rounded)
+        parts_shape = Constant <value_ints = [-1, {STATISTICS_WIDTH}]> ()
+        split_shape = Concat <axis = 0> (rows_shape, parts_shape)
+        parts = Reshape (rounded, split_shape)                              # [..., N / 64, 64]
+        last_axis = Constant <value_ints = [-1]> ()
+        part_sum = ReduceSum <keepdims = 1> (parts, last_axis)
+        part_width = Constant <value_float = {STATISTICS_WIDTH}.0> ()
+        part_mean = Div (part_sum, part_width)
+        distances = Sub (parts, part_mean)
+        squares = Mul (distances, distances)
+        part_m2 = ReduceSum <keepdims = 1> (squares, last_axis)
+        statistics = Concat <axis = -1> (part_mean, part_m2)"""
+
+ROW_STATISTICS = FusedOp(
+    name="TrOCRRowStatistics",
+    plugin="linear",
+    inputs=("x",),
+    outputs=("statistics",),
+    attributes=(),
+    body=f"""
+        rounded = Cast <to = 1> (x)
+        {_TAKE_STATISTICS}
+    """,
+)
+
+LAYER_NORM_LINEAR = FusedOp(
+    name="TrOCRLayerNormLinear",
+    plugin="linear",
+    inputs=("x", "statistics", "weight", "weight_sum", "bias"),
+    outputs=("y",),
+    attributes=(
+        Attribute("epsilon", float),
+        Attribute("activation", str, "none", ("none", "gelu", "relu")),
+    ),
+    # Parts of equal size: the mean is that of their means, and the squared distances from it are those within
+    # the parts plus 64 times those of their means (Chan, Golub, LeVeque 1983).
+    body=f"""
+        mean_index = Constant <value_int = 0> ()
+        m2_index = Constant <value_int = 1> ()
+        last_axis = Constant <value_ints = [-1]> ()
+        part_mean = Gather <axis = -1> (statistics, mean_index)             # [..., K / 64]
+        part_m2 = Gather <axis = -1> (statistics, m2_index)
+        num_parts = Shape <start = -1> (part_mean)
+        num_parts_f = Cast <to = 1> (num_parts)
+        sum_of_means = ReduceSum <keepdims = 1> (part_mean, last_axis)      # [..., 1]
+        mean = Div (sum_of_means, num_parts_f)
+        distances = Sub (part_mean, mean)
+        squares = Mul (distances, distances)
+        between = ReduceSum <keepdims = 1> (squares, last_axis)
+        within = ReduceSum <keepdims = 1> (part_m2, last_axis)
+        part_width = Constant <value_float = {STATISTICS_WIDTH}.0> ()
+        all_between = Mul (between, part_width)
+        m2 = Add (within, all_between)
+        width = Shape <start = -1> (x)
+        width_f = Cast <to = 1> (width)
+        variance = Div (m2, width_f)
+        epsilon = Constant <value_float: float = @epsilon> ()
+        shifted_variance = Add (variance, epsilon)
+        deviation = Sqrt (shifted_variance)
+
+        wide_x = Cast <to = 1> (x)
+        wide_weight = Cast <to = 1> (weight)
+        weight_t = Transpose <perm = [1, 0]> (wide_weight)
+        product = MatMul (wide_x, weight_t)
+        product_of_mean = Mul (mean, weight_sum)
+        centred = Sub (product, product_of_mean)
+        normed = Div (centred, deviation)
+        biased = Add (normed, bias)
+        {_ACTIVATE}
+        y = CastLike (activated, x)
+    """,
+)
+
+LINEAR_RESIDUAL = FusedOp(
+    name="TrOCRLinearResidual",
+    plugin="linear",
+    inputs=("x", "weight", "bias", "residual"),
+    outputs=("y", "statistics"),
+    attributes=(Attribute("emit_statistics", int, 0, (0, 1)),),
+    # As in TrOCRResidualLayerNorm, a node that emits none leaves the name of the second output empty.
+    body=f"""
+        wide_x = Cast <to = 1> (x)
+        wide_weight = Cast <to = 1> (weight)
+        wide_residual = Cast <to = 1> (residual)
+        weight_t = Transpose <perm = [1, 0]> (wide_weight)
+        product = MatMul (wide_x, weight_t)
+        biased = Add (product, bias)
+        wide_y = Add (biased, wide_residual)
         y = CastLike (wide_y, x)
+        rounded = Cast <to = 1> (y)
+        {_TAKE_STATISTICS}
     """,
 )
 
 FUSED_OPS: Mapping[str, FusedOp] = {
-    op.plugin: op
+    op.name: op
     for op in (
         ENCODER_ATTENTION,
         DECODER_SELF_ATTENTION,
         CROSS_ATTENTION,
         RESIDUAL_LAYER_NORM,
         BIAS_ACTIVATION,
+        ROW_STATISTICS,
+        LAYER_NORM_LINEAR,
+        LINEAR_RESIDUAL,
     )
+}
+
+# The ops behind each name of `--plugins`.
+PLUGINS: Mapping[str, tuple[FusedOp, ...]] = {
+    plugin: tuple(op for op in FUSED_OPS.values() if op.plugin == plugin)
+    for plugin in dict.fromkeys(op.plugin for op in FUSED_OPS.values())
 }
 
 GROUPS: Mapping[str, frozenset[str]] = {
     "attention": frozenset({"encoder_attention", "decoder_self_attention", "cross_attention"}),
     # Those that won against the stock engine in the committed measurements.
-    "fused": frozenset(FUSED_OPS),
-    "all": frozenset(FUSED_OPS),
+    "fused": frozenset(PLUGINS),
+    "all": frozenset(PLUGINS),
     "none": frozenset(),
 }
 
 
 def parse_plugins(text: str) -> frozenset[str]:
-    """Turn the value of `--plugins`, names and groups separated by commas, into keys of `FUSED_OPS`.
+    """Turn the value of `--plugins`, names and groups separated by commas, into keys of `PLUGINS`.
 
     Raises SurgeryError for a name that is neither.
     """
     chosen: set[str] = set()
     for name in (part.strip() for part in text.split(",")):
-        if name in FUSED_OPS:
+        if name in PLUGINS:
             chosen.add(name)
         elif name in GROUPS:
             chosen |= GROUPS[name]
         else:
             raise SurgeryError(
-                f"--plugins {text!r}: unknown name {name!r}; known are {', '.join(FUSED_OPS)}, "
+                f"--plugins {text!r}: unknown name {name!r}; known are {', '.join(PLUGINS)}, "
                 f"and the groups {', '.join(GROUPS)}"
             )
     return frozenset(chosen)

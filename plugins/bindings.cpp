@@ -13,6 +13,7 @@
 #include "cross_attention/kernel.h"
 #include "decoder_self_attention/kernel.h"
 #include "encoder_attention/kernel.h"
+#include "linear/kernel.h"
 #include "residual_layernorm/kernel.h"
 
 namespace py = pybind11;
@@ -198,6 +199,46 @@ void bindBiasActivation(uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows, 
         {{"x", x, size}, {"bias", bias, size}, {"y", y, size}}, stream);
 }
 
+LinearActivation parseLinearActivation(std::string const& op, std::string const& name)
+{
+    if (name == "none")
+    {
+        return LinearActivation::kNONE;
+    }
+    if (name == "gelu")
+    {
+        return LinearActivation::kGELU;
+    }
+    if (name == "relu")
+    {
+        return LinearActivation::kRELU;
+    }
+    fail(op, "activation '" + name + "' is none of 'none', 'gelu', 'relu'");
+}
+
+void bindLinear(uintptr_t x, uintptr_t weight, uintptr_t y, uintptr_t bias, uintptr_t residual,
+    uintptr_t inputStatistics, uintptr_t weightSum, uintptr_t outputStatistics, int64_t rows, int32_t outputs,
+    int32_t inputs, std::string const& dtype, float epsilon, std::string const& activation, int32_t tactic,
+    bool overlapPredecessor, uintptr_t stream)
+{
+    std::string const op = "linear";
+    LinearParams const params{input(x), input(weight), reinterpret_cast<float const*>(bias), input(residual), output(y),
+        reinterpret_cast<float const*>(inputStatistics), reinterpret_cast<float const*>(weightSum),
+        reinterpret_cast<float*>(outputStatistics), epsilon, rows, outputs, inputs,
+        parseLinearActivation(op, activation), parseDataType(op, dtype), tactic, overlapPredecessor};
+    enqueue(op, params, canImplementLinear, linear, {{"x", x}, {"weight", weight}, {"y", y}}, stream);
+}
+
+void bindRowStatistics(
+    uintptr_t x, uintptr_t statistics, int64_t rows, int32_t width, std::string const& dtype, uintptr_t stream)
+{
+    std::string const op = "row_statistics";
+    RowStatisticsParams const params{
+        input(x), reinterpret_cast<float*>(statistics), rows, width, parseDataType(op, dtype)};
+    enqueue(op, params, canImplementRowStatistics, rowStatistics,
+        {{"x", x, 2 * sizeOf(params.dataType)}, {"statistics", statistics, 8}}, stream);
+}
+
 } // namespace
 
 PYBIND11_MODULE(trocr_kernels, module)
@@ -230,6 +271,23 @@ PYBIND11_MODULE(trocr_kernels, module)
     module.def("bias_activation", bindBiasActivation, "x"_a, "bias"_a, "y"_a, py::kw_only(), "rows"_a, "width"_a,
         "activation"_a, "dtype"_a, "stream"_a = 0,
         "y [R, N] = activation(x [R, N] + bias [N]); activation 'gelu' (exact, erf) or 'relu'.");
+
+    module.def("linear", bindLinear, "x"_a, "weight"_a, "y"_a, py::kw_only(), "bias"_a = 0, "residual"_a = 0,
+        "input_statistics"_a = 0, "weight_sum"_a = 0, "output_statistics"_a = 0, "rows"_a, "outputs"_a, "inputs"_a,
+        "dtype"_a, "epsilon"_a = 0.0F, "activation"_a = "none", "tactic"_a = 0, "overlap_predecessor"_a = false,
+        "stream"_a = 0,
+        "y [R, N] = activation(x' [R, K] weight [N, K]^T + bias) + residual [R, N]; x' is x, or, with input_statistics "
+        "[R, K / 64, 2] and weight_sum [N], (x - mean) / sqrt(variance + epsilon). bias, weight_sum and statistics are "
+        "float32; 0 for a tensor that is not there; activation 'none', 'gelu' (exact, erf) or 'relu'; tactic 0: by "
+        "cost, else 1 to linear_tactic_count().");
+    module.def("linear_tactic_count", &linearTacticCount);
+    module.def("linear_tactic_on_hopper", &linearTacticOnHopper, py::kw_only(), "rows"_a, "outputs"_a, "inputs"_a,
+        "multiprocessors"_a, "What tactic 0 takes on Hopper; needs no GPU.");
+
+    module.def("row_statistics", bindRowStatistics, "x"_a, "statistics"_a, py::kw_only(), "rows"_a, "width"_a,
+        "dtype"_a, "stream"_a = 0,
+        "statistics float32 [R, K / 64, 2]: mean, and sum of squared distances from it, of each 64 columns of x "
+        "[R, K].");
 }
 
 } // namespace trocr

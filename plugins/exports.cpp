@@ -8,6 +8,7 @@
 #include "cross_attention/plugin.h"
 #include "decoder_self_attention/plugin.h"
 #include "encoder_attention/plugin.h"
+#include "linear/plugin.h"
 #include "residual_layernorm/plugin.h"
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
@@ -18,8 +19,12 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
     static trocr::TrOCRCrossAttentionPluginCreator crossAttention;
     static trocr::TrOCRResidualLayerNormPluginCreator residualLayerNorm;
     static trocr::TrOCRBiasActivationPluginCreator biasActivation;
-    static nvinfer1::IPluginCreatorInterface* const creators[]{&encoderAttention, &decoderSelfAttention,
-                                                               &crossAttention, &residualLayerNorm, &biasActivation};
+    static trocr::TrOCRRowStatisticsPluginCreator rowStatistics;
+    static trocr::TrOCRLayerNormLinearPluginCreator layerNormLinear;
+    static trocr::TrOCRLinearResidualPluginCreator linearResidual;
+    static nvinfer1::IPluginCreatorInterface* const creators[]{
+        &encoderAttention, &decoderSelfAttention, &crossAttention,  &residualLayerNorm,
+        &biasActivation,   &rowStatistics,        &layerNormLinear, &linearResidual};
     nbCreators = static_cast<int32_t>(std::size(creators));
     return creators;
 }

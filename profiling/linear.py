@@ -3,7 +3,7 @@
     python -m profiling.linear bench [--models small,base] [--batches 1,8,16,64] [--dtype float16]
     python -m profiling.linear check [--tactics 1,2,3]      # quick; prints the first failure and where it is
 
-Needs the module `trocr_linear` (scripts/build_linear.sh) in build/linear.
+Needs the module `trocr_kernels` in CMake's build folder (TROCR_BUILD_DIR, by default `build`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "build" / "linear"))
-import trocr_linear
+from profiling.kernel_calls import load_kernels
+
+kernels = load_kernels()
 
 EPSILON = 1e-12
 STATISTICS_WIDTH = 64
@@ -48,6 +48,11 @@ def encoder_products(hidden: int) -> dict[str, tuple[int, int, str]]:
         "fc1": (hidden, 4 * hidden, "layernorm_gelu"),
         "fc2": (4 * hidden, hidden, "residual_statistics"),
     }
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """float16, bfloat16"""
+    return str(dtype).removeprefix("torch.")
 
 
 def partial_statistics(x: Tensor) -> Tensor:
@@ -110,22 +115,21 @@ class Linear:
         def address(tensor: Tensor | None) -> int:
             return 0 if tensor is None else tensor.data_ptr()
 
-        activations = {None: "NONE", "gelu": "GELU", "relu": "RELU"}
-        trocr_linear.linear(
+        kernels.linear(
             x=self.x.data_ptr(),
             weight=self.weight.data_ptr(),
             y=self.y.data_ptr(),
             rows=self.rows,
             outputs=self.outputs,
             inputs=self.inputs,
-            data_type=getattr(trocr_linear.DataType, "HALF" if self.dtype == torch.float16 else "BF16"),
+            dtype=name_of(self.dtype),
             bias=address(self.bias),
             residual=address(self.residual),
             input_statistics=address(self.input_statistics),
             weight_sum=address(self.weight_sum),
             output_statistics=address(self.output_statistics),
             epsilon=EPSILON,
-            activation=getattr(trocr_linear.Activation, activations[self.activation]),
+            activation=self.activation or "none",
             tactic=tactic,
             overlap_predecessor=overlap,
             stream=torch.cuda.current_stream().cuda_stream,
@@ -180,7 +184,7 @@ class Linear:
         return found
 
     def __str__(self) -> str:
-        return f"{self.epilogue} M={self.rows} K={self.inputs} N={self.outputs} {str(self.dtype)[6:]}"
+        return f"{self.epilogue} M={self.rows} K={self.inputs} N={self.outputs} {name_of(self.dtype)}"
 
 
 def microseconds(launch: Callable[[], object], budget: float = 2000.0) -> float:
@@ -219,7 +223,7 @@ def bench(models: list[str], batches: list[int], dtype: torch.dtype) -> bool:
     """Prints one line a product; returns whether all outputs were right."""
     rate = measured_rate(dtype)
     name = torch.cuda.get_device_name()
-    print(f"{name}, {str(dtype)[6:]}: 8192^3 product {rate:.0f} TFLOP/s; times in us, graph replays")
+    print(f"{name}, {name_of(dtype)}: 8192^3 product {rate:.0f} TFLOP/s; times in us, graph replays")
     print(
         f"{'model':6}{'B':>3} {'product':11}{'M':>6}{'K':>5}{'N':>5}{'cuBLAS':>8}{'unfused':>9}{'ours':>8}"
         f"{'overlap':>8}{'TFLOP/s':>8}{'of rate':>8}  best tactic: us; all"
@@ -238,7 +242,7 @@ def bench(models: list[str], batches: list[int], dtype: torch.dtype) -> bool:
                 ours = microseconds(problem.run)
                 overlap = microseconds(lambda problem=problem: problem.run(overlap=True))
                 tactics = {}
-                for tactic in range(1, trocr_linear.linear_tactic_count() + 1):
+                for tactic in range(1, kernels.linear_tactic_count() + 1):
                     try:
                         problem.run(tactic)
                     except RuntimeError:

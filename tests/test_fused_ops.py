@@ -1,6 +1,6 @@
 """The fused ops: their definitions against PyTorch, their attributes, and the names of `--plugins`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx
@@ -8,10 +8,20 @@ import pytest
 import torch
 
 from graph_surgery.fused_ops import (
+    BIAS_ACTIVATION,
+    CROSS_ATTENTION,
+    DECODER_SELF_ATTENTION,
     DOMAIN,
+    ENCODER_ATTENTION,
     FUSED_OPS,
     GROUPS,
+    LAYER_NORM_LINEAR,
+    LINEAR_RESIDUAL,
     MIN_OPSET,
+    PLUGINS,
+    RESIDUAL_LAYER_NORM,
+    ROW_STATISTICS,
+    STATISTICS_WIDTH,
     VERSION,
     Attribute,
     FusedOp,
@@ -35,10 +45,12 @@ def run_op(
     attributes: Mapping[str, int | float | str],
     omit: int = 0,
     opset: int = MIN_OPSET,
+    wide: Collection[str] = (),
 ) -> list[torch.Tensor]:
     """Run one op of this type on ONNX Runtime: float32 outputs of all its outputs but the last `omit`.
 
-    NumPy has no bfloat16, so the graph takes and gives float32, and casts. Its batch is dynamic.
+    NumPy has no bfloat16, so the graph takes and gives float32, and casts all but `wide` ones. Its batch is
+    dynamic.
     """
     nodes, values, outputs = [], [], op.outputs[: len(op.outputs) - omit]
     for name, tensor in inputs.items():
@@ -46,7 +58,7 @@ def run_op(
         elem_type = onnx.TensorProto.INT64 if integers else onnx.TensorProto.FLOAT
         dims = [f"{name}_{axis}" for axis in range(tensor.ndim)]
         values.append(onnx.helper.make_tensor_value_info(name, elem_type, dims))
-        to = onnx.TensorProto.INT64 if integers else DTYPES[dtype]
+        to = onnx.TensorProto.INT64 if integers else DTYPES[torch.float32 if name in wide else dtype]
         nodes.append(onnx.helper.make_node("Cast", [name], [f"{name}_cast"], to=to))
     nodes.append(
         onnx.helper.make_node(
@@ -105,7 +117,7 @@ attend = torch.nn.functional.scaled_dot_product_attention
 def test_encoder_attention(dtype, batch, length, num_heads, head_dim):
     torch.manual_seed(0)
     inputs = rounded({"qkv": torch.randn(batch, length, 3 * num_heads * head_dim)}, dtype)
-    (found,) = run_op(FUSED_OPS["encoder_attention"], inputs, dtype, {"num_heads": num_heads})
+    (found,) = run_op(ENCODER_ATTENTION, inputs, dtype, {"num_heads": num_heads})
     query, key, value = (heads(part, num_heads) for part in inputs["qkv"].chunk(3, dim=-1))
     check(found, rows(attend(query, key, value)), dtype)
 
@@ -127,7 +139,7 @@ def test_decoder_self_attention(dtype):
         inputs["past_value"][row, :, position:] = torch.nan
     inputs = rounded(inputs, dtype)
     context, present_key, present_value = run_op(
-        FUSED_OPS["decoder_self_attention"], inputs, dtype, {"num_heads": num_heads}
+        DECODER_SELF_ATTENTION, inputs, dtype, {"num_heads": num_heads}
     )
 
     query, new_key, new_value = (heads(part, num_heads) for part in inputs["qkv"].chunk(3, dim=-1))
@@ -153,7 +165,7 @@ def test_cross_attention(dtype):
         },
         dtype,
     )
-    (found,) = run_op(FUSED_OPS["cross_attention"], inputs, dtype, {"num_heads": num_heads})
+    (found,) = run_op(CROSS_ATTENTION, inputs, dtype, {"num_heads": num_heads})
     check(found, rows(attend(heads(inputs["query"], num_heads), inputs["key"], inputs["value"])), dtype)
 
 
@@ -173,7 +185,7 @@ def test_residual_layernorm(dtype, emit_sum, epsilon):
         dtype,
     )
     attributes = {"epsilon": epsilon, "emit_sum": emit_sum}
-    normed, *total = run_op(FUSED_OPS["layernorm"], inputs, dtype, attributes, omit=1 - emit_sum)
+    normed, *total = run_op(RESIDUAL_LAYER_NORM, inputs, dtype, attributes, omit=1 - emit_sum)
     expected = inputs["x"] + inputs["residual"]
     check(
         normed,
@@ -192,13 +204,79 @@ def test_bias_activation(dtype, opset, activation):
     inputs = rounded(
         {"x": torch.linspace(-6, 6, 66).view(2, 3, 11), "bias": torch.linspace(-1, 1, 11)}, dtype
     )
-    (found,) = run_op(FUSED_OPS["bias_activation"], inputs, dtype, {"activation": activation}, opset=opset)
+    (found,) = run_op(BIAS_ACTIVATION, inputs, dtype, {"activation": activation}, opset=opset)
     check(found, getattr(torch.nn.functional, activation)(inputs["x"] + inputs["bias"]), dtype)
 
 
+def statistics_of(x: torch.Tensor) -> torch.Tensor:
+    """[..., N / 64, 2]: mean and sum of squared distances from it of each 64 columns."""
+    parts = x.double().unflatten(-1, (-1, STATISTICS_WIDTH))
+    mean = parts.mean(-1, keepdim=True)
+    return torch.cat((mean, (parts - mean).square().sum(-1, keepdim=True)), -1).float()
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(7, 64), (2, 5, 192)])
+def test_row_statistics(dtype, shape):
+    torch.manual_seed(0)
+    inputs = rounded({"x": 3 * torch.randn(shape) + 2}, dtype)
+    (found,) = run_op(ROW_STATISTICS, inputs, dtype, {}, wide={"statistics"})
+    check(found, statistics_of(inputs["x"]), torch.float32)
+
+
+@every_dtype
+@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize("activation", ["none", "gelu", "relu"])
+def test_layernorm_linear(dtype, opset, activation):
+    """Against PyTorch's LayerNorm, product and activation, with a mean and an epsilon that show."""
+    torch.manual_seed(0)
+    width, epsilon = 128, 0.5
+    x = rounded({"x": torch.randn(3, 5, width) + 1}, dtype)["x"]
+    weight = rounded({"weight": torch.randn(72, width) / width**0.5}, dtype)["weight"]
+    inputs = {
+        "x": x,
+        "statistics": statistics_of(x),
+        "weight": weight,
+        "weight_sum": weight.sum(1),
+        "bias": torch.randn(72),
+    }
+    wide = {"statistics", "weight_sum", "bias"}
+    attributes = {"activation": activation, "epsilon": epsilon}
+    (found,) = run_op(LAYER_NORM_LINEAR, inputs, dtype, attributes, opset=opset, wide=wide)
+    normed = torch.nn.functional.layer_norm(x, (width,), eps=epsilon)
+    expected = torch.nn.functional.linear(normed, weight, inputs["bias"])
+    if activation != "none":
+        expected = getattr(torch.nn.functional, activation)(expected)
+    check(found, expected, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("emit_statistics", [0, 1])
+def test_linear_residual(dtype, emit_statistics):
+    torch.manual_seed(0)
+    inputs = rounded(
+        {
+            "x": torch.randn(3, 5, 72),
+            "weight": torch.randn(128, 72) / 72**0.5,
+            "bias": torch.randn(128),
+            "residual": torch.randn(3, 5, 128),
+        },
+        dtype,
+    )
+    attributes = {"emit_statistics": emit_statistics}
+    wide = {"bias", "statistics"}
+    y, *statistics = run_op(LINEAR_RESIDUAL, inputs, dtype, attributes, omit=1 - emit_statistics, wide=wide)
+    product = torch.nn.functional.linear(inputs["x"], inputs["weight"], inputs["bias"])
+    check(y, product + inputs["residual"], dtype)
+    assert len(statistics) == emit_statistics
+    for found in statistics:
+        check(found, statistics_of(y), torch.float32)  # of what was rounded
+
+
 def test_names_and_namespace_are_those_that_tensorrt_looks_up():
-    for plugin, op in FUSED_OPS.items():
-        assert op.plugin == plugin
+    for name, op in FUSED_OPS.items():
+        assert op.name == name
+        assert op in PLUGINS[op.plugin]
         assert op.name.startswith(
             "TrOCR"
         )  # TensorRT's parser ignores the domain: no built-in name may be met
@@ -210,7 +288,7 @@ def test_names_and_namespace_are_those_that_tensorrt_looks_up():
 
 
 def test_node_attributes_are_completed():
-    assert FUSED_OPS["layernorm"].node_attributes(epsilon=1e-5) == {
+    assert RESIDUAL_LAYER_NORM.node_attributes(epsilon=1e-5) == {
         "epsilon": 1e-5,
         "emit_sum": 0,
         "plugin_version": "1",
@@ -219,18 +297,21 @@ def test_node_attributes_are_completed():
 
 
 @pytest.mark.parametrize(
-    ("plugin", "attributes", "message"),
+    ("op", "attributes", "message"),
     [
-        ("encoder_attention", {}, "num_heads is required"),
-        ("encoder_attention", {"num_heads": 2.0}, "num_heads=2.0 is of type float, expected int"),
-        ("encoder_attention", {"num_heads": 2, "scale": 1.0}, "unknown attribute scale"),
-        ("bias_activation", {"activation": "tanh"}, "activation='tanh' is not one of 'gelu', 'relu'"),
-        ("layernorm", {"epsilon": 1e-5, "emit_sum": 2}, "emit_sum=2 is not one of 0, 1"),
+        (ENCODER_ATTENTION, {}, "num_heads is required"),
+        (ENCODER_ATTENTION, {"num_heads": 2.0}, "num_heads=2.0 is of type float, expected int"),
+        (ENCODER_ATTENTION, {"num_heads": 2, "scale": 1.0}, "unknown attribute scale"),
+        (BIAS_ACTIVATION, {"activation": "tanh"}, "activation='tanh' is not one of 'gelu', 'relu'"),
+        (RESIDUAL_LAYER_NORM, {"epsilon": 1e-5, "emit_sum": 2}, "emit_sum=2 is not one of 0, 1"),
+        (LAYER_NORM_LINEAR, {}, "epsilon is required"),
+        (LAYER_NORM_LINEAR, {"epsilon": 1e-5, "activation": "tanh"}, "'none', 'gelu', 'relu'"),
+        (LINEAR_RESIDUAL, {"emit_statistics": 2}, "emit_statistics=2 is not one of 0, 1"),
     ],
 )
-def test_bad_attributes_are_refused(plugin, attributes, message):
+def test_bad_attributes_are_refused(op, attributes, message):
     with pytest.raises(SurgeryError, match=message):
-        FUSED_OPS[plugin].node_attributes(**attributes)
+        op.node_attributes(**attributes)
 
 
 def test_attribute_default_is_written_into_the_function():
@@ -241,14 +322,14 @@ def test_attribute_default_is_written_into_the_function():
 
 def test_old_opset_is_refused():
     with pytest.raises(SurgeryError, match="opset 17 or newer, the graph has 13"):
-        FUSED_OPS["layernorm"].function(13)
+        RESIDUAL_LAYER_NORM.function(13)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("none", set()),
-        ("all", set(FUSED_OPS)),
+        ("all", set(PLUGINS)),
         ("fused", GROUPS["fused"]),
         ("attention", {"encoder_attention", "decoder_self_attention", "cross_attention"}),
         ("layernorm", {"layernorm"}),
@@ -265,7 +346,7 @@ def test_parse_plugins_names_the_unknown_and_the_known(text):
     with pytest.raises(SurgeryError) as error:
         parse_plugins(text)
     assert repr(text.split(",")[-1]) in str(error.value)
-    for name in (*FUSED_OPS, *GROUPS):
+    for name in (*PLUGINS, *GROUPS):
         assert name in str(error.value)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import math
+import statistics
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
+from profiling.kernel_calls import load_kernels
 
 POLYNOMIAL = (  # of gelu() in plugins/linear/epilogue.cuh, from degree 5 down
     -0.00030645227525383234,
@@ -47,7 +50,7 @@ def linear():
     """profiling.linear with the built module."""
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU")
-    return pytest.importorskip("profiling.linear", reason="trocr_linear is not built", exc_type=ImportError)
+    return pytest.importorskip("profiling.linear", reason="trocr_kernels is not built", exc_type=ImportError)
 
 
 def test_gelu_polynomial_is_within_a_quarter_of_half_an_ulp() -> None:
@@ -63,6 +66,24 @@ def test_gelu_polynomial_is_within_a_quarter_of_half_an_ulp() -> None:
     exact = x.double() * 0.5 * torch.erfc(-x.double() / math.sqrt(2))
     half_ulp = torch.clamp(exact.abs() * 2**-11, min=2**-25)
     assert ((gelu.double() - exact).abs() / half_ulp).max() < 0.25
+
+
+def test_tactics_are_nearly_the_best_of_those_measured() -> None:
+    """The choice among Hopper's tactics, against times on an H200 (132 multiprocessors)."""
+    try:
+        kernels = load_kernels()
+    except ImportError as error:
+        pytest.skip(str(error))
+    table = Path(__file__).parents[1] / "plugins" / "linear" / "tactics-h200.csv"
+    ratios = []
+    for row in csv.DictReader(table.open()):
+        sizes = {name: int(row[name]) for name in ("rows", "inputs", "outputs")}
+        chosen = kernels.linear_tactic_on_hopper(**sizes, multiprocessors=132)
+        times = {name: float(row[name]) for name in row if name.startswith("tactic") and row[name]}
+        ratios.append(times[f"tactic {chosen}"] / min(times.values()))
+    assert len(ratios) == 64
+    assert max(ratios) < 1.06
+    assert statistics.mean(ratios) < 1.002
 
 
 @pytest.mark.gpu
@@ -92,7 +113,7 @@ def test_encoder_products_at_batch_64(linear, inputs: int, outputs: int, dtype: 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_every_tactic(linear, epilogue: str) -> None:
     ran = 0
-    for tactic in range(1, linear.trocr_linear.linear_tactic_count() + 1):
+    for tactic in range(1, linear.kernels.linear_tactic_count() + 1):
         for rows, inputs, outputs in ((1, 192, 192), (65, 320, 448), (577, 768, 768), (1154, 1024, 3072)):
             problem = linear.Linear(rows, inputs, outputs, epilogue, torch.float16)
             try:
@@ -109,7 +130,7 @@ def test_every_tactic(linear, epilogue: str) -> None:
 @pytest.mark.parametrize("epilogue", ["plain", "gelu", "residual"])
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (72, 40), (200, 72), (1000, 1016)])
 def test_sizes_that_fit_no_tile(linear, inputs: int, outputs: int, epilogue: str) -> None:
-    for tactic in range(linear.trocr_linear.linear_tactic_count() + 1):
+    for tactic in range(linear.kernels.linear_tactic_count() + 1):
         problem = linear.Linear(100, inputs, outputs, epilogue, torch.float16)
         try:
             problem.run(tactic)
@@ -122,7 +143,7 @@ def test_sizes_that_fit_no_tile(linear, inputs: int, outputs: int, epilogue: str
 @pytest.mark.gpu
 @pytest.mark.parametrize("epilogue", ["layernorm_gelu", "residual_statistics"])
 def test_runs_are_bitwise_equal_on_any_stream_and_overlapped(linear, epilogue: str) -> None:
-    for tactic in range(linear.trocr_linear.linear_tactic_count() + 1):
+    for tactic in range(linear.kernels.linear_tactic_count() + 1):
         problem = linear.Linear(1154, 768, 768, epilogue, torch.float16)
         try:
             problem.run(tactic)
@@ -142,7 +163,7 @@ def test_runs_are_bitwise_equal_on_any_stream_and_overlapped(linear, epilogue: s
 
 @pytest.mark.gpu
 def test_residual_in_place(linear) -> None:
-    for tactic in range(linear.trocr_linear.linear_tactic_count() + 1):
+    for tactic in range(linear.kernels.linear_tactic_count() + 1):
         problem = linear.Linear(578, 1536, 384, "residual_statistics", torch.float16)
         try:
             problem.run(tactic)
@@ -159,12 +180,12 @@ def test_residual_in_place(linear) -> None:
 def test_row_statistics(linear, dtype: torch.dtype) -> None:
     x = (torch.randn(577, 768, device="cuda") * 3 + 10).to(dtype)
     got = torch.full((578, 12, 2), torch.nan, device="cuda")
-    linear.trocr_linear.row_statistics(
+    linear.kernels.row_statistics(
         x=x.data_ptr(),
         statistics=got.data_ptr(),
         rows=577,
         width=768,
-        data_type=getattr(linear.trocr_linear.DataType, "HALF" if dtype == torch.float16 else "BF16"),
+        dtype=linear.name_of(dtype),
         stream=torch.cuda.current_stream().cuda_stream,
     )
     torch.testing.assert_close(got[:577], linear.partial_statistics(x), rtol=1e-4, atol=1e-5)
@@ -191,7 +212,8 @@ def test_statistics_carry_from_product_to_product(linear) -> None:
         ({"outputs": 4}, "multiples of 8"),
         ({"rows": 0}, "at least 1"),
         ({"tactic": 999}, "invalid argument"),
-        ({"y": 2}, "invalid argument"),
+        ({"y": 2}, "pointer 'y' is not a multiple of 16 bytes"),
+        ({"bias": 4}, "invalid argument"),
         ({"weight_sum": 8}, "input statistics"),
         ({"output_statistics": 8}, "output statistics"),
     ],
@@ -205,7 +227,7 @@ def test_refuses_what_it_cannot_do(linear, change: dict, reason: str) -> None:
         "rows": 64,
         "outputs": 64,
         "inputs": 64,
-        "data_type": linear.trocr_linear.DataType.HALF,
+        "dtype": "float16",
     }
     with pytest.raises(RuntimeError, match=reason):
-        linear.trocr_linear.linear(**(arguments | change))
+        linear.kernels.linear(**(arguments | change))

@@ -26,7 +26,7 @@ from runtime.tensorrt_loader import TensorRTError, find_plugin_library, load_plu
 
 ROOT = Path(__file__).resolve().parent.parent
 TENSORRT_MODULES = [name for name in ("tensorrt", "tensorrt_bindings") if importlib.util.find_spec(name)]
-OPS = {op.name: op for op in FUSED_OPS.values()}
+OPS = FUSED_OPS
 NUM_HEADS = {"num_heads": np.int32(6)}
 GOOD = {
     "TrOCREncoderAttention": NUM_HEADS,
@@ -34,6 +34,9 @@ GOOD = {
     "TrOCRCrossAttention": NUM_HEADS,
     "TrOCRResidualLayerNorm": {"epsilon": np.float32(1e-5), "emit_sum": np.int32(0)},
     "TrOCRBiasActivation": {"activation": "gelu"},
+    "TrOCRRowStatistics": {},
+    "TrOCRLayerNormLinear": {"epsilon": np.float32(1e-5), "activation": "none"},
+    "TrOCRLinearResidual": {"emit_statistics": np.int32(0)},
 }
 
 needs_tensorrt = pytest.mark.skipif(
@@ -98,7 +101,9 @@ def test_attributes_are_those_of_the_table(trt, op):
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("op", OPS)
 def test_good_attributes_make_a_plugin_of_the_tables_outputs(trt, op):
-    attributes = {**GOOD[op], "emit_sum": np.int32(1)} if "emit_sum" in GOOD[op] else GOOD[op]
+    attributes = {
+        name: np.int32(1) if name.startswith("emit_") else value for name, value in GOOD[op].items()
+    }
     assert build_property(trt, op, attributes, "num_outputs") == len(OPS[op].outputs)
     plugin = create(trt, op, attributes)
     core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
@@ -117,6 +122,16 @@ def test_the_sum_is_an_output_only_when_asked_for(trt):
 
 @needs_tensorrt
 @pytest.mark.tensorrt
+def test_statistics_are_an_output_only_when_asked_for(trt):
+    def outputs(emit_statistics: int) -> int:
+        attributes = {"emit_statistics": np.int32(emit_statistics)}
+        return build_property(trt, "TrOCRLinearResidual", attributes, "num_outputs")
+
+    assert (outputs(0), outputs(1)) == (1, 2)
+
+
+@needs_tensorrt
+@pytest.mark.tensorrt
 def test_every_attribute_changes_the_timing_cache_id(trt):
     def identity(op: str, **attributes) -> str:
         return build_property(trt, op, GOOD[op] | attributes, "timing_cache_id")
@@ -125,6 +140,7 @@ def test_every_attribute_changes_the_timing_cache_id(trt):
         "num_heads": np.int32(8),
         "epsilon": np.float32(1e-12),
         "emit_sum": np.int32(1),
+        "emit_statistics": np.int32(1),
         "activation": "relu",
     }
     for op, table in OPS.items():
@@ -150,6 +166,10 @@ BAD = [
     ("TrOCRResidualLayerNorm", {"epsilon": np.float32(1), "emit_sum": np.int32(2)}, "expected 0 or 1"),
     ("TrOCRBiasActivation", {"activation": "gelu_new"}, "'activation' is 'gelu_new'"),
     ("TrOCRBiasActivation", {"activation": np.int32(1)}, "type INT32, expected CHAR"),
+    ("TrOCRRowStatistics", {"epsilon": np.float32(1e-5)}, "'epsilon' is unknown"),
+    ("TrOCRLayerNormLinear", {"epsilon": np.float32(1e-5)}, "'activation' (CHAR) is missing"),
+    ("TrOCRLayerNormLinear", {"epsilon": np.float32(0), "activation": "none"}, "'epsilon' is 0"),
+    ("TrOCRLinearResidual", {"emit_statistics": np.int32(2)}, "expected 0 or 1"),
 ]
 
 

@@ -8,6 +8,7 @@ from graph_surgery.passes.cross_attention import CrossAttentionPass
 from graph_surgery.passes.decoder_self_attention import DecoderSelfAttentionPass
 from graph_surgery.passes.encoder_attention import EncoderAttentionPass
 from graph_surgery.passes.layernorm import LayerNormPass
+from graph_surgery.passes.linear import LinearPass
 
 PASSES: Mapping[str, FusionPass] = {
     fusion.op.plugin: fusion
@@ -15,6 +16,7 @@ PASSES: Mapping[str, FusionPass] = {
         EncoderAttentionPass(),
         DecoderSelfAttentionPass(),
         CrossAttentionPass(),
+        LinearPass(),
         LayerNormPass(),
         BiasActivationPass(),
     )

@@ -2,7 +2,7 @@
 
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,7 +44,7 @@ class PassReport:
 class FusionPass(ABC):
     """Replaces every occurrence of one subgraph by one fused op.
 
-    op: the op it puts there.
+    op: the op it puts there; its plugin's other ops, if any, come with it.
     anchors: the ONNX operators around which it looks for the subgraph.
     """
 
@@ -52,12 +52,15 @@ class FusionPass(ABC):
     anchors: ClassVar[frozenset[str]]
 
     @abstractmethod
-    def expected(self, spec: ModelSpec) -> dict[str, int]:
-        """How often the pass fires in each of a model's graphs. A graph that is not named is not searched."""
+    def expected(self, spec: ModelSpec, fused: Collection[str]) -> dict[str, int]:
+        """How many fused nodes the pass puts into each of a model's graphs, after the passes `fused`.
+
+        A graph that is not named is not searched. A node that replaces no stock node does not count.
+        """
 
     @abstractmethod
     def match(self, graph: gs.Graph, anchor: gs.Node) -> list[NewNode]:
-        """The nodes to put in place of the subgraph around `anchor`, the fused one last. Changes nothing.
+        """The nodes to put in place of the subgraph around `anchor`. Changes nothing.
 
         Raises Mismatch where the subgraph is another one than the op computes.
         """
@@ -82,7 +85,8 @@ class FusionPass(ABC):
             for new in new_nodes:
                 report.replaced[new.name] = [node.name for node in new.replaces]
                 _exchange(graph, new)
-            report.fused.append(new_nodes[-1].name)
+                if new.domain == DOMAIN and new.replaces:
+                    report.fused.append(new.name)
         graph.cleanup().toposort()
         if report.fused:
             self.finish(graph)
@@ -94,16 +98,18 @@ class FusionPass(ABC):
         inputs: list[gs.Tensor],
         outputs: list[gs.Tensor],
         replaces: list[gs.Node],
+        op: FusedOp | None = None,
         **attributes: int | float | str,
     ) -> NewNode:
-        """The fused node, named after its module: /layers.3/attention/TrOCREncoderAttention."""
+        """A node of `op` (by default the pass's), named after its module: /layers.3/attention/TrOCR..."""
+        op = op or self.op
         return NewNode(
-            op=self.op.name,
-            name=sibling_name(anchor, self.op.name),
+            op=op.name,
+            name=sibling_name(anchor, op.name),
             inputs=inputs,
             outputs=outputs,
             replaces=replaces,
-            attributes=self.op.node_attributes(**attributes),
+            attributes=op.node_attributes(**attributes),
             domain=DOMAIN,
         )
 

@@ -1,6 +1,7 @@
 """Bias and activation of the feed-forward layers."""
 
 import math
+from collections.abc import Collection
 
 import onnx_graphsurgeon as gs
 
@@ -26,8 +27,11 @@ class BiasActivationPass(FusionPass):
     op = BIAS_ACTIVATION
     anchors = frozenset({"Relu", "Gelu", "Erf"})
 
-    def expected(self, spec: ModelSpec) -> dict[str, int]:
-        return {"encoder": spec.encoder.num_hidden_layers, "decoder": spec.decoder.num_hidden_layers}
+    def expected(self, spec: ModelSpec, fused: Collection[str]) -> dict[str, int]:
+        firings = {"encoder": spec.encoder.num_hidden_layers, "decoder": spec.decoder.num_hidden_layers}
+        if "linear" in fused:
+            del firings["encoder"]  # its activations went with the products before them
+        return firings
 
     def match(self, graph: gs.Graph, anchor: gs.Node) -> list[NewNode]:
         if anchor.attrs.get("approximate", "none") != "none":
@@ -35,7 +39,7 @@ class BiasActivationPass(FusionPass):
                 f"it approximates GELU by {anchor.attrs['approximate']}, the op computes the exact one"
             )
         if anchor.op == "Erf":
-            biased, y, nodes = _match_erf_gelu(anchor)
+            biased, y, nodes = match_erf_gelu(anchor)
         else:
             biased, y, nodes = anchor.inputs[0], anchor.outputs[0], [anchor]
         add = require_op(producer(biased), "Add", "of the bias before the activation")
@@ -47,7 +51,7 @@ class BiasActivationPass(FusionPass):
         return [self.fused_node(anchor, [x, bias], [y], [add, *nodes], activation=activation)]
 
 
-def _match_erf_gelu(erf: gs.Node) -> tuple[gs.Tensor, gs.Tensor, list[gs.Node]]:
+def match_erf_gelu(erf: gs.Node) -> tuple[gs.Tensor, gs.Tensor, list[gs.Node]]:
     """Match x * (1 + erf(x / sqrt(2))) * 0.5, its factors in any order: x, result, and the nodes between."""
     inner = producer(erf.inputs[0])
     split = split_scalar(inner)

@@ -1,5 +1,7 @@
 """Cross-attention of the decoder: one new token attends to the keys and values of the image."""
 
+from collections.abc import Collection
+
 import onnx_graphsurgeon as gs
 
 from graph_surgery.checkpoint import ModelSpec
@@ -15,7 +17,7 @@ class CrossAttentionPass(FusionPass):
     op = CROSS_ATTENTION
     anchors = frozenset({"Softmax"})
 
-    def expected(self, spec: ModelSpec) -> dict[str, int]:
+    def expected(self, spec: ModelSpec, fused: Collection[str]) -> dict[str, int]:
         return {"decoder": spec.decoder.num_hidden_layers}
 
     def match(self, graph: gs.Graph, anchor: gs.Node) -> list[NewNode]:

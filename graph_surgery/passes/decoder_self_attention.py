@@ -1,5 +1,7 @@
 """Self-attention of the decoder with its cache: growing (stock) becomes fixed (fused), see docs/design.md."""
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -23,7 +25,7 @@ class DecoderSelfAttentionPass(FusionPass):
     op = DECODER_SELF_ATTENTION
     anchors = frozenset({"Softmax"})
 
-    def expected(self, spec: ModelSpec) -> dict[str, int]:
+    def expected(self, spec: ModelSpec, fused: Collection[str]) -> dict[str, int]:
         return {"decoder": spec.decoder.num_hidden_layers}
 
     def match(self, graph: gs.Graph, anchor: gs.Node) -> list[NewNode]:

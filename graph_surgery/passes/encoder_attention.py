@@ -1,5 +1,7 @@
 """Self-attention of the encoder: every row attends to all rows of its image."""
 
+from collections.abc import Collection
+
 import onnx_graphsurgeon as gs
 
 from graph_surgery.checkpoint import ModelSpec
@@ -15,7 +17,7 @@ class EncoderAttentionPass(FusionPass):
     op = ENCODER_ATTENTION
     anchors = frozenset({"Softmax"})
 
-    def expected(self, spec: ModelSpec) -> dict[str, int]:
+    def expected(self, spec: ModelSpec, fused: Collection[str]) -> dict[str, int]:
         return {"encoder": spec.encoder.num_hidden_layers}
 
     def match(self, graph: gs.Graph, anchor: gs.Node) -> list[NewNode]:

@@ -1,5 +1,7 @@
 """Residual addition and LayerNormalization."""
 
+from collections.abc import Collection
+
 import onnx_graphsurgeon as gs
 
 from graph_surgery.checkpoint import ModelSpec
@@ -19,14 +21,17 @@ class LayerNormPass(FusionPass):
     op = RESIDUAL_LAYER_NORM
     anchors = frozenset({"LayerNormalization"})
 
-    def expected(self, spec: ModelSpec) -> dict[str, int]:
+    def expected(self, spec: ModelSpec, fused: Collection[str]) -> dict[str, int]:
         # Every encoder layer has two residuals; each is normalised by the LayerNorm after it, the last by the
         # final one. Every decoder layer has three. The embedding LayerNorm normalises the sum of token and
         # position.
-        return {
+        firings = {
             "encoder": 2 * spec.encoder.num_hidden_layers,
             "decoder": 3 * spec.decoder.num_hidden_layers + spec.decoder.layernorm_embedding,
         }
+        if "linear" in fused:
+            del firings["encoder"]  # its residuals went with the products before them
+        return firings
 
     def match(self, graph: gs.Graph, anchor: gs.Node) -> list[NewNode]:
         if not last_axis(anchor):

@@ -21,8 +21,8 @@ namespace trocr
 inline constexpr char const* kPLUGIN_NAMESPACE = "trocr";
 inline constexpr char const* kPLUGIN_VERSION = "1";
 
-//! What TensorRT asks of every plugin of this library: stateless ops on linear tensors of one type T, whose kernels
-//! need no workspace. A plugin is defined by its attributes alone, and all sizes are read from the descriptions of each
+//! What TensorRT asks of every plugin of this library: stateless ops on linear tensors, most of them of one type T,
+//! that of the first input, whose kernels need no workspace. A plugin is defined by its attributes alone, and all sizes are read from the descriptions of each
 //! call: so a clone is complete when it has the attributes, and there is nothing to configure.
 //!
 //! An op derives from PluginBase<Op, Attributes> and adds
@@ -33,7 +33,9 @@ inline constexpr char const* kPLUGIN_VERSION = "1";
 //!     cudaError_t launch(Params&, void const* const* inputs, void* const* outputs, cudaStream_t) const;
 //!     void outputShapes(DimsExprs const* inputs, DimsExprs* outputs, IExprBuilder&) const;
 //!     int32_t nbOutputs() const;                           // where it is not 1
-//!     static constexpr int32_t kINT64_INPUT;               // where an input is int64 instead of T
+//!     static constexpr uint32_t kINT64_INPUTS;             // bit i: input i is int64 instead of T
+//!     static constexpr uint32_t kFLOAT_INPUTS;             // bit i: input i is float32 whatever T is
+//!     static constexpr uint32_t kFLOAT_OUTPUTS;            // bit i: output i is float32 whatever T is
 template <class Op, class Attributes_>
 class PluginBase : public nvinfer1::IPluginV3,
                    public nvinfer1::IPluginV3OneCore,
@@ -43,7 +45,9 @@ class PluginBase : public nvinfer1::IPluginV3,
 public:
     using Attributes = Attributes_;
 
-    static constexpr int32_t kINT64_INPUT = -1;
+    static constexpr uint32_t kINT64_INPUTS = 0;
+    static constexpr uint32_t kFLOAT_INPUTS = 0;
+    static constexpr uint32_t kFLOAT_OUTPUTS = 0;
 
     explicit PluginBase(Attributes attributes) : mAttributes{std::move(attributes)}
     {
@@ -117,7 +121,7 @@ public:
                            toDataType(inputTypes[0]);  // throws for an unsupported type
                            for (int32_t i = 0; i < nbOutputs; ++i)
                            {
-                               outputTypes[i] = inputTypes[0];
+                               outputTypes[i] = outputType(i, inputTypes[0]);
                            }
                        });
     }
@@ -143,11 +147,12 @@ public:
         {
             return false;
         }
-        if (pos == Op::kINT64_INPUT)
+        if (pos == 0)
         {
-            return desc.type == nvinfer1::DataType::kINT64;
+            return isSupported(desc.type);
         }
-        return pos == 0 ? isSupported(desc.type) : desc.type == inOut[0].desc.type;
+        nvinfer1::DataType const type = inOut[0].desc.type;
+        return desc.type == (pos < nbInputs ? inputType(pos, type) : outputType(pos - nbInputs, type));
     }
 
     int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nbInputs,
@@ -229,6 +234,25 @@ private:
     static constexpr int32_t inputCount()
     {
         return static_cast<int32_t>(Op::kINPUTS.size());
+    }
+
+    static constexpr bool has(uint32_t bits, int32_t i)
+    {
+        return (bits >> i & 1U) != 0;
+    }
+
+    static nvinfer1::DataType inputType(int32_t i, nvinfer1::DataType type)
+    {
+        if (has(Op::kINT64_INPUTS, i))
+        {
+            return nvinfer1::DataType::kINT64;
+        }
+        return has(Op::kFLOAT_INPUTS, i) ? nvinfer1::DataType::kFLOAT : type;
+    }
+
+    static nvinfer1::DataType outputType(int32_t i, nvinfer1::DataType type)
+    {
+        return has(Op::kFLOAT_OUTPUTS, i) ? nvinfer1::DataType::kFLOAT : type;
     }
 
     Op const& op() const

@@ -33,7 +33,7 @@ public:
         kOUT_PRESENT_KEY_IDX,
         kOUT_PRESENT_VALUE_IDX,
     };
-    static constexpr int32_t kINT64_INPUT = kIN_POSITION_IDS_IDX;
+    static constexpr uint32_t kINT64_INPUTS = 1U << kIN_POSITION_IDS_IDX;
 
     using PluginBase::PluginBase;
 

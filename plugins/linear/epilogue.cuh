@@ -51,7 +51,7 @@ inline EpilogueParams epilogueParams(LinearParams const& p)
 {
     float const lowerBound = p.activation == LinearActivation::kRELU ? 0.0F : -__builtin_huge_valf();
     return {p.bias,    p.weightSum, p.inputStatistics, p.outputStatistics, p.epsilon, lowerBound,
-            p.rows, p.outputs, p.inputs};
+            static_cast<int32_t>(p.rows), p.outputs, p.inputs};
 }
 
 __device__ __forceinline__ uint32_t pack(float low, float high, __half)

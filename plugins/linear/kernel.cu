@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/launch.h"
 #include "linear/launch.h"
 #include "linear/tactics.h"
 
@@ -10,8 +11,6 @@ namespace trocr
 {
 namespace
 {
-
-constexpr int32_t kMAX_ROWS = 1 << 30;
 
 bool aligned(void const* pointer, uintptr_t bytes)
 {
@@ -21,11 +20,11 @@ bool aligned(void const* pointer, uintptr_t bytes)
 //! What stands in the way of LinearParams, or null.
 char const* whyNot(LinearParams const& p)
 {
-    if (p.dataType != DataType::kHALF && p.dataType != DataType::kBF16)
+    if (sizeOf(p.dataType) == 0)
     {
-        return "the type must be half or bfloat16";
+        return "the type must be float, half or bfloat16";
     }
-    if (p.rows < 1 || p.rows > kMAX_ROWS || p.outputs < 1 || p.inputs < 1)
+    if (p.rows < 1 || p.rows > kLINEAR_MAX_ROWS || p.outputs < 1 || p.inputs < 1)
     {
         return "rows, outputs and inputs must be at least 1, rows at most 2^30";
     }
@@ -52,6 +51,21 @@ char const* whyNot(LinearParams const& p)
     return nullptr;
 }
 
+__device__ float2 toFloat2(float2 v)
+{
+    return v;
+}
+
+__device__ float2 toFloat2(__half2 v)
+{
+    return __half22float2(v);
+}
+
+__device__ float2 toFloat2(__nv_bfloat162 v)
+{
+    return __bfloat1622float2(v);
+}
+
 //! One warp a row: partial statistics of 64 columns at a time, two columns a lane.
 template <typename T2>
 __global__ void __launch_bounds__(256) rowStatisticsKernel(T2 const* x, float2* statistics, int rows, int parts)
@@ -74,15 +88,7 @@ __global__ void __launch_bounds__(256) rowStatisticsKernel(T2 const* x, float2* 
     for (int part = 0; part < parts; ++part)
     {
         int64_t const at = static_cast<int64_t>(row) * parts + part;
-        float2 v;
-        if constexpr (std::is_same_v<T2, __half2>)
-        {
-            v = __half22float2(x[at * 32 + lane]);
-        }
-        else
-        {
-            v = __bfloat1622float2(x[at * 32 + lane]);
-        }
+        float2 const v = toFloat2(x[at * 32 + lane]);
         float const mean = warpSum(v.x + v.y) * (1.0F / kLINEAR_STATISTICS_WIDTH);
         float const m2 = warpSum((v.x - mean) * (v.x - mean) + (v.y - mean) * (v.y - mean));
         if (lane == 0)
@@ -92,11 +98,26 @@ __global__ void __launch_bounds__(256) rowStatisticsKernel(T2 const* x, float2* 
     }
 }
 
+template <typename T2>
+cudaError_t launchRowStatistics(RowStatisticsParams const& params, cudaStream_t stream)
+{
+    int const blocks = linear_detail::ceilDiv(params.rows, 8);
+    int const parts = params.width / kLINEAR_STATISTICS_WIDTH;
+    rowStatisticsKernel<<<blocks, 256, 0, stream>>>(static_cast<T2 const*>(params.x),
+        reinterpret_cast<float2*>(params.statistics), static_cast<int>(params.rows), parts);
+    return cudaGetLastError();
+}
+
 } // namespace
 
 int32_t linearTacticCount()
 {
     return linear_detail::kNUM_SM90_TACTICS + linear_detail::kNUM_SM80_TACTICS;
+}
+
+int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, int32_t multiprocessors)
+{
+    return linear_detail::cheapestSm90Tactic(static_cast<int>(rows), outputs, inputs, multiprocessors);
 }
 
 bool canImplementLinear(LinearParams const& params, char const** reason)
@@ -125,23 +146,22 @@ cudaError_t linear(LinearParams const& params, cudaStream_t stream)
     {
         return cudaErrorInvalidValue;
     }
-    int device = 0;
     int major = 0;
     int multiprocessors = 0;
-    cudaError_t status = cudaGetDevice(&device);
+    cudaError_t status = deviceAttribute(cudaDevAttrComputeCapabilityMajor, major);
     if (status == cudaSuccess)
     {
-        status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    }
-    if (status == cudaSuccess)
-    {
-        status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        status = deviceAttribute(cudaDevAttrMultiProcessorCount, multiprocessors);
     }
     if (status != cudaSuccess)
     {
         return status;
     }
 
+    if (params.dataType == DataType::kFLOAT)
+    {
+        return params.tactic == 0 ? linear_detail::linearFloat(params, stream) : cudaErrorInvalidValue;
+    }
     // Tactics are numbered through: Hopper's, then those of the kernel for every architecture.
     bool const forSm80 = params.tactic > linear_detail::kNUM_SM90_TACTICS;
     if (forSm80 || (major != 9 && params.tactic == 0))
@@ -153,29 +173,40 @@ cudaError_t linear(LinearParams const& params, cudaStream_t stream)
                       : cudaErrorInvalidValue;
 }
 
+bool canImplementRowStatistics(RowStatisticsParams const& params, char const** reason)
+{
+    if (sizeOf(params.dataType) == 0)
+    {
+        return refuse(reason, "the type must be float, half or bfloat16");
+    }
+    if (params.rows < 1 || params.rows > kLINEAR_MAX_ROWS)
+    {
+        return refuse(reason, "rows must be 1 to 2^30");
+    }
+    if (params.width < 1 || params.width % kLINEAR_STATISTICS_WIDTH != 0)
+    {
+        return refuse(reason, "the width must be a multiple of 64");
+    }
+    return true;
+}
+
 cudaError_t rowStatistics(RowStatisticsParams const& params, cudaStream_t stream)
 {
-    bool const known = params.dataType == DataType::kHALF || params.dataType == DataType::kBF16;
-    if (!known || params.rows < 1 || params.width < 1 || params.width % kLINEAR_STATISTICS_WIDTH != 0
-        || params.x == nullptr || params.statistics == nullptr || !aligned(params.x, 4)
-        || !aligned(params.statistics, 8))
+    if (!canImplementRowStatistics(params) || !areAligned(2 * sizeOf(params.dataType), params.x)
+        || !areAligned(8, params.statistics))
     {
         return cudaErrorInvalidValue;
     }
-    int const blocks = linear_detail::ceilDiv(params.rows, 8);
-    int const parts = params.width / kLINEAR_STATISTICS_WIDTH;
-    auto* const statistics = reinterpret_cast<float2*>(params.statistics);
-    if (params.dataType == DataType::kHALF)
+    switch (params.dataType)
     {
-        rowStatisticsKernel<<<blocks, 256, 0, stream>>>(
-            static_cast<__half2 const*>(params.x), statistics, params.rows, parts);
+    case DataType::kFLOAT:
+        return launchRowStatistics<float2>(params, stream);
+    case DataType::kHALF:
+        return launchRowStatistics<__half2>(params, stream);
+    case DataType::kBF16:
+        return launchRowStatistics<__nv_bfloat162>(params, stream);
     }
-    else
-    {
-        rowStatisticsKernel<<<blocks, 256, 0, stream>>>(
-            static_cast<__nv_bfloat162 const*>(params.x), statistics, params.rows, parts);
-    }
-    return cudaGetLastError();
+    return cudaErrorInvalidValue;
 }
 
 } // namespace trocr

@@ -17,6 +17,8 @@ enum class LinearActivation : int32_t
 //! Columns behind one pair of partial row statistics.
 constexpr int32_t kLINEAR_STATISTICS_WIDTH = 64;
 
+constexpr int32_t kLINEAR_MAX_ROWS = 1 << 30;
+
 //! y = activation(x' w^T + bias) + residual, accumulated in float32 and rounded once.
 //!
 //! Without inputStatistics x' is x. With them x' is (x - mean) / sqrt(variance + epsilon), the normalisation of
@@ -39,12 +41,12 @@ struct LinearParams
     float const* weightSum;       //!< float32 [N], 8-byte aligned; with inputStatistics
     float* outputStatistics;      //!< of y, float32 [M, N / 64, 2], 8-byte aligned, or null; only with residual
     float epsilon;                //!< added to the variance; with inputStatistics
-    int32_t rows;                 //!< M, 1 to 2^30
+    int64_t rows;                 //!< M, 1 to 2^30
     int32_t outputs;              //!< N, a multiple of 8 (of 64 with outputStatistics)
     int32_t inputs;               //!< K, a multiple of 8 (of 64 with inputStatistics)
     LinearActivation activation;
-    DataType dataType; //!< T: kHALF or kBF16
-    int32_t tactic;    //!< 0: by cost; else 1 to linearTacticCount(), see README.md
+    DataType dataType; //!< T
+    int32_t tactic;    //!< 0: by cost; else 1 to linearTacticCount(), see README.md; 0 for kFLOAT
     //! Programmatic dependent launch: this grid may start while its predecessor in the stream ends. Before that end
     //! only `weight` is read, which the predecessor must not write.
     bool overlapPredecessor;
@@ -58,6 +60,9 @@ bool canImplementLinear(LinearParams const& params, char const** reason = nullpt
 //! for a tactic that this device or problem does not have.
 cudaError_t linear(LinearParams const& params, cudaStream_t stream);
 
+//! What tactic 0 takes on Hopper.
+int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, int32_t multiprocessors);
+
 //! Highest tactic number; some of them are refused by some devices and problems.
 int32_t linearTacticCount();
 
@@ -70,12 +75,15 @@ constexpr size_t linearStatisticsBytes(int64_t rows, int64_t width)
 //! Partial statistics of a tensor that no linear kernel produced (the embeddings that enter the first layer).
 struct RowStatisticsParams
 {
-    void const* x;     //!< T [M, K], 4-byte aligned
+    void const* x;     //!< T [M, K], aligned to two elements
     float* statistics; //!< float32 [M, K / 64, 2], 8-byte aligned
-    int32_t rows;      //!< M, at least 1
+    int64_t rows;      //!< M, 1 to 2^30
     int32_t width;     //!< K, a multiple of 64
-    DataType dataType; //!< T: kHALF or kBF16
+    DataType dataType; //!< T
 };
+
+//! Whether sizes and type are supported. When not, *reason (if given) says why.
+bool canImplementRowStatistics(RowStatisticsParams const& params, char const** reason = nullptr);
 
 cudaError_t rowStatistics(RowStatisticsParams const& params, cudaStream_t stream);
 

@@ -1,9 +1,8 @@
 #include <cudaTypedefs.h>
 
-#include <limits>
-
 #include "linear/kernel_sm90.cuh"
 #include "linear/launch.h"
+#include "linear/tactics.h"
 
 namespace trocr::linear_detail
 {
@@ -38,39 +37,6 @@ bool encodeMap(CUtensorMap& map, DataType type, void const* data, int rows, int 
         == CUDA_SUCCESS;
 }
 
-//! Estimated clocks of a tactic. A multiprocessor multiplies 64 rows, N columns and 64 of K in 2 N clocks, and receives
-//! about 40 bytes a clock from the L2 cache when all ask; a lone wave of few blocks gets up to 64. README.md.
-float cost(Sm90Tactic const& tactic, LinearParams const& p, int multiprocessors)
-{
-    bool const paired = tactic.split == 0;
-    int const split = paired ? 1 : tactic.split;
-    int const steps = ceilDiv(p.inputs, kBLOCK_K);
-    int const columnTiles = ceilDiv(p.outputs, tactic.columns);
-    int const rowTiles = paired ? 2 * ceilDiv(p.rows, 2 * tactic.rows) : ceilDiv(p.rows, tactic.rows);
-    int const blocks = rowTiles * columnTiles * split;
-    if (split > steps)
-    {
-        return std::numeric_limits<float>::infinity();
-    }
-    // Clusters of four leave some multiprocessors of a cluster group idle.
-    int const places = split == 4 ? multiprocessors * 120 / 132 : multiprocessors;
-    int const waves = ceilDiv(blocks, places);
-
-    float const busy = blocks < places ? static_cast<float>(blocks) / static_cast<float>(places) : 1.0F;
-    float const bytesPerClock = 64.0F - 24.0F * busy;
-    float const bytes = kROW_BYTES * (tactic.rows + (paired ? tactic.columns / 2 : tactic.columns));
-    float const multiply = 2.0F * tactic.rows / 64 * tactic.columns;
-    float const step = std::max(multiply, bytes / bytesPerClock);
-    // Finishing one element takes about 16 clocks of one of the four warps; only the last tile's is not hidden
-    // behind the other warpgroup's products.
-    float const finish = tactic.rows * tactic.columns / 128 * 16.0F / split;
-    float const tile = step * static_cast<float>(ceilDiv(steps, split));
-    float const exchange = split > 1 ? 1500.0F : 0.0F;
-    float const mainLoop
-        = paired ? waves * std::max(tile, finish) + finish : waves * (tile + finish + exchange + 1000.0F);
-    return mainLoop + (paired ? 1500.0F : 0.0F);
-}
-
 } // namespace
 
 cudaError_t linearSm90(LinearParams const& params, int32_t tactic, int multiprocessors, cudaStream_t stream)
@@ -79,21 +45,11 @@ cudaError_t linearSm90(LinearParams const& params, int32_t tactic, int multiproc
     {
         return cudaErrorNotSupported;
     }
-    Sm90Tactic const* chosen = &kSM90_TACTICS[0];
-    if (tactic > 0)
+    if (tactic == 0)
     {
-        chosen = &kSM90_TACTICS[tactic - 1];
+        tactic = cheapestSm90Tactic(params.rows, params.outputs, params.inputs, multiprocessors);
     }
-    else
-    {
-        for (Sm90Tactic const& candidate : kSM90_TACTICS)
-        {
-            if (cost(candidate, params, multiprocessors) < cost(*chosen, params, multiprocessors))
-            {
-                chosen = &candidate;
-            }
-        }
-    }
+    Sm90Tactic const* const chosen = &kSM90_TACTICS[tactic - 1];
     if (chosen->split > ceilDiv(params.inputs, kBLOCK_K))
     {
         return cudaErrorInvalidValue;

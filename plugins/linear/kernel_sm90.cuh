@@ -12,7 +12,7 @@
 namespace trocr::linear_detail
 {
 
-constexpr int kBLOCK_K = 64;                                        //!< one 128-byte swizzled row
+constexpr int kBLOCK_K = kSTEP_INPUTS;                              //!< one 128-byte swizzled row
 constexpr int kROW_BYTES = kBLOCK_K * 2;
 constexpr int kCHUNK_BYTES = kCHUNK_ROWS * kCHUNK_COLUMNS * 2;
 constexpr int kSHARED_LIMIT = 227 * 1024;

@@ -17,4 +17,7 @@ constexpr int32_t kNUM_SM80_TACTICS = 2;
 //! Ampere and later: `tactic` is 0 (by cost) or 1 to kNUM_SM80_TACTICS.
 cudaError_t linearSm80(LinearParams const& params, int32_t tactic, int multiprocessors, cudaStream_t stream);
 
+//! float32, on any architecture.
+cudaError_t linearFloat(LinearParams const& params, cudaStream_t stream);
+
 } // namespace trocr::linear_detail

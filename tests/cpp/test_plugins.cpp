@@ -135,7 +135,7 @@ struct Case
     std::vector<PluginField> fields;
     std::vector<Shape> inputs;
     std::vector<Shape> outputs;
-    int32_t int64Input = -1;
+    std::map<size_t, DataType> fixedTypes;  //!< of inputs and then outputs, where it is not that of the first input
 };
 
 void PrintTo(Case const& c, std::ostream* stream)
@@ -155,6 +155,9 @@ PluginField const kEPSILON_FIELD{"epsilon", &kEPSILON, PluginFieldType::kFLOAT32
 PluginField const kWITHOUT_SUM{"emit_sum", &kZERO, PluginFieldType::kINT32, 1};
 PluginField const kWITH_SUM{"emit_sum", &kONE, PluginFieldType::kINT32, 1};
 PluginField const kGELU{"activation", "gelu", PluginFieldType::kCHAR, 4};
+PluginField const kNO_ACTIVATION{"activation", "none", PluginFieldType::kCHAR, 4};
+PluginField const kWITHOUT_STATISTICS{"emit_statistics", &kZERO, PluginFieldType::kINT32, 1};
+PluginField const kWITH_STATISTICS{"emit_statistics", &kONE, PluginFieldType::kINT32, 1};
 PluginField const kRELU{"activation", "relu", PluginFieldType::kCHAR, 4};
 
 std::vector<Case> const kCASES{
@@ -163,7 +166,7 @@ std::vector<Case> const kCASES{
      {kNUM_HEADS_8},
      {{3, 1, 768}, {3, 8, 40, 32}, {3, 8, 40, 32}, {3, 1}},
      {{3, 1, 256}, {3, 8, 40, 32}, {3, 8, 40, 32}},
-     3},
+     {{3, DataType::kINT64}}},
     {"TrOCRCrossAttention", {kNUM_HEADS_8}, {{3, 1, 256}, {3, 8, 578, 32}, {3, 8, 578, 32}}, {{3, 1, 256}}},
     {"TrOCRResidualLayerNorm",
      {kEPSILON_FIELD, kWITHOUT_SUM},
@@ -175,6 +178,27 @@ std::vector<Case> const kCASES{
      {{2, 577, 768}, {2, 577, 768}}},
     {"TrOCRBiasActivation", {kGELU}, {{2, 577, 3072}, {3072}}, {{2, 577, 3072}}},
     {"TrOCRBiasActivation", {kRELU}, {{16, 1024}, {1024}}, {{16, 1024}}},
+    {"TrOCRRowStatistics", {}, {{2, 577, 768}}, {{2, 577, 12, 2}}, {{1, DataType::kFLOAT}}},
+    {"TrOCRLayerNormLinear",
+     {kEPSILON_FIELD, kGELU},
+     {{2, 577, 768}, {2, 577, 12, 2}, {3072, 768}, {3072}, {3072}},
+     {{2, 577, 3072}},
+     {{1, DataType::kFLOAT}, {3, DataType::kFLOAT}, {4, DataType::kFLOAT}}},
+    {"TrOCRLayerNormLinear",
+     {kNO_ACTIVATION, kEPSILON_FIELD},
+     {{578, 64}, {578, 1, 2}, {192, 64}, {192}, {192}},
+     {{578, 192}},
+     {{1, DataType::kFLOAT}, {3, DataType::kFLOAT}, {4, DataType::kFLOAT}}},
+    {"TrOCRLinearResidual",
+     {kWITHOUT_STATISTICS},
+     {{2, 577, 3072}, {768, 3072}, {768}, {2, 577, 768}},
+     {{2, 577, 768}},
+     {{2, DataType::kFLOAT}}},
+    {"TrOCRLinearResidual",
+     {kWITH_STATISTICS},
+     {{2, 577, 3072}, {768, 3072}, {768}, {2, 577, 768}},
+     {{2, 577, 768}, {2, 577, 12, 2}},
+     {{2, DataType::kFLOAT}, {5, DataType::kFLOAT}}},
 };
 
 nvinfer1::IPluginCreatorV3One& creatorOf(std::string const& op)
@@ -234,10 +258,11 @@ Shape toShape(DimsExprs const& dims)
 
 DataType typeAt(Case const& c, DataType type, size_t pos)
 {
-    return static_cast<int32_t>(pos) == c.int64Input ? DataType::kINT64 : type;
+    auto const fixed = c.fixedTypes.find(pos);
+    return fixed != c.fixedTypes.end() ? fixed->second : type;
 }
 
-//! Descriptions of inputs and then outputs, all of type T but the int64 input.
+//! Descriptions of inputs and then outputs, all of type T but those of a fixed type.
 std::vector<DynamicPluginTensorDesc> describe(Case const& c, DataType type)
 {
     std::vector<Shape> shapes = c.inputs;
@@ -374,7 +399,7 @@ TEST_P(EachCase, SupportsExactlyOneTypeEverywhere)
     EXPECT_FALSE(buildOf(*plugin).supportsFormatCombination(0, descs.data(), nbInputs, nbOutputs + 1));
 }
 
-TEST_P(EachCase, OutputsHaveTheTypeOfTheFirstInput)
+TEST_P(EachCase, OutputsHaveTheTypeOfTheFirstInputOrTheirOwn)
 {
     Case const& c = GetParam();
     auto const plugin = create(c.op, c.fields);
@@ -389,7 +414,10 @@ TEST_P(EachCase, OutputsHaveTheTypeOfTheFirstInput)
         EXPECT_EQ(buildOf(*plugin).getOutputDataTypes(outputs.data(), static_cast<int32_t>(outputs.size()),
                                                       inputs.data(), static_cast<int32_t>(inputs.size())),
                   0);
-        EXPECT_EQ(outputs, std::vector<DataType>(c.outputs.size(), type));
+        for (size_t i = 0; i < outputs.size(); ++i)
+        {
+            EXPECT_EQ(outputs[i], typeAt(c, type, c.inputs.size() + i)) << "output " << i;
+        }
     }
     DataType const integer = DataType::kINT32;
     DataType output{};
@@ -419,8 +447,7 @@ TEST_P(EachCase, OutputsHaveTheExpectedShapes)
         EXPECT_EQ(toShape(outputs[i]), c.outputs[i]) << "output " << i;
     }
 
-    inputs.back().nbDims += 1;
-    inputs.back().d[inputs.back().nbDims - 1] = evaluator.constant(1);
+    inputs.back().nbDims = 0;
     EXPECT_NE(shapes(), 0);
     EXPECT_NE(logged().find("dimensions, expected"), std::string::npos);
 }
@@ -525,8 +552,8 @@ TEST_F(Plugins, GetCreatorsIsStable)
     int32_t first = 0;
     int32_t second = 0;
     EXPECT_EQ(getCreators(first), getCreators(second));
-    EXPECT_EQ(first, 5);
-    EXPECT_EQ(second, 5);
+    EXPECT_EQ(first, 8);
+    EXPECT_EQ(second, 8);
 }
 
 TEST_F(Plugins, BadFieldsGiveAMessageAndNoPlugin)
@@ -569,6 +596,17 @@ TEST_F(Plugins, BadFieldsGiveAMessageAndNoPlugin)
         {"TrOCRBiasActivation", {{"activation", "tanh", PluginFieldType::kCHAR, 4}}, "'activation' is 'tanh'"},
         {"TrOCRBiasActivation", {{"activation", "gelu", PluginFieldType::kCHAR, 0}}, "'activation' is empty"},
         {"TrOCRBiasActivation", {{"activation", &kONE, PluginFieldType::kINT32, 1}}, "type INT32, expected CHAR"},
+        {"TrOCRRowStatistics", {kGELU}, "'activation' is unknown"},
+        {"TrOCRLayerNormLinear", {kGELU}, "'epsilon' (FLOAT32) is missing"},
+        {"TrOCRLayerNormLinear", {kEPSILON_FIELD}, "'activation' (CHAR) is missing"},
+        {"TrOCRLayerNormLinear", {kGELU, {"epsilon", &zero, PluginFieldType::kFLOAT32, 1}}, "'epsilon' is 0"},
+        {"TrOCRLayerNormLinear",
+         {kEPSILON_FIELD, {"activation", "tanh", PluginFieldType::kCHAR, 4}},
+         "'activation' is 'tanh', expected 'none', 'gelu' or 'relu'"},
+        {"TrOCRLinearResidual", {}, "'emit_statistics' (INT32) is missing"},
+        {"TrOCRLinearResidual",
+         {{"emit_statistics", &minusOne, PluginFieldType::kINT32, 1}},
+         "'emit_statistics' is -1, expected 0 or 1"},
     };
     for (Bad const& b : bad)
     {
@@ -606,17 +644,48 @@ TEST_F(Plugins, RefusedShapesAreNamed)
           {kNUM_HEADS_8},
           {{1, 1, 768}, {1, 8, 40, 32}, {1, 8, 41, 32}, {1, 1}},
           {{1, 1, 256}, {1, 8, 40, 32}, {1, 8, 41, 32}},
-          3},
+          {{3, DataType::kINT64}}},
          "past_value has shape [1, 8, 41, 32], expected [1, 8, 40, 32]"},
         {{"TrOCRDecoderSelfAttention",
           {kNUM_HEADS_8},
           {{2, 1, 768}, {2, 8, 40, 32}, {2, 8, 40, 32}, {1, 1}},
           {{2, 1, 256}, {2, 8, 40, 32}, {2, 8, 40, 32}},
-          3},
+          {{3, DataType::kINT64}}},
          "position_ids has shape [1, 1], expected [2, 1]"},
         {{"TrOCRBiasActivation", {kRELU}, {{4, 1024}, {1023}}, {{4, 1024}}}, "bias has shape [1023], expected [1024]"},
         {{"TrOCRBiasActivation", {kRELU}, {{int64_t{1} << 40}, {1}}, {{int64_t{1} << 40}}}, "is out of range"},
         {{"TrOCRResidualLayerNorm", {kEPSILON_FIELD, kWITHOUT_SUM}, {{}, {}, {1}, {1}}, {{}}}, "x is a scalar"},
+        {{"TrOCRRowStatistics", {}, {{4, 96}}, {{4, 1, 2}}, {{1, DataType::kFLOAT}}}, "a multiple of 64"},
+        {{"TrOCRLayerNormLinear",
+          {kEPSILON_FIELD, kGELU},
+          {{4, 96}, {4, 1, 2}, {64, 96}, {64}, {64}},
+          {{4, 64}},
+          {{1, DataType::kFLOAT}, {3, DataType::kFLOAT}, {4, DataType::kFLOAT}}},
+         "inputs must be a multiple of 64"},
+        {{"TrOCRLayerNormLinear",
+          {kEPSILON_FIELD, kGELU},
+          {{4, 128}, {4, 1, 2}, {64, 128}, {64}, {64}},
+          {{4, 64}},
+          {{1, DataType::kFLOAT}, {3, DataType::kFLOAT}, {4, DataType::kFLOAT}}},
+         "statistics has shape [4, 1, 2], expected [4, 2, 2]"},
+        {{"TrOCRLinearResidual",
+          {kWITH_STATISTICS},
+          {{4, 128}, {72, 128}, {72}, {4, 72}},
+          {{4, 72}, {4, 1, 2}},
+          {{2, DataType::kFLOAT}, {5, DataType::kFLOAT}}},
+         "outputs must be a multiple of 64"},
+        {{"TrOCRLinearResidual",
+          {kWITHOUT_STATISTICS},
+          {{4, 128}, {64, 128}, {64}, {1, 64}},
+          {{4, 64}},
+          {{2, DataType::kFLOAT}}},
+         "residual has shape [1, 64], expected [4, 64]"},
+        {{"TrOCRLinearResidual",
+          {kWITHOUT_STATISTICS},
+          {{int64_t{1} << 31, 64}, {64, 64}, {64}, {int64_t{1} << 31, 64}},
+          {{int64_t{1} << 31, 64}},
+          {{2, DataType::kFLOAT}}},
+         "rows at most 2^30"},
     };
     for (Bad const& b : bad)
     {

@@ -1,0 +1,225 @@
+#include "linear/plugin.h"
+
+#include <cmath>
+#include <stdexcept>
+
+namespace trocr
+{
+namespace
+{
+
+using nvinfer1::Dims;
+using nvinfer1::DimsExprs;
+using nvinfer1::IExprBuilder;
+
+//! Stands for a tensor that a call has: canImplementLinear asks of pointers only whether they are null.
+float gPresent{};
+
+LinearActivation toActivation(std::string const& name)
+{
+    if (name == "none")
+    {
+        return LinearActivation::kNONE;
+    }
+    if (name == "gelu")
+    {
+        return LinearActivation::kGELU;
+    }
+    if (name == "relu")
+    {
+        return LinearActivation::kRELU;
+    }
+    throw std::invalid_argument{"attribute 'activation' is '" + name + "', expected 'none', 'gelu' or 'relu'"};
+}
+
+//! The shape of a tensor with another last dimension.
+Dims withLast(Dims dims, int64_t last)
+{
+    dims.d[dims.nbDims - 1] = last;
+    return dims;
+}
+
+//! The shape of the statistics of a tensor: [..., N] -> [..., N / 64, 2].
+Dims statisticsOf(Dims dims)
+{
+    dims.d[dims.nbDims - 1] /= kLINEAR_STATISTICS_WIDTH;
+    dims.d[dims.nbDims++] = 2;
+    return dims;
+}
+
+DimsExprs statisticsOf(char const* tensor, DimsExprs dims, IExprBuilder& exprBuilder)
+{
+    if (dims.nbDims < 1)
+    {
+        throw std::invalid_argument{std::string{tensor} + " has 0 dimensions, expected at least 1"};
+    }
+    nvinfer1::IDimensionExpr const*& last = dims.d[dims.nbDims - 1];
+    last = exprBuilder.operation(
+        nvinfer1::DimensionOperation::kFLOOR_DIV, *last, *exprBuilder.constant(kLINEAR_STATISTICS_WIDTH));
+    dims.d[dims.nbDims++] = exprBuilder.constant(2);
+    return dims;
+}
+
+//! The sizes of y T [..., N] = x T [..., K] times weight T [N, K], and the bias float32 [N].
+LinearParams describeProduct(Dims const& x, Dims const& weight, Dims const& bias, nvinfer1::DataType type)
+{
+    expectRank("weight", weight.nbDims, 2);
+
+    LinearParams params{};
+    params.bias = &gPresent;
+    params.rows = leadingSize("x", x);
+    params.outputs = dimension("weight", weight, 0);
+    params.inputs = dimension("x", x, x.nbDims - 1);
+    params.dataType = toDataType(type);
+    // Only the weight, a constant of the engine, is read before griddepcontrol.wait. That returns when the preceding
+    // grid, whoever's it is, has ended and what it wrote is visible. Each of our grids ends after its own wait, so by
+    // induction all earlier work has ended too: what is overwritten has no readers left. README.md.
+    params.overlapPredecessor = true;
+
+    expectShape("weight", weight, {2, {params.outputs, params.inputs}});
+    expectShape("bias", bias, {1, {params.outputs}});
+    return params;
+}
+
+void expectImplementedLinear(LinearParams const& params, Dims const& x)
+{
+    char const* reason = nullptr;
+    bool const implemented = canImplementLinear(params, &reason);
+    expectImplemented(implemented, reason,
+                      "x " + toString(x) + " times weight [" + std::to_string(params.outputs) + ", " +
+                          std::to_string(params.inputs) + "]^T");
+}
+
+}  // namespace
+
+// Row statistics
+
+RowStatisticsParams TrOCRRowStatisticsPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
+{
+    Dims const& x = inputs[0];
+    RowStatisticsParams params{};
+    params.rows = leadingSize("x", x);
+    params.width = dimension("x", x, x.nbDims - 1);
+    params.dataType = toDataType(type);
+
+    char const* reason = nullptr;
+    bool const implemented = canImplementRowStatistics(params, &reason);
+    expectImplemented(implemented, reason, "x " + toString(x));
+    return params;
+}
+
+cudaError_t TrOCRRowStatisticsPlugin::launch(RowStatisticsParams& params, void const* const* inputs,
+                                             void* const* outputs, cudaStream_t stream) const
+{
+    params.x = inputs[0];
+    params.statistics = static_cast<float*>(outputs[0]);
+    return rowStatistics(params, stream);
+}
+
+void TrOCRRowStatisticsPlugin::outputShapes(DimsExprs const* inputs, DimsExprs* outputs,
+                                            IExprBuilder& exprBuilder) const
+{
+    outputs[0] = statisticsOf("x", inputs[0], exprBuilder);
+}
+
+// LayerNorm and product
+
+void LayerNormLinearAttributes::validate() const
+{
+    if (!std::isfinite(epsilon) || epsilon <= 0.0F)
+    {
+        throw std::invalid_argument{"attribute 'epsilon' is " + std::to_string(epsilon) +
+                                    ", expected a finite number above 0"};
+    }
+    toActivation(activation);
+}
+
+LinearParams TrOCRLayerNormLinearPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
+{
+    Dims const& x = inputs[kIN_X_IDX];
+    LinearParams params = describeProduct(x, inputs[kIN_WEIGHT_IDX], inputs[kIN_BIAS_IDX], type);
+    params.inputStatistics = &gPresent;
+    params.weightSum = &gPresent;
+    params.epsilon = attributes().epsilon;
+    params.activation = toActivation(attributes().activation);
+
+    expectShape("weight_sum", inputs[kIN_WEIGHT_SUM_IDX], {1, {params.outputs}});
+    expectImplementedLinear(params, x);
+    expectShape("statistics", inputs[kIN_STATISTICS_IDX], statisticsOf(x));
+    return params;
+}
+
+cudaError_t TrOCRLayerNormLinearPlugin::launch(LinearParams& params, void const* const* inputs, void* const* outputs,
+                                               cudaStream_t stream) const
+{
+    params.x = inputs[kIN_X_IDX];
+    params.inputStatistics = static_cast<float const*>(inputs[kIN_STATISTICS_IDX]);
+    params.weight = inputs[kIN_WEIGHT_IDX];
+    params.weightSum = static_cast<float const*>(inputs[kIN_WEIGHT_SUM_IDX]);
+    params.bias = static_cast<float const*>(inputs[kIN_BIAS_IDX]);
+    params.y = outputs[0];
+    return linear(params, stream);
+}
+
+void TrOCRLayerNormLinearPlugin::outputShapes(DimsExprs const* inputs, DimsExprs* outputs, IExprBuilder&) const
+{
+    DimsExprs const& x = inputs[kIN_X_IDX];
+    expectRank("statistics", inputs[kIN_STATISTICS_IDX].nbDims, x.nbDims + 1);
+    expectRank("weight", inputs[kIN_WEIGHT_IDX].nbDims, 2);
+    expectRank("weight_sum", inputs[kIN_WEIGHT_SUM_IDX].nbDims, 1);
+    expectRank("bias", inputs[kIN_BIAS_IDX].nbDims, 1);
+    outputs[0] = x;
+    outputs[0].d[x.nbDims - 1] = inputs[kIN_WEIGHT_IDX].d[0];
+}
+
+// Product and residual
+
+void LinearResidualAttributes::validate() const
+{
+    if (emitStatistics != 0 && emitStatistics != 1)
+    {
+        throw std::invalid_argument{"attribute 'emit_statistics' is " + std::to_string(emitStatistics) +
+                                    ", expected 0 or 1"};
+    }
+}
+
+LinearParams TrOCRLinearResidualPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
+{
+    Dims const& x = inputs[kIN_X_IDX];
+    LinearParams params = describeProduct(x, inputs[kIN_WEIGHT_IDX], inputs[kIN_BIAS_IDX], type);
+    params.residual = &gPresent;
+    params.outputStatistics = attributes().emitStatistics ? &gPresent : nullptr;
+
+    expectShape("residual", inputs[kIN_RESIDUAL_IDX], withLast(x, params.outputs));
+    expectImplementedLinear(params, x);
+    return params;
+}
+
+cudaError_t TrOCRLinearResidualPlugin::launch(LinearParams& params, void const* const* inputs, void* const* outputs,
+                                              cudaStream_t stream) const
+{
+    params.x = inputs[kIN_X_IDX];
+    params.weight = inputs[kIN_WEIGHT_IDX];
+    params.bias = static_cast<float const*>(inputs[kIN_BIAS_IDX]);
+    params.residual = inputs[kIN_RESIDUAL_IDX];
+    params.y = outputs[kOUT_Y_IDX];
+    params.outputStatistics =
+        attributes().emitStatistics ? static_cast<float*>(outputs[kOUT_STATISTICS_IDX]) : nullptr;
+    return linear(params, stream);
+}
+
+void TrOCRLinearResidualPlugin::outputShapes(DimsExprs const* inputs, DimsExprs* outputs,
+                                             IExprBuilder& exprBuilder) const
+{
+    DimsExprs const& residual = inputs[kIN_RESIDUAL_IDX];
+    expectRank("weight", inputs[kIN_WEIGHT_IDX].nbDims, 2);
+    expectRank("bias", inputs[kIN_BIAS_IDX].nbDims, 1);
+    expectRank("residual", residual.nbDims, inputs[kIN_X_IDX].nbDims);
+    outputs[kOUT_Y_IDX] = residual;
+    if (attributes().emitStatistics)
+    {
+        outputs[kOUT_STATISTICS_IDX] = statisticsOf("residual", residual, exprBuilder);
+    }
+}
+
+}  // namespace trocr

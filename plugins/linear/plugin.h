@@ -1,0 +1,135 @@
+#pragma once
+
+#include <array>
+#include <string>
+
+#include "common/plugin_base.h"
+#include "linear/kernel.h"
+
+namespace trocr
+{
+
+struct NoAttributes
+{
+    template <class Self, class Visitor>
+    static void visit(Self&, Visitor&)
+    {
+    }
+
+    void validate() const {}
+};
+
+//! x T [..., K] -> statistics float32 [..., K / 64, 2].
+class TrOCRRowStatisticsPlugin final : public PluginBase<TrOCRRowStatisticsPlugin, NoAttributes>
+{
+public:
+    static constexpr char const* kNAME = "TrOCRRowStatistics";
+    static constexpr std::array<char const*, 1> kINPUTS{"x"};
+    static constexpr uint32_t kFLOAT_OUTPUTS = 1U << 0;
+
+    using PluginBase::PluginBase;
+
+    RowStatisticsParams describe(nvinfer1::Dims const* inputs, nvinfer1::DataType type) const;
+    cudaError_t launch(RowStatisticsParams& params, void const* const* inputs, void* const* outputs,
+                       cudaStream_t stream) const;
+    void outputShapes(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
+                      nvinfer1::IExprBuilder& exprBuilder) const;
+};
+
+struct LayerNormLinearAttributes
+{
+    float epsilon;
+    std::string activation;  //!< "none", "gelu" or "relu"
+
+    template <class Self, class Visitor>
+    static void visit(Self& self, Visitor& visitor)
+    {
+        visitor("epsilon", self.epsilon);
+        visitor("activation", self.activation);
+    }
+
+    void validate() const;
+};
+
+//! activation(LayerNorm(x) W^T + b) with gamma and beta folded into weight and bias: x T [..., K], its statistics
+//! float32 [..., K / 64, 2], weight T [N, K], weight_sum and bias float32 [N] -> y T [..., N].
+class TrOCRLayerNormLinearPlugin final : public PluginBase<TrOCRLayerNormLinearPlugin, LayerNormLinearAttributes>
+{
+public:
+    static constexpr char const* kNAME = "TrOCRLayerNormLinear";
+    static constexpr std::array<char const*, 5> kINPUTS{"x", "statistics", "weight", "weight_sum", "bias"};
+
+    enum Input : int32_t
+    {
+        kIN_X_IDX = 0,
+        kIN_STATISTICS_IDX,
+        kIN_WEIGHT_IDX,
+        kIN_WEIGHT_SUM_IDX,
+        kIN_BIAS_IDX,
+    };
+    static constexpr uint32_t kFLOAT_INPUTS = 1U << kIN_STATISTICS_IDX | 1U << kIN_WEIGHT_SUM_IDX | 1U << kIN_BIAS_IDX;
+
+    using PluginBase::PluginBase;
+
+    LinearParams describe(nvinfer1::Dims const* inputs, nvinfer1::DataType type) const;
+    cudaError_t launch(LinearParams& params, void const* const* inputs, void* const* outputs,
+                       cudaStream_t stream) const;
+    void outputShapes(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
+                      nvinfer1::IExprBuilder& exprBuilder) const;
+};
+
+struct LinearResidualAttributes
+{
+    int32_t emitStatistics;  //!< 1: y's statistics are a second output, for the LayerNorm that follows; 0: they are not
+
+    template <class Self, class Visitor>
+    static void visit(Self& self, Visitor& visitor)
+    {
+        visitor("emit_statistics", self.emitStatistics);
+    }
+
+    void validate() const;
+};
+
+//! x W^T + b + residual: x T [..., K], weight T [N, K], bias float32 [N], residual T [..., N] -> y T [..., N] (,
+//! statistics of y float32 [..., N / 64, 2]).
+class TrOCRLinearResidualPlugin final : public PluginBase<TrOCRLinearResidualPlugin, LinearResidualAttributes>
+{
+public:
+    static constexpr char const* kNAME = "TrOCRLinearResidual";
+    static constexpr std::array<char const*, 4> kINPUTS{"x", "weight", "bias", "residual"};
+
+    enum Input : int32_t
+    {
+        kIN_X_IDX = 0,
+        kIN_WEIGHT_IDX,
+        kIN_BIAS_IDX,
+        kIN_RESIDUAL_IDX,
+    };
+    enum Output : int32_t
+    {
+        kOUT_Y_IDX = 0,
+        kOUT_STATISTICS_IDX,
+    };
+    static constexpr uint32_t kFLOAT_INPUTS = 1U << kIN_BIAS_IDX;
+    static constexpr uint32_t kFLOAT_OUTPUTS = 1U << kOUT_STATISTICS_IDX;
+
+    using PluginBase::PluginBase;
+
+    int32_t nbOutputs() const
+    {
+        return attributes().emitStatistics ? 2 : 1;
+    }
+
+    LinearParams describe(nvinfer1::Dims const* inputs, nvinfer1::DataType type) const;
+    cudaError_t launch(LinearParams& params, void const* const* inputs, void* const* outputs,
+                       cudaStream_t stream) const;
+    void outputShapes(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
+                      nvinfer1::IExprBuilder& exprBuilder) const;
+};
+
+using TrOCRRowStatisticsPluginCreator = PluginCreator<TrOCRRowStatisticsPlugin>;
+using TrOCRLayerNormLinearPluginCreator = PluginCreator<TrOCRLayerNormLinearPlugin>;
+using TrOCRLinearResidualPluginCreator = PluginCreator<TrOCRLinearResidualPlugin>;
+
+}  // namespace trocr
