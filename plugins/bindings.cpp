@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include <pybind11/pybind11.h>
 
@@ -67,6 +68,31 @@ Activation parseActivation(std::string const& op, std::string const& name)
     fail(op, "activation '" + name + "' is neither 'gelu' nor 'relu'");
 }
 
+EncoderAttentionPath parsePath(std::string const& op, std::string const& name)
+{
+    constexpr std::pair<char const*, EncoderAttentionPath> kPATHS[] = {
+        {"auto", EncoderAttentionPath::kAUTO},
+        {"mma", EncoderAttentionPath::kGENERAL},
+        {"hopper", EncoderAttentionPath::kHOPPER},
+        {"hopper2", EncoderAttentionPath::kHOPPER_2},
+        {"hopper3", EncoderAttentionPath::kHOPPER_3},
+        {"hopper2-ordered", EncoderAttentionPath::kHOPPER_2_ORDERED},
+        {"hopper3-ordered", EncoderAttentionPath::kHOPPER_3_ORDERED},
+        {"hopper2-ahead", EncoderAttentionPath::kHOPPER_2_AHEAD},
+        {"hopper2-ahead-ordered", EncoderAttentionPath::kHOPPER_2_AHEAD_ORDERED},
+    };
+    std::string known;
+    for (auto const& [path, value] : kPATHS)
+    {
+        if (name == path)
+        {
+            return value;
+        }
+        known += std::string(known.empty() ? "'" : ", '") + path + "'";
+    }
+    fail(op, "path '" + name + "' is none of " + known);
+}
+
 //! A tensor's address as Python has it, and what it must be a multiple of.
 struct Pointer
 {
@@ -115,11 +141,11 @@ void* output(uintptr_t address)
 }
 
 void bindEncoderAttention(uintptr_t qkv, uintptr_t context, int32_t batch, int32_t sequenceLength, int32_t numHeads,
-    int32_t headDim, std::string const& dtype, uintptr_t stream)
+    int32_t headDim, std::string const& dtype, uintptr_t stream, std::string const& path)
 {
     std::string const op = "encoder_attention";
-    EncoderAttentionParams const params{
-        input(qkv), output(context), batch, sequenceLength, numHeads, headDim, parseDataType(op, dtype)};
+    EncoderAttentionParams const params{input(qkv), output(context), batch, sequenceLength, numHeads, headDim,
+        parseDataType(op, dtype), parsePath(op, path)};
     enqueue(op, params, canImplementEncoderAttention, encoderAttention, {{"qkv", qkv}, {"context", context}},
         stream);
 }
@@ -220,8 +246,10 @@ PYBIND11_MODULE(trocr_kernels, module)
     module.doc() = kMODULE_DOC;
 
     module.def("encoder_attention", bindEncoderAttention, "qkv"_a, "context"_a, py::kw_only(), "batch"_a,
-        "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,
-        "context [B, S, H*d] = softmax(q k^T / sqrt(d)) v of the packed qkv [B, S, 3, H, d].");
+        "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0, "path"_a = "auto",
+        "context [B, S, H*d] = softmax(q k^T / sqrt(d)) v of the packed qkv [B, S, 3, H, d]. path forces an implementation: "
+        "'mma' (mma.sync, any GPU), 'hopper' (wgmma; compute capability 9.0, d = 64, 16-bit types) or one of its variants "
+        "(kernel.h).");
 
     module.def("decoder_self_attention", bindDecoderSelfAttention, "qkv"_a, "past_key"_a, "past_value"_a,
         "position_ids"_a, "context"_a, "present_key"_a, "present_value"_a, py::kw_only(), "batch"_a, "capacity"_a,

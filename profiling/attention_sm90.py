@@ -1,6 +1,6 @@
-"""Encoder attention for Hopper beside PyTorch's flash attention: correctness and time in one run.
+"""Encoder attention on Hopper beside PyTorch's flash attention: correctness and time in one run.
 
-    python -m profiling.attention_sm90 [--module trocr_attention_sm90] [--batch 1,8,16,64] [--heads 3,6,12,16]
+    python -m profiling.attention_sm90 [--variants] [--batch 1,8,16,64] [--heads 6,12,16] [--path auto]
 
 Ours reads the packed qkv [B, S, 3, H, 64]; PyTorch gets separate contiguous q, k, v [B, H, S, 64]. Times are
 medians of CUDA-graph replays; TFLOP/s count 4 S^2 64 a head, the work without padding.
@@ -9,17 +9,33 @@ medians of CUDA-graph replays; TFLOP/s count 4 S^2 64 a head, the work without p
 from __future__ import annotations
 
 import argparse
-import importlib
+import functools
 import statistics
+from types import ModuleType
 
 import torch
 from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from profiling.kernel_calls import load_kernels
+
 HEAD_DIM = 64
-ROTATION_BYTES = (
-    256 << 20
-)  # several inputs in turn, so that they come from memory and not from the 50 MB L2 cache
+HOPPER_PATHS = (
+    "hopper2",
+    "hopper3",
+    "hopper2-ordered",
+    "hopper3-ordered",
+    "hopper2-ahead",
+    "hopper2-ahead-ordered",
+)
+VARIANTS = ("mma", *HOPPER_PATHS)
+# Several inputs in turn, so that they come from memory and not from the 50 MB L2 cache.
+ROTATION_BYTES = 256 << 20
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    return load_kernels()
 
 
 def reference(qkv: torch.Tensor) -> torch.Tensor:
@@ -34,27 +50,28 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 
-def run(module, qkv: torch.Tensor, context: torch.Tensor, overlap_predecessor: bool = False) -> None:
+def attend(path: str, qkv: torch.Tensor, context: torch.Tensor) -> None:
+    """context [B, S, H * d] of qkv [B, S, 3, H, d] by the path `auto`, `mma`, `hopper` or a variant of it."""
     batch, length, _, heads, head_dim = qkv.shape
-    module.encoder_attention(
-        qkv=qkv.data_ptr(),
-        context=context.data_ptr(),
+    kernels().encoder_attention(
+        qkv.data_ptr(),
+        context.data_ptr(),
         batch=batch,
         sequence_length=length,
         num_heads=heads,
         head_dim=head_dim,
         dtype=str(qkv.dtype).removeprefix("torch."),
         stream=torch.cuda.current_stream().cuda_stream,
-        overlap_predecessor=overlap_predecessor,
+        path=path,
     )
 
 
-def errors(module, qkv: torch.Tensor) -> tuple[float, float, torch.Tensor]:
-    """Largest error against float32 and its bound (design.md's rule), and the context."""
+def errors(path: str, qkv: torch.Tensor) -> tuple[float, float, torch.Tensor]:
+    """Largest error against float32, its bound (twice that of PyTorch in this dtype + 1e-5), context."""
     context = torch.full(
         (*qkv.shape[:2], qkv[0, 0, 0].numel()), torch.nan, dtype=qkv.dtype, device=qkv.device
     )
-    run(module, qkv, context)
+    attend(path, qkv, context)
     exact = reference(qkv.float())
     error = (context.float() - exact).abs().nan_to_num(torch.inf).max().item()
     bound = 2 * (reference(qkv).float() - exact).abs().max().item() + 1e-5
@@ -88,18 +105,18 @@ def main() -> None:
         return [int(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--module", default="trocr_attention_sm90")
     parser.add_argument("--batch", type=integers, default=[1, 8, 16, 64])
-    parser.add_argument("--heads", type=integers, default=[3, 6, 12, 16])
-    parser.add_argument("--length", type=integers, default=[578, 577])
+    parser.add_argument("--heads", type=integers, default=[6, 12, 16])
+    parser.add_argument("--length", type=integers, default=[578])
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
-    parser.add_argument("--no-flash", action="store_true", help="time only our kernel")
+    parser.add_argument("--path", default="auto", help="the path to time (default auto)")
+    parser.add_argument("--variants", action="store_true", help=f"time {', '.join(VARIANTS)} side by side")
     options = parser.parse_args()
-    module = importlib.import_module(options.module)
     dtype = getattr(torch, options.dtype)
     torch.backends.cuda.matmul.allow_tf32 = False
 
     rows = []
+    paths = VARIANTS if options.variants else (options.path,)
     for length in options.length:
         for heads in options.heads:
             for batch in options.batch:
@@ -108,30 +125,22 @@ def main() -> None:
                 copies = max(2, min(16, ROTATION_BYTES // size))
                 inputs = torch.randn(copies, batch, length, 3, heads, HEAD_DIM, dtype=dtype, device="cuda")
                 few = inputs[0][: min(batch, 8)].contiguous()
-                error, bound, _ = errors(module, few)
                 contexts = torch.empty(copies, batch, length, heads * HEAD_DIM, dtype=dtype, device="cuda")
-                ours = graph_milliseconds(
-                    [lambda i=i, c=contexts, x=inputs: run(module, x[i], c[i]) for i in range(copies)]
-                )
-                row = [
-                    options.dtype,
-                    length,
-                    heads,
-                    batch,
-                    f"{error:.1e}",
-                    "ok" if error <= bound else "WRONG",
-                ]
+                apart = [[t.contiguous() for t in x.permute(2, 0, 3, 1, 4)] for x in inputs]
+                theirs = graph_milliseconds([functools.partial(flash, *qkv) for qkv in apart])
                 tera = 4 * length**2 * HEAD_DIM * heads * batch / 1e9
-                row += [f"{ours * 1e3:.1f}", f"{tera / ours:.0f}"]
-                if not options.no_flash:
-                    apart = [[t.contiguous() for t in x.permute(2, 0, 3, 1, 4)] for x in inputs]
-                    theirs = graph_milliseconds([lambda q=q, k=k, v=v: flash(q, k, v) for q, k, v in apart])
-                    row += [f"{theirs * 1e3:.1f}", f"{tera / theirs:.0f}", f"{theirs / ours:.2f}"]
+                row = [length, heads, batch, f"{theirs * 1e3:.1f} ({tera / theirs:.0f})"]
+                for path in paths:
+                    error, bound, _ = errors(path, few)
+                    calls = [
+                        functools.partial(attend, path, x, c) for x, c in zip(inputs, contexts, strict=True)
+                    ]
+                    ours = graph_milliseconds(calls)
+                    wrong = "" if error <= bound else f" WRONG {error:.1e} > {bound:.1e}"
+                    row.append(f"{ours * 1e3:.1f} ({tera / ours:.0f}){wrong}")
                 rows.append(row)
-    headers = ["dtype", "S", "H", "B", "error", "check", "us", "TFLOP/s"]
-    if not options.no_flash:
-        headers += ["flash us", "flash TFLOP/s", "ratio"]
-    print(tabulate(rows, headers))
+    print(f"us (TFLOP/s), {options.dtype}, {torch.cuda.get_device_name()}")
+    print(tabulate(rows, ["S", "H", "B", "flash", *paths]))
 
 
 if __name__ == "__main__":

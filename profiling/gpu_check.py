@@ -15,9 +15,9 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -92,7 +92,7 @@ def run_stage(stage: Stage, deadline: float) -> Outcome:
         return Outcome(stage.name, command, "skipped", 0, f"{max(left, 0):.0f} s were left")
     print(f"== {stage.name}: {command}", flush=True)
     began = time.monotonic()
-    process = subprocess.Popen(stage.command, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(stage.command, start_new_session=True)
     try:
         status = process.wait(timeout=left)
         reason = f"exit status {status}" if status else None
@@ -142,15 +142,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not folder.is_dir():
         print(f"error: {folder} does not exist: give bundled, an architecture or a folder", file=sys.stderr)
         return 2
-    out = (options.out or Path("results") / gpu.slug) / folder.resolve().name
+    parent = options.out.resolve() if options.out else Path("results") / gpu.slug
+    os.chdir(ROOT)  # so that the recorded commands have no path of this machine
+    out = parent / folder.resolve().name
     out.mkdir(parents=True, exist_ok=True)
-    out = out.resolve()
     for name in ("bench.json", "accuracy.json", "kernels.json"):  # of an earlier run, with other code
         (out / name).unlink(missing_ok=True)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        outcomes = [run_stage(stage, deadline) for stage in stages(folder, options.model, Path(scratch), out)]
-        collect(Path(scratch), out)
+    scratch = Path("build") / "gpu-check"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    outcomes = [run_stage(stage, deadline) for stage in stages(folder, options.model, scratch, out)]
+    collect(scratch, out)
     here = records.environment(
         shlex.join(["python", "-m", "profiling.gpu_check", *(arguments or sys.argv[1:])])
     )

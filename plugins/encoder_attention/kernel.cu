@@ -9,6 +9,33 @@
 namespace trocr
 {
 
+namespace
+{
+
+bool isHopperForced(EncoderAttentionParams const& params)
+{
+    return params.path != EncoderAttentionPath::kAUTO && params.path != EncoderAttentionPath::kGENERAL;
+}
+
+cudaError_t encoderAttentionGeneral(EncoderAttentionParams const& params, cudaStream_t stream)
+{
+    bool const narrow = params.headDim == 32;
+    switch (params.dataType)
+    {
+    case DataType::kFLOAT:
+        return narrow ? encoderAttentionFloat<32>(params, stream) : encoderAttentionFloat<64>(params, stream);
+    case DataType::kHALF:
+        return narrow ? encoderAttentionMma<__half, 32>(params, stream)
+                      : encoderAttentionMma<__half, 64>(params, stream);
+    case DataType::kBF16:
+        return narrow ? encoderAttentionMma<__nv_bfloat16, 32>(params, stream)
+                      : encoderAttentionMma<__nv_bfloat16, 64>(params, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+} // namespace
+
 bool canImplementEncoderAttention(EncoderAttentionParams const& params, char const** reason)
 {
     if (sizeOf(params.dataType) == 0)
@@ -27,7 +54,7 @@ bool canImplementEncoderAttention(EncoderAttentionParams const& params, char con
     {
         return refuse(reason, "batch and heads must be at most 65535");
     }
-    return true;
+    return !isHopperForced(params) || canImplementEncoderAttentionSm90(params, reason);
 }
 
 cudaError_t encoderAttention(EncoderAttentionParams const& params, cudaStream_t stream)
@@ -36,19 +63,26 @@ cudaError_t encoderAttention(EncoderAttentionParams const& params, cudaStream_t 
     {
         return cudaErrorInvalidValue;
     }
-    bool const narrow = params.headDim == 32;
-    switch (params.dataType)
+    if (params.path == EncoderAttentionPath::kGENERAL || !canImplementEncoderAttentionSm90(params))
     {
-    case DataType::kFLOAT:
-        return narrow ? encoderAttentionFloat<32>(params, stream) : encoderAttentionFloat<64>(params, stream);
-    case DataType::kHALF:
-        return narrow ? encoderAttentionMma<__half, 32>(params, stream)
-                      : encoderAttentionMma<__half, 64>(params, stream);
-    case DataType::kBF16:
-        return narrow ? encoderAttentionMma<__nv_bfloat16, 32>(params, stream)
-                      : encoderAttentionMma<__nv_bfloat16, 64>(params, stream);
+        return encoderAttentionGeneral(params, stream);
     }
-    return cudaErrorInvalidValue;
+    int major{};
+    int minor{};
+    cudaError_t status = deviceAttribute(cudaDevAttrComputeCapabilityMajor, major);
+    if (status == cudaSuccess)
+    {
+        status = deviceAttribute(cudaDevAttrComputeCapabilityMinor, minor);
+    }
+    if (status != cudaSuccess)
+    {
+        return status;
+    }
+    if (major == 9 && minor == 0)
+    {
+        return encoderAttentionSm90(params, stream);
+    }
+    return isHopperForced(params) ? cudaErrorNotSupported : encoderAttentionGeneral(params, stream);
 }
 
 } // namespace trocr

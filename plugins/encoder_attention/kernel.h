@@ -7,6 +7,21 @@
 namespace trocr
 {
 
+//! Which implementation serves a call. All but kAUTO are for tests and benchmarks.
+enum class EncoderAttentionPath : int32_t
+{
+    kAUTO,    //!< Hopper's where device and sizes allow it, else the general one
+    kGENERAL, //!< mma.sync for float16 and bfloat16, plain float32: every device
+    kHOPPER,  //!< wgmma and TMA: compute capability 9.0, head size 64, float16 and bfloat16; the variant of the lower cost
+    // Its variants (SM90.md), by consumer groups; ordered: products started in turn; ahead: scores one key tile ahead.
+    kHOPPER_2,
+    kHOPPER_3,
+    kHOPPER_2_ORDERED,
+    kHOPPER_3_ORDERED,
+    kHOPPER_2_AHEAD,
+    kHOPPER_2_AHEAD_ORDERED,
+};
+
 //! softmax(Q K^T / sqrt(d)) V for every image and head, without a mask, on the packed output of the QKV projection.
 struct EncoderAttentionParams
 {
@@ -17,12 +32,15 @@ struct EncoderAttentionParams
     int32_t numHeads;       //!< H, 1 to 65535
     int32_t headDim;        //!< d, 32 or 64
     DataType dataType;      //!< T
+    EncoderAttentionPath path = EncoderAttentionPath::kAUTO;
 };
 
 //! Whether the sizes and the type are supported; pointers are not looked at. When not, *reason (if given) says why.
 bool canImplementEncoderAttention(EncoderAttentionParams const& params, char const** reason = nullptr);
 
-//! Enqueues the op. Returns cudaErrorInvalidValue for what cannot be implemented and for null or misaligned pointers.
+//! Enqueues the op. Returns cudaErrorInvalidValue for what cannot be implemented and for null or misaligned pointers,
+//! cudaErrorNotSupported for a forced Hopper path on another GPU. Programmatic dependent launch on Hopper: the grid may
+//! start while its predecessor in the stream ends, and waits for that end before it touches qkv or context.
 cudaError_t encoderAttention(EncoderAttentionParams const& params, cudaStream_t stream);
 
 } // namespace trocr

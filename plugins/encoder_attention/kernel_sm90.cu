@@ -1,8 +1,6 @@
 // Encoder attention on Hopper: wgmma, TMA, keys and values of one head resident in shared memory. SM90.md has the
 // arithmetic behind the sizes below.
 
-#include "encoder_attention/kernel_sm90.h"
-
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -12,6 +10,7 @@
 
 #include "common/device.cuh"
 #include "common/launch.h"
+#include "encoder_attention/launchers.h"
 #include "encoder_attention/sm90.cuh"
 
 namespace trocr
@@ -28,16 +27,18 @@ constexpr int kQUERIES = 64;              // query rows of a tile: the M of wgmm
 constexpr int kQUERY_BYTES = kQUERIES * kROW_BYTES;
 constexpr int kCONSUMER_WARPS = 4; // of one consumer group, a warpgroup
 
-//! Sizes of one variant of the kernel. The last key tile of a head takes kTAIL columns, the others kKEYS;
-//! kPOLYNOMIAL of 8 exponentials are computed without the special function unit.
-template <int kGROUPS_, int kKEYS_, int kTAIL_, int kSLOTS_, int kPOLYNOMIAL_>
+//! Sizes of one variant of the kernel. The last key tile of a head takes kTAIL columns, the others kKEYS.
+//! kORDERED: the groups start their products in turn. kAHEAD: scores are computed one key tile ahead of their softmax.
+template <int kGROUPS_, int kKEYS_, int kTAIL_, int kSLOTS_, bool kORDERED_, bool kAHEAD_>
 struct Variant
 {
     static constexpr int kGROUPS = kGROUPS_; // consumer warpgroups
     static constexpr int kKEYS = kKEYS_;
     static constexpr int kTAIL = kTAIL_;
     static constexpr int kSLOTS = kSLOTS_; // key or value tiles in shared memory
-    static constexpr int kPOLYNOMIAL = kPOLYNOMIAL_;
+
+    static constexpr bool kORDERED = kORDERED_;
+    static constexpr bool kAHEAD = kAHEAD_;
 
     static constexpr int kTHREADS = 128 * (kGROUPS + 1);
     static constexpr int kQUERY_BUFFERS = 2 * kGROUPS;
@@ -199,10 +200,11 @@ __device__ __forceinline__ void multiplyScores(float* s, uint32_t queries, uint3
 template <typename T, int N>
 __device__ __forceinline__ void multiplyValues(float* o, uint32_t const* p, uint32_t values)
 {
+    uint64_t const descriptor = operandDescriptor(values);
 #pragma unroll
     for (int k = 0; k < N / 16; ++k)
     {
-        RegisterProduct<T>::run(o, p + 4 * k, operandDescriptor(values + 16 * kROW_BYTES * k));
+        RegisterProduct<T>::run(o, p + 4 * k, descriptor + 16 * kROW_BYTES / 16 * k);
     }
 }
 
@@ -237,22 +239,8 @@ __device__ __forceinline__ void threadMaxima(float const* s, float (&maxima)[2])
     }
 }
 
-//! 2^x on the FMA units, x up to 127, relative error 7.5e-5 (fp16 rounds to 2.4e-4 at best): 2^n 2^f with n the nearest
-//! integer, and a minimax polynomial for 2^f, -0.5 <= f <= 0.5.
-__device__ __forceinline__ float exp2Polynomial(float x)
-{
-    constexpr float kROUNDER = 12582912.0F; // 1.5 * 2^23: the sum's last bit is worth 1
-    float const clamped = fmaxf(x, -126.0F);
-    float const rounded = clamped + kROUNDER;
-    float const f = clamped - (rounded - kROUNDER);
-    float p = fmaf(f, 0.05517167F, 0.24261113F);
-    p = fmaf(f, p, 0.69326097F);
-    p = fmaf(f, p, 0.99992806F);
-    return __int_as_float(__float_as_int(p) + (__float_as_int(rounded) << 23));
-}
-
 //! s = 2^(scale (s - maximum)), and the thread's part of the rows' sums.
-template <int N, int kPOLYNOMIAL>
+template <int N>
 __device__ __forceinline__ void exponentials(float* s, float scale, float const (&maxima)[2], float (&sums)[2])
 {
     float const offsets[2] = {-maxima[0] * scale, -maxima[1] * scale};
@@ -260,8 +248,7 @@ __device__ __forceinline__ void exponentials(float* s, float scale, float const 
     for (int i = 0; i < N / 2; ++i)
     {
         int const h = i / 2 % 2;
-        float const x = fmaf(s[i], scale, offsets[h]);
-        s[i] = i % 8 < kPOLYNOMIAL ? exp2Polynomial(x) : exp2Approx(x);
+        s[i] = exp2Approx(fmaf(s[i], scale, offsets[h]));
         sums[h] += s[i];
     }
 }
@@ -324,15 +311,71 @@ __device__ __forceinline__ void store(Arguments const& arguments, float const* o
     }
 }
 
+//! The groups' turns at starting products. Left to themselves the groups run in step: their products share the tensor
+//! cores, finish together, and then all of them are in softmax while the tensor cores idle. In turn, one group's products
+//! run beside another's softmax. A tile takes one turn a key tile; barrier 1 + g is group g's.
+template <typename V>
+class Turns
+{
+public:
+    //! Not in turn: a block of less than one round, where some groups have no tile; and where a group may wait for a slot
+    //! that another leaves only after a later turn of its own: streamed keys and values, and scores ahead without two
+    //! slots to spare.
+    __device__ __forceinline__ Turns(Arguments const& arguments, int group, int blockTiles)
+        : mOrdered(V::kORDERED && 2 * arguments.keyTiles + (V::kAHEAD ? 2 : 0) <= V::kSLOTS && blockTiles >= V::kGROUPS)
+        , mGroup(group)
+    {
+        if (group == V::kGROUPS - 1)
+        {
+            pass();
+        }
+    }
+
+    __device__ __forceinline__ void take() const
+    {
+        if (mOrdered)
+        {
+            asm volatile("bar.sync %0, 256;" ::"r"(1 + mGroup) : "memory");
+        }
+    }
+
+    __device__ __forceinline__ void pass() const
+    {
+        if (mOrdered)
+        {
+            asm volatile("bar.arrive %0, 256;" ::"r"(1 + (mGroup + 1) % V::kGROUPS) : "memory");
+        }
+    }
+
+    //! After a group's last tile: a group that had one less than others lets its turns go by.
+    __device__ __forceinline__ void finish(int blockTiles, int keyTiles) const
+    {
+        int const rounds = (blockTiles + V::kGROUPS - 1) / V::kGROUPS;
+        if ((rounds - 1) * V::kGROUPS + mGroup >= blockTiles)
+        {
+            for (int i = 0; i < keyTiles; ++i)
+            {
+                take();
+                pass();
+            }
+        }
+        if (mGroup == 0)
+        {
+            take(); // the turn that the constructor gave
+        }
+    }
+
+private:
+    bool mOrdered;
+    int mGroup;
+};
+
 //! One warpgroup: every kGROUPS-th query tile of the block.
 template <typename T, typename V>
 __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> shared, int group)
 {
     constexpr int kKEYS = V::kKEYS;
     constexpr int kTAIL = V::kTAIL;
-    // A row's reference may lag this far (in log2) behind its maximum before o is rescaled: 2^8 is exact enough in
-    // either type, and most tiles need no rescaling at all.
-    constexpr float kLAG = 8.0F;
 
     int const blockBegin = blockIdx.x * arguments.tilesPerBlock;
     int const blockEnd = min(blockBegin + arguments.tilesPerBlock, arguments.tiles);
@@ -351,6 +394,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
         }
     };
 
+    Turns<V> const turns(arguments, group, blockEnd - blockBegin);
     float s[kKEYS / 2]; // scores, then exponentials, of one key tile
     uint32_t p[kKEYS / 4]; // the exponentials as the first operand of the second product
     float o[kHEAD_DIM / 2];
@@ -402,7 +446,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                 threadMaxima<kKEYS>(s, maxima);
                 maxima[0] = groupMax<4>(maxima[0]);
                 maxima[1] = groupMax<4>(maxima[1]);
-                exponentials<kKEYS, V::kPOLYNOMIAL>(s, scale, maxima, sums);
+                exponentials<kKEYS>(s, scale, maxima, sums);
             }
             pack<T, kKEYS>(p, s);
 #pragma unroll
@@ -419,11 +463,13 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                 int const load = passLoad + 2 * j;
                 waitFull(load);
                 waitFull(load - 1);
+                turns.take();
                 wgmmaFence();
                 multiplyScores<T, N>(s, shared.query(mine), shared.slot(load));
                 wgmmaCommit();
                 multiplyValues<T, kKEYS>(o, p, shared.slot(load - 1));
                 wgmmaCommit();
+                turns.pass();
 
                 wgmmaWait<1>();
                 wgmmaResult(s);
@@ -443,8 +489,8 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                     }
                     float tops[2];
                     threadMaxima<N>(s, tops);
-                    bool const lags = fmaxf(tops[0] - maxima[0], tops[1] - maxima[1]) * scale > kLAG;
-                    rescale = __any_sync(kFULL_WARP, lags);
+                    // Exact maxima: a row's largest probability is then 1, which rounding leaves as it is.
+                    rescale = __any_sync(kFULL_WARP, tops[0] > maxima[0] || tops[1] > maxima[1]);
                     if (rescale)
                     {
 #pragma unroll
@@ -456,7 +502,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                             maxima[h] = maximum;
                         }
                     }
-                    exponentials<N, V::kPOLYNOMIAL>(s, scale, maxima, sums);
+                    exponentials<N>(s, scale, maxima, sums);
                 }
 
                 // The wait stands in both branches: in one line with the exponentials, ptxas moves it above them, and
@@ -490,11 +536,18 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
 
             int const lastLoad = passLoad + 2 * keyTiles - 1;
             waitFull(lastLoad);
+            int const next = mine + V::kGROUPS;
+            if (!last)
+            {
+                barrierWait(shared.queryFull(next), Shared<V>::queryPhase(next));
+            }
+            turns.take();
             wgmmaFence();
             multiplyValues<T, kTAIL>(o, p, shared.slot(lastLoad));
             wgmmaCommit();
             if (last)
             {
+                turns.pass();
                 wgmmaWait<0>();
                 wgmmaResult(o);
                 release(true, shared.slotEmpty(lastLoad));
@@ -502,11 +555,10 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
             }
             else // the next tile's first scores run while this one's output is written
             {
-                int const next = mine + V::kGROUPS;
-                barrierWait(shared.queryFull(next), Shared<V>::queryPhase(next));
                 wgmmaFence();
                 multiplyScores<T, kKEYS>(s, shared.query(next), shared.slot(passLoad));
                 wgmmaCommit();
+                turns.pass();
                 wgmmaWait<1>();
                 wgmmaResult(o);
                 store<T>(arguments, o, sums, blockBegin + mine);
@@ -515,6 +567,234 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
             }
         }
     }
+    turns.finish(blockEnd - blockBegin, keyTiles);
+}
+
+//! The same with scores one key tile ahead: while softmax works on one, the tensor cores compute the next and the product
+//! before. Needs a second set of scores in registers: two groups at most.
+template <typename T, typename V>
+__device__ __forceinline__ void consumeAhead(Arguments const& arguments, Shared<V> shared, int group)
+{
+    constexpr int kKEYS = V::kKEYS;
+    constexpr int kTAIL = V::kTAIL;
+    int const blockBegin = blockIdx.x * arguments.tilesPerBlock;
+    int const blockEnd = min(blockBegin + arguments.tilesPerBlock, arguments.tiles);
+    int const keyTiles = arguments.keyTiles;
+    int const tailColumns = arguments.sequenceLength - (keyTiles - 1) * kKEYS;
+    float const scale = arguments.scale;
+    bool const leader = threadIdx.x % kWARP_SIZE == 0;
+    int const warp = __shfl_sync(kFULL_WARP, static_cast<int>(threadIdx.x) % 128 / kWARP_SIZE, 0);
+
+    auto waitFull = [&](int load) { barrierWait(shared.slotFull(load), Shared<V>::slotPhase(load)); };
+    auto release = [&](bool condition, uint32_t empty)
+    {
+        if (condition && leader)
+        {
+            barrierArrive(empty);
+        }
+    };
+
+    Turns<V> const turns(arguments, group, blockEnd - blockBegin);
+    float even[kKEYS / 2]; // scores, then exponentials, of one key tile; which of the two alternates
+    float odd[kKEYS / 2];
+    uint32_t p[kKEYS / 4]; // the exponentials of the tile before, as the first operand of the second product
+    float o[kHEAD_DIM / 2];
+    float maxima[2];
+    float sums[2];
+    bool isOdd = false;
+
+    int passLoad = 0; // the pass's first load
+    int mine = group; // this group's next tile, counted from blockBegin
+    for (int begin = blockBegin, end; begin < blockEnd; begin = end, passLoad += 2 * keyTiles)
+    {
+        end = passEnd(arguments, begin, blockEnd, V::kGROUPS);
+        int const passTiles = end - blockBegin;
+        if (mine >= passTiles)
+        {
+            for (int load = passLoad; load < passLoad + 2 * keyTiles; ++load)
+            {
+                waitFull(load); // else the arrival could count for the slot's use before
+                release(true, shared.slotEmpty(load));
+            }
+            continue;
+        }
+
+        // The first scores of the pass have nothing to run beside.
+        barrierWait(shared.queryFull(mine), Shared<V>::queryPhase(mine));
+        waitFull(passLoad);
+        auto const firstScores = [&](auto& s)
+        {
+            wgmmaFence();
+            multiplyScores<T, kKEYS>(s, shared.query(mine), shared.slot(passLoad));
+            wgmmaCommit();
+            wgmmaWait<0>();
+            wgmmaResult(s);
+        };
+        if (isOdd)
+        {
+            firstScores(odd);
+        }
+        else
+        {
+            firstScores(even);
+        }
+        for (; mine < passTiles; mine += V::kGROUPS)
+        {
+            int const next = mine + V::kGROUPS;
+            bool const last = next >= passTiles;
+            release(last, shared.slotEmpty(passLoad));
+            // This warp's rows are all beyond the sequence: its part of the products is computed and dropped.
+            bool const idle = (blockBegin + mine) % arguments.queryTiles * kQUERIES + warp * 16
+                >= arguments.sequenceLength;
+            maxima[0] = maxima[1] = -CUDART_INF_F;
+            sums[0] = sums[1] = 0.0F;
+#pragma unroll
+            for (int i = 0; i < kHEAD_DIM / 2; ++i)
+            {
+                o[i] = 0.0F;
+            }
+
+            // Softmax of tile j, in `now`, beside values j - 1 and scores j + 1 (of the next query tile after the tail).
+            auto step = [&](int j, auto& now, auto& later, auto isTail, auto nextWidth)
+            {
+                constexpr bool kIS_TAIL = decltype(isTail)::value;
+                constexpr int N = kIS_TAIL ? kTAIL : kKEYS;
+                constexpr int kNEXT = decltype(nextWidth)::value; // columns of the scores to start, 0 for none
+                int const load = passLoad + 2 * j;
+                int const nextQuery = kIS_TAIL ? next : mine;
+                int const nextLoad = kIS_TAIL ? passLoad : load + 2;
+                if (j > 0)
+                {
+                    waitFull(load - 1);
+                }
+                if constexpr (kNEXT > 0)
+                {
+                    if constexpr (kIS_TAIL)
+                    {
+                        barrierWait(shared.queryFull(nextQuery), Shared<V>::queryPhase(nextQuery));
+                    }
+                    waitFull(nextLoad);
+                }
+                turns.take();
+                if constexpr (kNEXT > 0)
+                {
+                    wgmmaFence();
+                    multiplyScores<T, kNEXT>(later, shared.query(nextQuery), shared.slot(nextLoad));
+                    wgmmaCommit();
+                }
+                if (j > 0)
+                {
+                    wgmmaFence();
+                    multiplyValues<T, kKEYS>(o, p, shared.slot(load - 1));
+                    wgmmaCommit();
+                }
+                turns.pass();
+
+                bool rescale = false;
+                float factors[2];
+                if (!idle)
+                {
+                    if constexpr (kIS_TAIL)
+                    {
+                        mask<N>(now, tailColumns);
+                    }
+                    float tops[2];
+                    threadMaxima<N>(now, tops);
+                    // Exact maxima: a row's largest probability is then 1, which rounding leaves as it is.
+                    rescale = __any_sync(kFULL_WARP, tops[0] > maxima[0] || tops[1] > maxima[1]);
+                    if (rescale)
+                    {
+#pragma unroll
+                        for (int h = 0; h < 2; ++h)
+                        {
+                            float const maximum = fmaxf(maxima[h], groupMax<4>(tops[h]));
+                            factors[h] = exp2Approx((maxima[h] - maximum) * scale);
+                            sums[h] *= factors[h];
+                            maxima[h] = maximum;
+                        }
+                    }
+                    exponentials<N>(now, scale, maxima, sums);
+                }
+                // In both branches, for ptxas's sake: see consume().
+                if (rescale)
+                {
+                    wgmmaWait<0>();
+                    wgmmaResult(o);
+#pragma unroll
+                    for (int i = 0; i < kHEAD_DIM / 2; ++i)
+                    {
+                        o[i] *= factors[i / 2 % 2];
+                    }
+                }
+                else
+                {
+                    wgmmaWait<0>();
+                    wgmmaResult(o);
+                }
+                if constexpr (kNEXT > 0)
+                {
+                    wgmmaResult(later);
+                    if constexpr (!kIS_TAIL)
+                    {
+                        release(last, shared.slotEmpty(nextLoad));
+                    }
+                    if constexpr (kNEXT == kTAIL)
+                    {
+                        release(j + 2 == keyTiles, shared.queryEmpty(mine));
+                    }
+                }
+                if (j > 0)
+                {
+                    release(last, shared.slotEmpty(load - 1));
+                }
+                pack<T, N>(p, now);
+            };
+            using Full = std::integral_constant<int, kKEYS>;
+            using Tail = std::integral_constant<int, kTAIL>;
+            using None = std::integral_constant<int, 0>;
+            auto dispatch = [&](int j, auto& now, auto& later)
+            {
+                if (j + 2 < keyTiles)
+                {
+                    step(j, now, later, std::false_type{}, Full{});
+                }
+                else if (j + 2 == keyTiles)
+                {
+                    step(j, now, later, std::false_type{}, Tail{});
+                }
+                else if (last)
+                {
+                    step(j, now, later, std::true_type{}, None{});
+                }
+                else
+                {
+                    step(j, now, later, std::true_type{}, Full{});
+                }
+            };
+            for (int j = 0; j < keyTiles; ++j, isOdd = !isOdd)
+            {
+                if (isOdd)
+                {
+                    dispatch(j, odd, even);
+                }
+                else
+                {
+                    dispatch(j, even, odd);
+                }
+            }
+
+            int const lastLoad = passLoad + 2 * keyTiles - 1;
+            waitFull(lastLoad);
+            wgmmaFence();
+            multiplyValues<T, kTAIL>(o, p, shared.slot(lastLoad));
+            wgmmaCommit();
+            wgmmaWait<0>();
+            wgmmaResult(o);
+            release(last, shared.slotEmpty(lastLoad));
+            store<T>(arguments, o, sums, blockBegin + mine);
+        }
+    }
+    turns.finish(blockEnd - blockBegin, keyTiles);
 }
 
 template <typename T, typename V>
@@ -556,21 +836,16 @@ __global__ void __launch_bounds__(V::kTHREADS, 1) encoderAttentionKernel(__grid_
     else
     {
         growRegisters<V::kCONSUMER_REGISTERS>();
-        consume<T, V>(arguments, shared, group);
+        if constexpr (V::kAHEAD)
+        {
+            consumeAhead<T, V>(arguments, shared, group);
+        }
+        else
+        {
+            consume<T, V>(arguments, shared, group);
+        }
     }
 }
-
-//! The compiled variant: consumer groups, keys of a tile, keys of the last tile, slots, polynomial eighths.
-#ifndef TROCR_ATTENTION_SIZES
-#define TROCR_ATTENTION_SIZES 2, 128, 80, 12, 0
-#endif
-template <int kGROUPS, int kKEYS, int kTAIL, int kSLOTS, int kPOLYNOMIAL>
-struct Variants
-{
-    using ShortTail = Variant<kGROUPS, kKEYS, kTAIL, kSLOTS, kPOLYNOMIAL>;
-    using FullTail = Variant<kGROUPS, kKEYS, kKEYS, kSLOTS, kPOLYNOMIAL>;
-};
-using Chosen = Variants<TROCR_ATTENTION_SIZES>;
 
 //! The driver's cuTensorMapEncodeTiled, found without linking to the driver's library; null where there is none.
 PFN_cuTensorMapEncodeTiled_v12000 tensorMapEncoder()
@@ -610,17 +885,19 @@ cudaError_t makeMap(EncoderAttentionParams const& params, int rows, CUtensorMap&
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <typename T, typename V>
-cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, bool overlapPredecessor)
+//! A block's consumer groups work side by side: more than one round of theirs is filled up to a whole number of rounds.
+int tilesPerBlock(int tiles, int groups, int processors)
 {
-    int processors{};
-    cudaError_t status = deviceAttribute(cudaDevAttrMultiProcessorCount, processors);
+    int const even = ceilDiv(tiles, processors);
+    return even <= groups ? even : ceilDiv(even, groups) * groups;
+}
+
+template <typename T, typename V>
+cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int processors)
+{
     CUtensorMap queryMap{};
     CUtensorMap keyValueMap{};
-    if (status == cudaSuccess)
-    {
-        status = makeMap(params, kQUERIES, queryMap);
-    }
+    cudaError_t status = makeMap(params, kQUERIES, queryMap);
     if (status == cudaSuccess)
     {
         status = makeMap(params, V::kKEYS, keyValueMap);
@@ -642,12 +919,7 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, bool 
     arguments.queryTiles = ceilDiv(params.sequenceLength, kQUERIES);
     arguments.keyTiles = ceilDiv(params.sequenceLength, V::kKEYS);
     arguments.tiles = params.batch * params.numHeads * arguments.queryTiles;
-    // A block's consumer groups work side by side: more than one round is filled up to a whole number of rounds.
-    arguments.tilesPerBlock = ceilDiv(arguments.tiles, processors);
-    if (arguments.tilesPerBlock > V::kGROUPS)
-    {
-        arguments.tilesPerBlock = ceilDiv(arguments.tilesPerBlock, V::kGROUPS) * V::kGROUPS;
-    }
+    arguments.tilesPerBlock = tilesPerBlock(arguments.tiles, V::kGROUPS, processors);
     arguments.resident = 2 * arguments.keyTiles <= V::kSLOTS;
     arguments.scale = kLOG2_E / std::sqrt(static_cast<float>(kHEAD_DIM));
 
@@ -656,56 +928,83 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, bool 
     config.blockDim = V::kTHREADS;
     config.dynamicSmemBytes = V::kSHARED_BYTES;
     config.stream = stream;
+    // Programmatic dependent launch: barriers, maps and registers are set up while the predecessor ends. The producer
+    // waits for that end before it reads qkv, and a consumer writes only after it has read what the producer loaded.
+    // That the producer of every block waits also keeps the order transitive: this grid ends after its predecessor.
     cudaLaunchAttribute dependent{};
     dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     dependent.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &dependent;
-    config.numAttrs = overlapPredecessor ? 1 : 0;
+    config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, queryMap, keyValueMap, arguments);
 }
 
-template <typename T>
-cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, bool overlapPredecessor)
+template <typename T, int kGROUPS, int kSLOTS, bool kORDERED, bool kAHEAD>
+cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int processors)
 {
-    using Short = Chosen::ShortTail;
+    using Short = Variant<kGROUPS, 128, 80, kSLOTS, kORDERED, kAHEAD>; // 577 and 578 tokens: 4 x 128 + 65 or 66
+    using Full = Variant<kGROUPS, 128, 128, kSLOTS, kORDERED, false>; // ahead, its registers would spill
     int const tail = (params.sequenceLength - 1) % Short::kKEYS + 1;
     bool const isShort = params.sequenceLength > Short::kKEYS && tail <= Short::kTAIL;
-    return isShort ? run<T, Short>(params, stream, overlapPredecessor)
-                   : run<T, Chosen::FullTail>(params, stream, overlapPredecessor);
+    return isShort ? run<T, Short>(params, stream, processors) : run<T, Full>(params, stream, processors);
+}
+
+//! The path of the lower cost: rounds of the fullest block, at what a round takes. Measured on an H200 at 578 tokens
+//! (SM90.md): 6.8 us for a round of two query tiles, 9.3 us for one of three.
+EncoderAttentionPath choosePath(EncoderAttentionParams const& params, int processors)
+{
+    int const tiles = params.batch * params.numHeads * ceilDiv(params.sequenceLength, kQUERIES);
+    auto const cost = [&](int groups, double microseconds)
+    { return ceilDiv(tilesPerBlock(tiles, groups, processors), groups) * microseconds; };
+    return cost(3, 9.3) < cost(2, 6.8) ? EncoderAttentionPath::kHOPPER_3 : EncoderAttentionPath::kHOPPER_2;
+}
+
+template <typename T>
+cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
+{
+    int processors{};
+    cudaError_t const status = deviceAttribute(cudaDevAttrMultiProcessorCount, processors);
+    if (status != cudaSuccess)
+    {
+        return status;
+    }
+    bool const isForced
+        = params.path != EncoderAttentionPath::kAUTO && params.path != EncoderAttentionPath::kHOPPER;
+    switch (isForced ? params.path : choosePath(params, processors))
+    {
+    case EncoderAttentionPath::kHOPPER_2: return run<T, 2, 12, false, false>(params, stream, processors);
+    case EncoderAttentionPath::kHOPPER_3: return run<T, 3, 11, false, false>(params, stream, processors);
+    case EncoderAttentionPath::kHOPPER_2_ORDERED: return run<T, 2, 12, true, false>(params, stream, processors);
+    case EncoderAttentionPath::kHOPPER_3_ORDERED: return run<T, 3, 11, true, false>(params, stream, processors);
+    case EncoderAttentionPath::kHOPPER_2_AHEAD: return run<T, 2, 12, false, true>(params, stream, processors);
+    case EncoderAttentionPath::kHOPPER_2_AHEAD_ORDERED: return run<T, 2, 12, true, true>(params, stream, processors);
+    default: return cudaErrorInvalidValue;
+    }
 }
 
 } // namespace
 
 bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char const** reason)
 {
-    if (params.dataType != DataType::kHALF && params.dataType != DataType::kBF16)
+    if (params.dataType == DataType::kFLOAT)
     {
-        return refuse(reason, "encoder attention on sm_90: only fp16 and bf16");
+        return refuse(reason, "the Hopper path takes float16 and bfloat16 only");
     }
     if (params.headDim != kHEAD_DIM)
     {
-        return refuse(reason, "encoder attention on sm_90: the head size must be 64");
-    }
-    if (params.batch < 1 || params.sequenceLength < 1 || params.numHeads < 1)
-    {
-        return refuse(reason, "encoder attention on sm_90: sizes must be positive");
+        return refuse(reason, "the Hopper path takes head size 64 only");
     }
     int64_t const rows = static_cast<int64_t>(params.sequenceLength) + kQUERIES;
-    if (params.batch > 65535 || params.numHeads > 65535
-        || rows * params.batch * params.numHeads > std::numeric_limits<int32_t>::max())
+    if (rows * params.batch * params.numHeads > std::numeric_limits<int32_t>::max())
     {
-        return refuse(reason, "encoder attention on sm_90: batch * heads * sequence length must be below 2^31");
+        return refuse(reason, "the Hopper path takes batch * heads * sequence length below 2^31 only");
     }
     return true;
 }
 
-cudaError_t encoderAttentionSm90(EncoderAttentionParams const& params, cudaStream_t stream, bool overlapPredecessor)
+cudaError_t encoderAttentionSm90(EncoderAttentionParams const& params, cudaStream_t stream)
 {
-    if (!canImplementEncoderAttentionSm90(params) || !areAligned(16, params.qkv, params.context))
-    {
-        return cudaErrorInvalidValue;
-    }
-    return params.dataType == DataType::kHALF ? run<__half>(params, stream, overlapPredecessor)
-                                              : run<__nv_bfloat16>(params, stream, overlapPredecessor);
+    return params.dataType == DataType::kHALF ? run<__half>(params, stream) : run<__nv_bfloat16>(params, stream);
 }
+
 } // namespace trocr

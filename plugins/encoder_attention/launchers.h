@@ -4,8 +4,7 @@
 
 #include "encoder_attention/kernel.h"
 
-//! The implementations encoderAttention() chooses from, one file an element type and head size. A further one (wgmma on
-//! Hopper, say) is declared here and chosen in kernel.cu.
+//! The implementations encoderAttention() chooses from, one file an element type and head size.
 
 namespace trocr
 {
@@ -17,5 +16,11 @@ cudaError_t encoderAttentionMma(EncoderAttentionParams const& params, cudaStream
 //! On float32 units, without rounding to TF32.
 template <int kHEAD_DIM>
 cudaError_t encoderAttentionFloat(EncoderAttentionParams const& params, cudaStream_t stream);
+
+//! Whether encoderAttentionSm90 takes what canImplementEncoderAttention does: float16 or bfloat16 and head size 64.
+bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char const** reason = nullptr);
+
+//! With wgmma and TMA; compute capability 9.0 only, which the caller has checked.
+cudaError_t encoderAttentionSm90(EncoderAttentionParams const& params, cudaStream_t stream);
 
 } // namespace trocr

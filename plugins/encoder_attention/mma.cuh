@@ -217,15 +217,14 @@ struct WarpState
         }
     }
 
-    //! Lets `maximum` follow the scores. Any reference within 2^8 of the true maximum serves: probabilities up to 256
-    //! lose nothing in float16 or float32, and are divided by their sum at the end. So the context is rescaled only
-    //! when a maximum rises by more than that, which after the first tile is rare.
+    //! Lets `maximum` follow the scores. It is exact: a row's largest probability is then 1, which rounding to T leaves
+    //! as it is. A reference that lags behind would save most of the rescaling, but round the largest probability too,
+    //! which where that one weighs most is three times the error. Where no row of the warp rises, nothing is rescaled.
     template <int kTILES>
     __device__ __forceinline__ void raiseMaximum(float const (&scores)[kROW_TILES][kTILES][4], float scale)
     {
-        constexpr float kSLACK = 8.0F;
         float raised[kROW_TILES][2];
-        bool beyond = false;
+        bool rises = false;
 #pragma unroll
         for (int m = 0; m < kROW_TILES; ++m)
         {
@@ -239,10 +238,10 @@ struct WarpState
                     highest = fmaxf(highest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
                 }
                 raised[m][half] = fmaxf(maximum[m][half], groupMax<4>(highest));
-                beyond |= (raised[m][half] - maximum[m][half]) * scale > kSLACK;
+                rises |= raised[m][half] > maximum[m][half];
             }
         }
-        if (!__any_sync(kFULL_WARP, beyond))
+        if (!__any_sync(kFULL_WARP, rises))
         {
             return;
         }

@@ -102,24 +102,9 @@ struct RegisterProduct;
 #define TROCR_PRODUCTS(T, TYPES)                                                                                       \
     TROCR_SHARED_PRODUCT(T, TYPES, 80, TROCR_P10() "," TROCR_P10(1) "," TROCR_P10(2) "," TROCR_P10(3), "%40", "%41",   \
         TROCR_OUT16(0), TROCR_OUT16(16), TROCR_OUT4(32), TROCR_OUT4(36))                                               \
-    TROCR_SHARED_PRODUCT(T, TYPES, 112, TROCR_P10() "," TROCR_P10(1) "," TROCR_P10(2) "," TROCR_P10(3) ","             \
-        TROCR_P10(4) "," TROCR_P6(5), "%56", "%57",                                                                    \
-        TROCR_OUT16(0), TROCR_OUT16(16), TROCR_OUT16(32), TROCR_OUT4(48), TROCR_OUT4(52))                              \
     TROCR_SHARED_PRODUCT(T, TYPES, 128, TROCR_P10() "," TROCR_P10(1) "," TROCR_P10(2) "," TROCR_P10(3) ","             \
         TROCR_P10(4) "," TROCR_P10(5) "," TROCR_P4(6), "%64", "%65",                                                   \
         TROCR_OUT16(0), TROCR_OUT16(16), TROCR_OUT16(32), TROCR_OUT16(48))                                             \
-    TROCR_SHARED_PRODUCT(T, TYPES, 160, TROCR_P10() "," TROCR_P10(1) "," TROCR_P10(2) "," TROCR_P10(3) ","             \
-        TROCR_P10(4) "," TROCR_P10(5) "," TROCR_P10(6) "," TROCR_P10(7), "%80", "%81",                                 \
-        TROCR_OUT16(0), TROCR_OUT16(16), TROCR_OUT16(32), TROCR_OUT16(48), TROCR_OUT16(64))                            \
-    TROCR_SHARED_PRODUCT(T, TYPES, 176, TROCR_P10() "," TROCR_P10(1) "," TROCR_P10(2) "," TROCR_P10(3) ","             \
-        TROCR_P10(4) "," TROCR_P10(5) "," TROCR_P10(6) "," TROCR_P10(7) "," TROCR_P8(8), "%88", "%89",                 \
-        TROCR_OUT16(0), TROCR_OUT16(16), TROCR_OUT16(32), TROCR_OUT16(48), TROCR_OUT16(64), TROCR_OUT4(80),            \
-        TROCR_OUT4(84))                                                                                                \
-    TROCR_SHARED_PRODUCT(T, TYPES, 208, TROCR_P10() "," TROCR_P10(1) "," TROCR_P10(2) "," TROCR_P10(3) ","             \
-        TROCR_P10(4) "," TROCR_P10(5) "," TROCR_P10(6) "," TROCR_P10(7) "," TROCR_P10(8) "," TROCR_P10(9) ","          \
-        TROCR_P4(10), "%104", "%105",                                                                                  \
-        TROCR_OUT16(0), TROCR_OUT16(16), TROCR_OUT16(32), TROCR_OUT16(48), TROCR_OUT16(64), TROCR_OUT16(80),           \
-        TROCR_OUT4(96), TROCR_OUT4(100))                                                                               \
     TROCR_REGISTER_PRODUCT(T, TYPES)
 TROCR_PRODUCTS(__half, "f16.f16")
 TROCR_PRODUCTS(__nv_bfloat16, "bf16.bf16")
