@@ -16,6 +16,7 @@ import argparse
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import shlex
 import sys
@@ -423,7 +424,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Build the ONNX graphs and TensorRT engines of a TrOCR checkpoint."
     )
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id (default: %(default)s)"
+        "--model",
+        action="append",
+        help=f"checkpoint folder or hub id (default: {DEFAULT_MODEL}); several --model are built in turn, "
+        "and TensorRT's minute of start-up is paid once",
     )
     parser.add_argument(
         "--plugins",
@@ -444,15 +448,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--onnx-only", action="store_true", help="stop after the fused ONNX")
     parser.add_argument("--force", action="store_true", help="build even if up to date")
     options = parser.parse_args(arguments)
+    models = options.model or [DEFAULT_MODEL]
     plugins = options.plugins or ["fused"]
-    if options.out and len(plugins) > 1:
-        parser.error("--out names one folder, --plugins asks for several: leave out --out")
+    if options.out and len(models) * len(plugins) > 1:
+        parser.error("--out names one folder, --model and --plugins ask for several: leave out --out")
 
     status = 0
-    for names in plugins:
+    for model, names in itertools.product(models, plugins):
         try:
             build(
-                options.model,
+                model,
                 names,
                 options.precision,
                 options.batch,

@@ -60,9 +60,9 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     python = [sys.executable]
     stock, fused = (default_folder(str(folder), plugins, PRECISION) for plugins in ("none", "fused"))
 
-    def bench(part: str, variants: str, batches: str = BATCHES) -> list[str]:
-        command = [*python, "-m", "runtime.bench", part, "--model", name, "--batch", batches]
-        return [*command, "--variants", variants, "--json", str(scratch / f"{part}.json")]
+    def bench(file: str, parts: Sequence[str], variants: str, batches: str = BATCHES) -> list[str]:
+        command = [*python, "-m", "runtime.bench", *parts, "--model", name, "--batch", batches]
+        return [*command, "--variants", variants, "--json", str(scratch / file)]
 
     engines = [*python, "build.py", "--model", str(folder), "--plugins", "none", "--plugins", "fused"]
     engines += ["--precision", PRECISION, "--batch", PROFILE]
@@ -70,16 +70,16 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     accuracy += ["--json", str(out / "accuracy.json")]
     kernels = [*python, "-m", "profiling.kernels", "--out", str(out / "kernels.json")]
     build = "CMAKE_GENERATOR=Ninja cmake -S . -B build && cmake --build build --parallel"
+    parts = ("encoder", "decoder", "end_to_end")
     return [
         Stage("plugins", ["bash", "-c", build], 30),
         Stage("engines", engines, 30),
         # Random weights read nothing.
         *([Stage("accuracy", accuracy, 20)] if folder == BUNDLED else []),
-        Stage("bench encoder", bench("encoder", "stock,fused,torch,compile"), 30),
-        Stage("bench decoder", bench("decoder", "stock,fused,torch"), 30),
-        Stage("bench end to end", bench("end_to_end", "stock,fused,torch"), 30),
-        Stage("GPU tests", [*python, "-m", "pytest", "-m", "gpu", "-q"], 60),
-        Stage("bench page", bench("page", "stock,fused", "1,16,64"), 30),
+        Stage("bench", bench("bench.json", parts, "stock,fused,torch"), 30),
+        Stage("tests", [*python, "-m", "pytest", "-m", "gpu", "-q"], 60),
+        Stage("page", bench("page.json", ("page",), "stock,fused", "1,16,64"), 30),
+        Stage("compile", bench("compile.json", ("encoder",), "compile"), 30),
         Stage("kernels", kernels, 30),
     ]
 
@@ -118,10 +118,10 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def collect(scratch: Path, out: Path) -> None:
-    """Put the benches' records into one bench.json."""
-    files = sorted(scratch.glob("*.json"), key=lambda file: records.PARTS.index(file.stem))
-    if files:
-        records.write([record for file in files for record in records.read(file)], out / "bench.json")
+    """Put the benches' records into one bench.json, part by part."""
+    found = [record for file in sorted(scratch.glob("*.json")) for record in records.read(file)]
+    if found:
+        records.write(sorted(found, key=lambda record: records.PARTS.index(record.part)), out / "bench.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,6 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
     parser.add_argument("--out", type=Path, help="default: results/<gpu>; a folder a model is made in it")
     parser.add_argument("--budget-minutes", type=float, default=10, help="default: %(default)s")
+    parser.add_argument(
+        "--stages", type=lambda text: text.split(","), help="only these, with commas (default: all)"
+    )
     options = parser.parse_args(arguments)
 
     deadline = time.monotonic() + 60 * options.budget_minutes
@@ -152,7 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scratch = Path("build") / "gpu-check"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    outcomes = [run_stage(stage, deadline) for stage in stages(folder, options.model, scratch, out)]
+    plan = stages(folder, options.model, scratch, out)
+    if unknown := set(options.stages or ()) - {stage.name for stage in plan}:
+        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in plan)}")
+    outcomes = [
+        run_stage(stage, deadline) for stage in plan if not options.stages or stage.name in options.stages
+    ]
     collect(scratch, out)
     here = records.environment(
         shlex.join(["python", "-m", "profiling.gpu_check", *(arguments or sys.argv[1:])])

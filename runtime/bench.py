@@ -58,7 +58,7 @@ DEFAULT_PRECISION = "fp16" if ON_GPU else "fp32"
 PAGE_LINES = 64 if ON_GPU else 8
 REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
 WARMUPS = 3
-MIN_REPEATS, MAX_REPEATS, SECONDS = 10, 200, 1.0  # of one measurement
+MIN_REPEATS, MAX_REPEATS, SECONDS = 10, 100, 0.5  # of one measurement
 
 
 class Unavailable(Exception):
@@ -78,9 +78,8 @@ class Case:
 class Measurement:
     """Times of one batch, in milliseconds, and what was computed.
 
-    output: of the encoder float [B, S, D]; of the decoder and end to end the token ids [B, tokens]; of a
-    page the
-        number of tokens of every line.
+    output: of the encoder float [B, S, D]; of the decoder and end to end the token ids [B, tokens]; of a page
+        the number of tokens of every line.
     """
 
     times_ms: list[float]
@@ -90,8 +89,8 @@ class Measurement:
 def encoder_flops(spec: EncoderSpec) -> float:
     """Floating-point operations of one image in the encoder's products, two a multiply-add.
 
-    A layer of width d over S tokens takes 8 S d^2 (query, key, value, output), 4 S^2 d (attention) and 4 S
-    d f (feed-forward of width f); the patches take 2 N (3 p^2) d.
+    A layer of width d over S tokens takes 8 S d^2 (query, key, value, output), 4 S^2 d (attention) and
+    4 S d f (feed-forward of width f); the patches take 2 N (3 p^2) d.
     """
     tokens, width = spec.num_tokens, spec.hidden_size
     layer = 8 * tokens * width**2 + 4 * tokens**2 * width + 4 * tokens * width * spec.intermediate_size
@@ -326,9 +325,15 @@ def _measure_page(recognizer: Recognizer, lines: Sequence[Path]) -> Measurement:
 
 @torch.inference_mode()
 def run(
-    cases: Sequence[Case], variants: Sequence[str], folder: Path, precision: str, engines: Path, command: str
+    cases: Sequence[Case],
+    variants: Sequence[str],
+    folder: Path,
+    precision: str,
+    engines: Path,
+    command: str,
+    json: Path | None = None,
 ) -> tuple[list[Record], list[str]]:
-    """Measure every case with every variant.
+    """Measure every case with every variant; the file `json` is written anew after each variant.
 
     Returns:
         The records, and a line for every measurement that could not be made, with the reason.
@@ -360,6 +365,8 @@ def run(
                 bar.update()
             del variant
             torch.cuda.empty_cache()
+            if json:
+                write(records, json)
     return records, skipped
 
 
@@ -429,7 +436,9 @@ def _variants(text: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time the parts of recognition, variant against variant.")
-    parser.add_argument("part", nargs="?", choices=(*PARTS, "all"), default="end_to_end")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, all (default: end_to_end)"
+    )
     parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
     parser.add_argument("--batch", type=_numbers, default=DEFAULT_BATCHES, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=20, help="decode steps a line (default: %(default)s)")
@@ -439,7 +448,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the records to this file")
     options = parser.parse_args(arguments)
 
-    parts = PARTS if options.part == "all" else (options.part,)
+    parts = options.parts or ["end_to_end"]
+    if unknown := set(parts) - {*PARTS, "all"}:
+        parser.error(f"no part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}, all")
+    parts = PARTS if "all" in parts else parts
     cases = [
         Case(part, batch, options.tokens if part in ("decoder", "end_to_end") else None)
         for part in parts
@@ -450,12 +462,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         folder = find_model(options.model)
-        records, skipped = run(cases, options.variants, folder, options.precision, options.engines, command)
+        records, skipped = run(
+            cases, options.variants, folder, options.precision, options.engines, command, options.json
+        )
     except (BackendError, BuildError, CheckpointError, GenerationError, SurgeryError, TensorRTError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        write(records, options.json)
     print(_table(records))
     for line in skipped:
         print(f"not measured: {line}")
