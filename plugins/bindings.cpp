@@ -1,17 +1,22 @@
 // Python module `trocr_kernels`: the kernels on raw device pointers, without TensorRT.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bias_activation/kernel.h"
 #include "cross_attention/kernel.h"
 #include "decoder_self_attention/kernel.h"
 #include "encoder_attention/kernel.h"
+#include "greedy_decode/kernel.h"
 #include "residual_layernorm/kernel.h"
 
 namespace py = pybind11;
@@ -171,6 +176,99 @@ void bindBiasActivation(uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows, 
         {{"x", x, size}, {"bias", bias, size}, {"y", y, size}}, stream);
 }
 
+void check(std::string const& op, cudaError_t status)
+{
+    if (status != cudaSuccess)
+    {
+        throw std::runtime_error(op + " failed: " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+    }
+}
+
+std::string const kGREEDY = "greedy_decode";
+
+GreedyDecoderShape greedyShape(int32_t dModel, int32_t numLayers, int32_t numHeads, int32_t ffnDim, int32_t vocabSize,
+    int32_t sequenceLength, std::string const& activation, bool layernormEmbedding, float embedScale,
+    std::string const& dtype)
+{
+    return {dModel, numLayers, numHeads, dModel / std::max(1, numHeads), ffnDim, vocabSize, sequenceLength,
+        parseActivation(kGREEDY, activation), layernormEmbedding, embedScale, parseDataType(kGREEDY, dtype)};
+}
+
+void requireGreedy(GreedyDecodeParams const& params)
+{
+    char const* reason = nullptr;
+    if (!canImplementGreedyDecode(params, &reason))
+    {
+        fail(kGREEDY, reason);
+    }
+}
+
+std::tuple<int32_t, int32_t> bindPlanGreedyDecode(int32_t dModel, int32_t numLayers, int32_t numHeads, int32_t ffnDim,
+    int32_t vocabSize, int32_t sequenceLength, std::string const& activation, bool layernormEmbedding, float embedScale,
+    std::string const& dtype)
+{
+    GreedyDecodePlan plan{};
+    check(kGREEDY, planGreedyDecode(greedyShape(dModel, numLayers, numHeads, ffnDim, vocabSize, sequenceLength,
+                                        activation, layernormEmbedding, embedScale, dtype),
+                       plan));
+    return {plan.blocks, plan.teamBlocks};
+}
+
+std::tuple<size_t, size_t, size_t> bindGreedyDecodeSizes(int32_t dModel, int32_t numLayers, int32_t numHeads,
+    int32_t ffnDim, int32_t vocabSize, int32_t sequenceLength, std::string const& activation, bool layernormEmbedding,
+    float embedScale, std::string const& dtype, int32_t blocks, int32_t teamBlocks, int32_t batch, int32_t maxSteps)
+{
+    GreedyDecodeParams params{};
+    params.shape = greedyShape(dModel, numLayers, numHeads, ffnDim, vocabSize, sequenceLength, activation,
+        layernormEmbedding, embedScale, dtype);
+    params.plan = {blocks, teamBlocks};
+    params.batch = batch;
+    params.maxSteps = maxSteps;
+    requireGreedy(params);
+    return {greedyDecodeWorkspace(params), greedyLayerBytes(params.shape, params.plan),
+        greedyHeadBytes(params.shape, params.plan)};
+}
+
+void bindGreedyDecode(int32_t dModel, int32_t numLayers, int32_t numHeads, int32_t ffnDim, int32_t vocabSize,
+    int32_t sequenceLength, std::string const& activation, bool layernormEmbedding, float embedScale,
+    std::string const& dtype, int32_t blocks, int32_t teamBlocks, int32_t batch, int32_t maxSteps,
+    uintptr_t layerWeights, uintptr_t headWeights, uintptr_t norms, uintptr_t embedding, uintptr_t positions,
+    std::vector<uintptr_t> const& crossKeys, std::vector<uintptr_t> const& crossValues, int32_t startId, int32_t padId,
+    std::vector<int32_t> const& endIds, uintptr_t tokenIds, uintptr_t logProbs, uintptr_t steps, uintptr_t workspace,
+    uintptr_t stream)
+{
+    GreedyDecodeParams params{};
+    params.shape = greedyShape(dModel, numLayers, numHeads, ffnDim, vocabSize, sequenceLength, activation,
+        layernormEmbedding, embedScale, dtype);
+    params.plan = {blocks, teamBlocks};
+    params.layerWeights = input(layerWeights);
+    params.headWeights = input(headWeights);
+    params.norms = input(norms);
+    params.embedding = input(embedding);
+    params.positions = input(positions);
+    params.batch = batch;
+    params.maxSteps = maxSteps;
+    params.startId = startId;
+    params.padId = padId;
+    params.numEndIds = static_cast<int32_t>(endIds.size());
+    requireGreedy(params);
+    std::copy(endIds.begin(), endIds.end(), params.endIds);
+    if (crossKeys.size() != static_cast<size_t>(numLayers) || crossValues.size() != crossKeys.size())
+    {
+        fail(kGREEDY, "there is not one cross-attention key and value a layer");
+    }
+    for (int32_t layer = 0; layer < numLayers; ++layer)
+    {
+        params.crossKeys[layer] = input(crossKeys[layer]);
+        params.crossValues[layer] = input(crossValues[layer]);
+    }
+    params.tokenIds = static_cast<int32_t*>(output(tokenIds));
+    params.logProbs = static_cast<float*>(output(logProbs));
+    params.steps = static_cast<int32_t*>(output(steps));
+    params.workspace = output(workspace);
+    check(kGREEDY, greedyDecode(params, reinterpret_cast<cudaStream_t>(stream)));
+}
+
 } // namespace
 
 PYBIND11_MODULE(trocr_kernels, module)
@@ -201,6 +299,23 @@ PYBIND11_MODULE(trocr_kernels, module)
     module.def("bias_activation", bindBiasActivation, "x"_a, "bias"_a, "y"_a, py::kw_only(), "rows"_a, "width"_a,
         "activation"_a, "dtype"_a, "stream"_a = 0,
         "y [R, N] = activation(x [R, N] + bias [N]); activation 'gelu' (exact, erf) or 'relu'.");
+
+    module.def("plan_greedy_decode", bindPlanGreedyDecode, py::kw_only(), "d_model"_a, "num_layers"_a, "num_heads"_a,
+        "ffn_dim"_a, "vocab_size"_a, "sequence_length"_a, "activation"_a, "layernorm_embedding"_a, "embed_scale"_a,
+        "dtype"_a, "(blocks, team_blocks) for the current device; the packed weights follow it.");
+
+    module.def("greedy_decode_sizes", bindGreedyDecodeSizes, py::kw_only(), "d_model"_a, "num_layers"_a, "num_heads"_a,
+        "ffn_dim"_a, "vocab_size"_a, "sequence_length"_a, "activation"_a, "layernorm_embedding"_a, "embed_scale"_a,
+        "dtype"_a, "blocks"_a, "team_blocks"_a, "batch"_a, "max_steps"_a,
+        "Bytes of the workspace, of a block's layer weights and of its head weights.");
+
+    module.def("greedy_decode", bindGreedyDecode, py::kw_only(), "d_model"_a, "num_layers"_a, "num_heads"_a, "ffn_dim"_a,
+        "vocab_size"_a, "sequence_length"_a, "activation"_a, "layernorm_embedding"_a, "embed_scale"_a, "dtype"_a,
+        "blocks"_a, "team_blocks"_a, "batch"_a, "max_steps"_a, "layer_weights"_a, "head_weights"_a, "norms"_a,
+        "embedding"_a, "positions"_a, "cross_keys"_a, "cross_values"_a, "start_id"_a, "pad_id"_a, "end_ids"_a,
+        "token_ids"_a, "log_probs"_a, "steps"_a, "workspace"_a, "stream"_a = 0,
+        "Greedy search for a whole batch in one launch: token_ids int32 [B, max_steps + 1], log_probs float32 "
+        "[B, max_steps], steps int32 [1]. runtime/greedy_weights.py packs the weights and holds the buffers.");
 }
 
 } // namespace trocr
