@@ -108,7 +108,7 @@ def pack_decoder(decoder: nn.Module, shape: GreedyShape, plan: GreedyPlan) -> Gr
         head_weights=_pack(head, torch.zeros_like(head[:, 0]), _even_rows(shape.vocab_size, plan.blocks)),
         norms=torch.stack([torch.stack([norm.weight, norm.bias]) for norm in norms]).detach().contiguous(),
         embedding=model.embed_tokens.weight.detach().contiguous(),
-        positions=_position_table(model.embed_positions).to(head).contiguous(),
+        positions=position_table(model.embed_positions).to(head).contiguous(),
     )
 
 
@@ -147,7 +147,7 @@ def _pack(weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
     return packed.view(blocks, -1)
 
 
-def _position_table(positions: nn.Module) -> Tensor:
+def position_table(positions: nn.Module) -> Tensor:
     """Row p: the position embedding of the token after p tokens. Hugging Face has unused rows before it."""
     if isinstance(positions, nn.Embedding):
         return positions.weight.detach()[positions.offset :]
