@@ -256,16 +256,19 @@ private:
         for (bool more = true; more;)
         {
             uint8_t const* source = layers;
-            for (int layer = 0; more && mRows > 0 && layer < mShape.numLayers; ++layer)
+            int const products = mRows > 0 ? mShape.numLayers * kPHASES : 0;
+#pragma unroll 1
+            for (int product = 0; more && product <= products; ++product)
             {
-                more = copy(mShares.qkv, source, issued) && copy(mShares.selfOutput, source, issued)
-                    && copy(mShares.query, source, issued) && copy(mShares.crossOutput, source, issued)
-                    && copy(mShares.fc1, source, issued) && copy(mShares.fc2, source, issued);
+                if (product == products)
+                {
+                    source = head;
+                }
+                more = copy(product == products ? mShares.head : shareOf(product % kPHASES), source, issued);
             }
-            source = head;
-            more = more && copy(mShares.head, source, issued);
         }
         // A block must not end while copies into its memory are under way.
+#pragma unroll 1
         for (int i = max(0, issued - kSTAGES); i < issued; ++i)
         {
             sm90::barrierWait(mReader.full + i % kSTAGES * 8, i / kSTAGES & 1);
@@ -276,6 +279,7 @@ private:
     __device__ __forceinline__ bool copy(Share const& share, uint8_t const*& source, int& issued)
     {
         int const stages = share.stages();
+#pragma unroll 1
         for (int i = 0; i < stages; ++i)
         {
             int const stage = issued % kSTAGES;
@@ -299,6 +303,7 @@ private:
     __device__ __forceinline__ void skip(Share const& share)
     {
         int const stages = share.stages();
+#pragma unroll 1
         for (int i = 0; i < stages; ++i)
         {
             mReader.wait();
@@ -382,14 +387,10 @@ private:
             }
             else if (mRows > 0)
             {
-                for (int layer = 0; layer < mShape.numLayers; ++layer)
+#pragma unroll 1
+                for (int product = 0; product < mShape.numLayers * kPHASES; ++product)
                 {
-                    skip(mShares.qkv);
-                    skip(mShares.selfOutput);
-                    skip(mShares.query);
-                    skip(mShares.crossOutput);
-                    skip(mShares.fc1);
-                    skip(mShares.fc2);
+                    skip(shareOf(product % kPHASES));
                 }
             }
             if (mRank == 0 && mThread == 0)
@@ -421,12 +422,14 @@ private:
             {
                 *mParams.steps = step;
             }
+#pragma unroll 1
             for (int row = 0; row < mRows; ++row)
             {
                 if (mThread == 0)
                 {
                     tokenIds(row)[0] = mParams.startId;
                 }
+#pragma unroll 1
                 for (int i = step + mThread; i < mParams.maxSteps; i += kTHREADS)
                 {
                     tokenIds(row)[i + 1] = mParams.padId;
@@ -451,87 +454,115 @@ private:
         return mParams.logProbs + static_cast<int64_t>(mRow0 + row) * mParams.maxSteps;
     }
 
+    //! The products of a layer, in order. All but the last have inputs of length D, and are one loop for the sake of its
+    //! size: a layer's code, run through again and again, must stay in the instruction cache.
+    enum Phase
+    {
+        kQKV,
+        kSELF_OUTPUT,
+        kQUERY,
+        kCROSS_OUTPUT,
+        kFC1,
+        kFC2,
+        kPHASES
+    };
+
     __device__ __forceinline__ void runLayers(int step)
     {
-        int const d = mShape.dModel;
-        Fragments<kROW_TILES, 1> rows;
 #pragma unroll 1
         for (int layer = 0; layer < mShape.numLayers; ++layer)
         {
-            if (layer == 0)
+#pragma unroll 1
+            for (int phase = kQKV; phase < kFC2; ++phase)
             {
-                auto const norm = loadNorm(0);
-                embed(rows, step);
-                if (mShape.layernormEmbedding)
+                Fragments<kROW_TILES, 1> rows;
+                if (phase == kSELF_OUTPUT || phase == kCROSS_OUTPUT)
                 {
-                    normalize(rows, norm, mRows);
-                    normalizeOwn();
+                    waitTeam();
+                    if (phase == kCROSS_OUTPUT && splits() > 1)
+                    {
+                        mergeSplits(rows);
+                    }
+                    else
+                    {
+                        loadRows(rows, teamRows(mWorkspace.context, mShape.dModel), mShape.dModel, mRows);
+                    }
                 }
-            }
-            else
-            {
-                loadAndNormalize(rows, 3 * layer);
-            }
-            product(rows, mShares.qkv, [&](int row, int column, float value)
-                { storeQkv(layer, step, row, column, value); });
+                else
+                {
+                    bool const isFirst = layer == 0 && phase == kQKV;
+                    auto const norm = loadNorm(3 * layer + phase / 2);
+                    if (isFirst)
+                    {
+                        embed(rows, step);
+                    }
+                    else
+                    {
+                        waitTeam();
+                        loadRows(rows, teamRows(mWorkspace.residual, mShape.dModel), mShape.dModel, mRows);
+                    }
+                    if (!isFirst || mShape.layernormEmbedding)
+                    {
+                        normalize(rows, norm, mRows);
+                        normalizeOwn();
+                    }
+                }
 
-            if constexpr (kCLUSTER)
-            {
-                sync();
-            }
-            else
-            {
+                productOf<1>(
+                    rows, mRows, shareOf(phase), [](int) {},
+                    [&](int row, int column, float value, int) { store(phase, layer, step, row, column, value); });
+
+                if (phase == kQKV || phase == kQUERY)
+                {
+                    if constexpr (kCLUSTER)
+                    {
+                        sync(); // the block attends with the queries that it made itself
+                    }
+                    else
+                    {
+                        arriveTeam();
+                        waitTeam();
+                    }
+                    attend(phase == kQKV, layer, step);
+                }
                 arriveTeam();
-                waitTeam();
             }
-            attendToText(layer, step);
 
-            arriveTeam();
-            waitTeam();
-            loadRows(rows, teamRows(mWorkspace.context, d), d, mRows);
-            product(rows, mShares.selfOutput, [&](int row, int column, float value)
-                { storeResidual(row, column, value); });
-
-            arriveTeam();
-            loadAndNormalize(rows, 3 * layer + 1);
-            product(rows, mShares.query, [&](int row, int column, float value) { storeQuery(row, column, value); });
-
-            if constexpr (kCLUSTER)
-            {
-                sync();
-            }
-            else
-            {
-                arriveTeam();
-                waitTeam();
-            }
-            attendToImage(layer);
-
-            arriveTeam();
-            waitTeam();
-            if (splits() == 1)
-            {
-                loadRows(rows, teamRows(mWorkspace.context, d), d, mRows);
-            }
-            else
-            {
-                mergeSplits(rows);
-            }
-            product(rows, mShares.crossOutput, [&](int row, int column, float value)
-                { storeResidual(row, column, value); });
-
-            arriveTeam();
-            loadAndNormalize(rows, 3 * layer + 2);
-            product(rows, mShares.fc1, [&](int row, int column, float value) { storeHidden(row, column, value); });
-
-            arriveTeam();
             waitTeam();
             productOfHidden();
-
             if (layer + 1 < mShape.numLayers)
             {
                 arriveTeam();
             }
+        }
+    }
+
+    __device__ __forceinline__ Share shareOf(int phase) const
+    {
+        return phase == kQKV ? mShares.qkv
+            : phase == kQUERY ? mShares.query
+            : phase == kFC1   ? mShares.fc1
+            : phase == kFC2   ? mShares.fc2
+                              : mShares.selfOutput;
+    }
+
+    __device__ __forceinline__ void store(int phase, int layer, int step, int row, int column, float value)
+    {
+        if (phase == kQKV)
+        {
+            storeQkv(layer, step, row, column, value);
+        }
+        else if (phase == kQUERY)
+        {
+            storeQuery(row, column, value);
+        }
+        else if (phase == kFC1)
+        {
+            storeHidden(row, column, value);
+        }
+        else
+        {
+            storeResidual(row, column, value);
         }
     }
 
@@ -606,6 +637,7 @@ private:
             [&](int row, int input) { return embedding(row, step, input).toBits(); });
 
         int const packs = ownColumns() / kTILE;
+#pragma unroll 1
         for (int i = mThread; i < mRows * packs; i += kTHREADS)
         {
             int const row = i / packs;
@@ -658,16 +690,6 @@ private:
             mShared.ownScale[mThread][1] = toFloat(beta[column]);
         }
         return norm;
-    }
-
-    //! Between arriveTeam() and the product: the team's rows, normalised; the own columns too.
-    __device__ __forceinline__ void loadAndNormalize(Fragments<kROW_TILES, 1>& rows, int index)
-    {
-        auto const norm = loadNorm(index);
-        waitTeam();
-        loadRows(rows, teamRows(mWorkspace.residual, mShape.dModel), mShape.dModel, mRows);
-        normalize(rows, norm, mRows);
-        normalizeOwn();
     }
 
     //! Inputs of a row that `warp` holds.
@@ -777,6 +799,7 @@ private:
     __device__ __forceinline__ void normalizeOwn()
     {
         int const columns = ownColumns();
+#pragma unroll 1
         for (int i = mThread; i < mRows * columns; i += kTHREADS)
         {
             float2 const moment = moments(i / columns);
@@ -827,8 +850,8 @@ private:
     //! This block's share of rows * weights^T + biases. The warps share out the inputs, so every activation is loaded once a
     //! block; their sums are added in order. `store(row, column, value, slot)` gets each result: `column` counts the outputs
     //! of the share; a thread's `slot`, 0 or 1, always has the same row.
-    //! With kSLABS > 1, or more slabs than the fragments hold, `load(slab)` fetches the fragments from that slab on.
-    template <int kTILES, int kSLABS, typename Load, typename Store>
+    //! `load(slab)` fetches the fragments from that slab on, again for each tile when they do not hold all slabs.
+    template <int kSLOT_UNROLL, int kTILES, int kSLABS, typename Load, typename Store>
     __device__ __forceinline__ void productOf(Fragments<kTILES, kSLABS> const& fragments, int numRows, Share const& share,
         Load const& load, Store const& store)
     {
@@ -837,15 +860,18 @@ private:
         int const stageTiles = share.stageTiles();
         int const tileBytes = share.tileBytes();
         int inStage = 0;
+#pragma unroll 1
         for (int first = 0; first < share.tiles; first += kPASS)
         {
             int const count = min(kPASS, share.tiles - first);
+#pragma unroll 1
             for (int i = 0; i < count; ++i)
             {
                 float sums[kTILES][4] = {};
+#pragma unroll 1
                 for (int slab = 0; slab < slabs; ++slab)
                 {
-                    if (slabs > kSLABS && slab % kSLABS == 0)
+                    if (slab % kSLABS == 0 && (slabs > kSLABS || first + i == 0))
                     {
                         load(slab);
                     }
@@ -884,7 +910,7 @@ private:
             }
             // One barrier a pass: the next pass writes the other buffer, and the one after it waits at the next barrier.
             sync();
-#pragma unroll
+#pragma unroll kSLOT_UNROLL
             for (int slot = 0; slot < kPARTIALS * 128 / kTHREADS; ++slot)
             {
                 int const element = slot * kTHREADS + mThread;
@@ -906,27 +932,14 @@ private:
         }
     }
 
-    //! A product of the team's rows, at most one slab long.
-    template <typename Store>
-    __device__ __forceinline__ void product(Fragments<kROW_TILES, 1> const& rows, Share const& share, Store const& store)
-    {
-        productOf(
-            rows, mRows, share, [](int) {},
-            [&](int row, int column, float value, int) { store(row, column, value); });
-    }
-
     //! The feed-forward's second product, whose rows are as long as F: as many slabs at once as registers allow.
     __device__ __forceinline__ void productOfHidden()
     {
-        constexpr int kSLABS = kPARTIALS / kROW_TILES;
+        constexpr int kSLABS = kCLUSTER ? 2 : kPARTIALS / kROW_TILES;
         T const* const hidden = teamRows(mWorkspace.hidden, mShape.ffnDim);
         Fragments<kROW_TILES, kSLABS> rows;
         auto const load = [&](int slab) { loadRows(rows, hidden, mShape.ffnDim, mRows, slab); };
-        if (mShares.fc2.slabs() <= kSLABS)
-        {
-            load(0);
-        }
-        productOf(rows, mRows, mShares.fc2, load,
+        productOf<1>(rows, mRows, mShares.fc2, load,
             [&](int row, int column, float value, int) { storeResidual(row, column, value); });
     }
 
@@ -1072,76 +1085,51 @@ private:
         int split;
     };
 
-    __device__ __forceinline__ void attendToText(int layer, int step)
-    {
-        int const heads = mShape.numHeads;
-        int first = mRank; // this block's units: first, first + stride, ...
-        int stride = mParams.plan.teamBlocks;
-        int units = mShared.numActive * heads;
-        int all = mRows * heads;
-        if constexpr (kCLUSTER)
-        {
-            first = mRank % replicas();
-            stride = replicas();
-            units = mShared.numActive;
-            all = mRows;
-        }
-        auto const unitAt = [&](int unit)
-        {
-            int const active = mShared.numActive;
-            return kCLUSTER ? Unit{mShared.activeRows[unit], ownHead(), 0}
-                            : Unit{mShared.activeRows[unit % active], unit / active, 0};
-        };
-        attend(first, stride, units, warpsPerUnit(divideUp(all, stride)), 1, step + 1, unitAt,
-            [&](Unit unit) { return cacheRow(layer, unit.row, unit.head); }, pointer(mWorkspace.keys),
-            pointer(mWorkspace.values));
-    }
-
-    __device__ __forceinline__ void attendToImage(int layer)
-    {
-        int const heads = mShape.numHeads;
-        int first = mRank;
-        int stride = mParams.plan.teamBlocks;
-        int units = mShared.numActive * heads * splits();
-        int all = mRows * heads * splits();
-        if constexpr (kCLUSTER)
-        {
-            first = 0;
-            stride = 1;
-            units = mShared.numActive;
-            all = mRows;
-        }
-        auto const unitAt = [&](int unit)
-        {
-            int const active = mShared.numActive;
-            return kCLUSTER
-                ? Unit{mShared.activeRows[unit], ownHead(), mRank % replicas()}
-                : Unit{mShared.activeRows[unit % active], unit / active % heads, unit / active / heads};
-        };
-        auto const firstKey = [&](Unit unit)
-        {
-            return (static_cast<int64_t>(mRow0 + unit.row) * heads + unit.head) * mShape.sequenceLength;
-        };
-        attend(first, stride, units, warpsPerUnit(divideUp(all, stride)), splits(), mShape.sequenceLength, unitAt,
-            firstKey, static_cast<T const*>(mParams.crossKeys[layer]),
-            static_cast<T const*>(mParams.crossValues[layer]));
-    }
-
-    //! Attention of units first, first + stride, ... to `length` keys each, of which `numSplits` blocks take a part each.
-    template <typename UnitAt, typename FirstKey>
-    __device__ __forceinline__ void attend(int first, int stride, int units, int unitWarps, int numSplits, int length,
-        UnitAt const& unitAt, FirstKey const& firstKey, T const* keys, T const* values)
+    //! Self-attention to the text so far, or cross-attention to the image.
+    __device__ __forceinline__ void attend(bool text, int layer, int step)
     {
         int const headDim = mShape.headDim;
-        int const unitsAtOnce = kWARPS / unitWarps;
+        int const heads = mShape.numHeads;
+        int const active = mShared.numActive;
+        int const numSplits = text ? 1 : splits();
+        int const length = text ? step + 1 : mShape.sequenceLength;
         int const splitLength = divideUp(length, numSplits);
+        int const capacity = text ? mParams.maxSteps : mShape.sequenceLength;
+        T const* const keys = text ? pointer(mWorkspace.keys) + cacheRow(layer, -mRow0, 0) * headDim
+                                   : static_cast<T const*>(mParams.crossKeys[layer]);
+        T const* const values = text ? pointer(mWorkspace.values) + cacheRow(layer, -mRow0, 0) * headDim
+                                     : static_cast<T const*>(mParams.crossValues[layer]);
+
+        // This block's units are first, first + stride, ...; in a cluster its own head's, shared with the other blocks that
+        // have it: by rows in the text, by keys in the image.
+        int first = mRank;
+        int stride = mParams.plan.teamBlocks;
+        int units = active * heads * numSplits;
+        int allUnits = mRows * heads * numSplits;
+        if constexpr (kCLUSTER)
+        {
+            first = text ? mRank % replicas() : 0;
+            stride = text ? replicas() : 1;
+            units = active;
+            allUnits = mRows;
+        }
+        auto const unitAt = [&](int unit)
+        {
+            return kCLUSTER ? Unit{mShared.activeRows[unit], ownHead(), text ? 0 : mRank % replicas()}
+                            : Unit{mShared.activeRows[unit % active], unit / active % heads, unit / active / heads};
+        };
+
+        int const unitWarps = warpsPerUnit(divideUp(allUnits, stride));
+        int const unitsAtOnce = kWARPS / unitWarps;
+#pragma unroll 1
         for (int base = first; base < units; base += stride * unitsAtOnce)
         {
             int const mine = base + mWarp / unitWarps * stride;
             if (mine < units)
             {
                 Unit const unit = unitAt(mine);
-                int64_t const offset = firstKey(unit) * headDim;
+                int64_t const offset
+                    = (static_cast<int64_t>(mRow0 + unit.row) * heads + unit.head) * capacity * headDim;
                 int const begin = unit.split * splitLength;
                 int const end = min(length, begin + splitLength);
                 T const* const query = queryOf(unit.row, unit.head);
@@ -1155,6 +1143,7 @@ private:
                 }
             }
             sync();
+#pragma unroll 1
             for (int i = mThread; i < unitsAtOnce * headDim; i += kTHREADS)
             {
                 int const slot = i / headDim;
@@ -1332,6 +1321,7 @@ private:
         int const d = mShape.dModel;
         T* const merged = reinterpret_cast<T*>(mShared.partials[mBuffer ^ 1]);
         int const numSplits = splits();
+#pragma unroll 1
         for (int i = mThread; i < mRows * d / 4; i += kTHREADS)
         {
             int const row = i * 4 / d;
@@ -1394,7 +1384,7 @@ private:
         normalize(rows, norm, batch);
 
         Candidate best[2] = {Candidate::none(), Candidate::none()};
-        productOf(
+        productOf<2>(
             rows, batch, mShares.head, [](int) {},
             [&](int, int column, float logit, int slot)
             {
@@ -1435,11 +1425,13 @@ private:
     __device__ __forceinline__ void choose(int step)
     {
         int const blocks = gridDim.x;
+#pragma unroll 1
         for (int row = mWarp; row < mRows; row += kWARPS)
         {
             Candidate result = Candidate::none();
             auto const* const candidates
                 = reinterpret_cast<float4 const*>(mWorkspace.candidates) + static_cast<int64_t>(mRow0 + row) * blocks;
+#pragma unroll 1
             for (int block = mLane; block < blocks; block += kWARP_SIZE)
             {
                 float4 const part = __ldcg(candidates + block);

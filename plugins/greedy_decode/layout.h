@@ -80,7 +80,7 @@ struct Share
 //! before it; teamBlocks / H blocks compute the same. In the grid as one team, tiles are dealt out evenly.
 struct Shares
 {
-    Share qkv, selfOutput, query, crossOutput, fc1, fc2, head;
+    Share qkv, selfOutput, query, fc1, fc2, head; // the output of cross-attention has the shares of self-attention's
 
     TROCR_HOST_DEVICE Shares(GreedyDecoderShape const& shape, GreedyDecodePlan const& plan)
     {
@@ -91,7 +91,6 @@ struct Shares
         qkv = {byHead ? 3 * shape.headDim / kTILE : even(3 * d), d};
         selfOutput = {even(d), d};
         query = {byHead ? shape.headDim / kTILE : even(d), d};
-        crossOutput = selfOutput;
         fc1 = {even(shape.ffnDim), d};
         fc2 = {even(d), shape.ffnDim};
         head = {divideUp(divideUp(shape.vocabSize, kTILE), plan.blocks), d};
@@ -99,7 +98,7 @@ struct Shares
 
     TROCR_HOST_DEVICE size_t layerBytes() const
     {
-        return qkv.bytes() + selfOutput.bytes() + query.bytes() + crossOutput.bytes() + fc1.bytes() + fc2.bytes();
+        return qkv.bytes() + 2 * selfOutput.bytes() + query.bytes() + fc1.bytes() + fc2.bytes();
     }
 };
 
