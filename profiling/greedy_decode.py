@@ -2,9 +2,9 @@
 
     python -m profiling.greedy_decode [--models small,base,tiny] [--batches 1,8,16,64] [--tokens 20]
 
-Decoders have random weights and random encoder keys and values. Every text has exactly `--tokens` tokens: no id ends it.
-Times are medians of CUDA-graph replays. The byte floor is 2 [L (6 D^2 + 2 D F) + V D] + B 4 L D (S + t) bytes a step, at
-4.5 TB/s: every weight and every key and value once.
+Decoders have random weights and random encoder keys and values. Every text has exactly `--tokens` tokens: no
+id ends it. Times are medians of CUDA-graph replays. The byte floor is 2 [L (6 D^2 + 2 D F) + V D] +
+B 4 L D (S + t) bytes a step, at 4.5 TB/s: every weight and every key and value once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DECODERS = {
 
 
 def random_decoder(config: dict, dtype: torch.dtype, device: str, seed: int = 0) -> TrOCRForCausalLM:
-    """A decoder whose activations stay near 1 and whose logits differ clearly; biases and LayerNorms are not trivial."""
+    """Activations stay near 1 and logits differ clearly; biases and LayerNorms are not trivial."""
     model = TrOCRForCausalLM(
         TrOCRConfig(**config, cross_attention_hidden_size=config["d_model"], attn_implementation="eager")
     )
@@ -70,8 +70,11 @@ def random_cross(model: TrOCRForCausalLM, batch: int, length: int, seed: int = 0
 
 
 class GreedyReference:
-    """Greedy search step by step in plain PyTorch, in the decoder's type. Fields as GreedyDecode's, and `margins`
-    [B, max_steps]: the best logit minus the second (infinite behind a row's end)."""
+    """Greedy search step by step in plain PyTorch, in the decoder's type.
+
+    Attributes as GreedyDecode's, and `margins` [B, max_steps]: the best logit minus the second (infinite behind
+    a row's end).
+    """
 
     @torch.no_grad()
     def __init__(
@@ -132,8 +135,8 @@ def differences(
 ) -> tuple[list[str], float]:
     """What is wrong with the search's outputs, and the largest error of a log-probability.
 
-    A row is compared up to its first different token; that one may differ where the exact search's margin between the
-    best two tokens is below `margin`.
+    A row is compared up to its first different token; that one may differ where the exact search's margin
+    between the best two tokens is below `margin`.
     """
     found, largest = [], 0.0
     for row in range(search.batch):
@@ -191,9 +194,7 @@ def main() -> int:
     dtype = getattr(torch, options.dtype)
     right = True
     print(f"{torch.cuda.get_device_name()}, {options.dtype}, {options.tokens} tokens, no early stop")
-    print(
-        f"{'decoder':8}{'B':>3}{'blocks':>8}{'us/token':>10}{'floor':>8}{'of floor':>9}{'tokens/s':>10}  check"
-    )
+    print(f"{'decoder':8}{'B':>3}{'blocks':>8}{'us/token':>10}{'floor':>8}{'of floor':>9}{'tokens/s':>10}")
     for name in options.models.split(","):
         config, length = DECODERS[name]
         model = random_decoder(config, dtype, "cuda")
@@ -220,8 +221,8 @@ def main() -> int:
             floor = floor_microseconds(config, length, batch, options.tokens)
             teams = weights.plan.blocks // weights.plan.team_blocks
             print(
-                f"{name:8}{batch:3}{teams:4}x{weights.plan.team_blocks:<3}{time:10.1f}{floor:8.1f}{floor / time:9.0%}"
-                f"{batch / time * 1e6:10.0f}  "
+                f"{name:8}{batch:3}{teams:4}x{weights.plan.team_blocks:<3}"
+                f"{time:10.1f}{floor:8.1f}{floor / time:9.0%}{batch / time * 1e6:10.0f}  "
                 f"{same:.1%} of tokens, log-probabilities within {error:.1e}"
                 + "".join(f"\n    WRONG: {text}" for text in found[:5]),
                 flush=True,

@@ -1,4 +1,4 @@
-"""A text decoder's weights in the layout of the greedy_decode kernel (plugins/greedy_decode/layout.h), and its call."""
+"""A decoder's weights as the greedy_decode kernel takes them (plugins/greedy_decode/layout.h), and its call."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def plan(kernels: ModuleType, shape: GreedyShape) -> GreedyPlan:
 
 
 def pack_decoder(decoder: nn.Module, shape: GreedyShape, plan: GreedyPlan) -> GreedyWeights:
-    """Packs the weights of `decoder`, a TrOCRForCausalLM in float16 or bfloat16, on the device where they are."""
+    """Packs the weights of `decoder`, a TrOCRForCausalLM in float16 or bfloat16, on their device."""
     model = decoder.model.decoder
     layers = []
     for layer in model.layers:
@@ -117,14 +117,14 @@ def _weights(linear: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def _even_rows(outputs: int, blocks: int) -> Tensor:
-    """int64 [blocks, tiles * 8]: the outputs of each block, tiles dealt out in order; -1 beyond the last output."""
+    """int64 [blocks, tiles * 8]: each block's outputs, tiles dealt out in order; -1 beyond the last output."""
     tiles = -(-outputs // TILE)
     rows = torch.arange(blocks * -(-tiles // blocks) * TILE).view(blocks, -1)
     return rows.masked_fill(rows >= outputs, -1)
 
 
 def _head_rows(shape: GreedyShape, plan: GreedyPlan, parts: int) -> Tensor:
-    """Likewise for `parts` concatenated projections, each of which a team that is a cluster splits by heads."""
+    """Likewise for `parts` concatenated projections, which a team that is a cluster splits by heads."""
     if not plan.by_head:
         return _even_rows(parts * shape.d_model, plan.team_blocks)
     rows = torch.arange(parts * shape.d_model).view(parts, shape.num_heads, shape.head_dim)
@@ -133,9 +133,9 @@ def _head_rows(shape: GreedyShape, plan: GreedyPlan, parts: int) -> Tensor:
 
 
 def _pack(weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
-    """uint8 [blocks, bytes]: each block's tiles, of the outputs `rows` [blocks, tiles * 8] of weight [outputs, inputs].
+    """uint8 [blocks, bytes]: the tiles of each block's outputs `rows` [blocks, tiles * 8]; -1 gives zeros.
 
-    A tile is, for each 32 inputs, [8 outputs, 32 inputs] in order, then the 8 biases in float32. Outputs -1 are zeros.
+    A tile is, for each 32 inputs, [8 outputs, 32 inputs] in order, then the 8 biases in float32.
     """
     blocks, inputs = len(rows), weight.shape[1]
     rows = rows.to(weight.device).flatten()
@@ -176,7 +176,8 @@ class GreedyDecode:
         """Without `end_ids` every row gets `max_steps` tokens."""
         if max_steps > len(weights.positions):
             raise ValueError(
-                f"max_steps is {max_steps}, and the decoder has {len(weights.positions)} positions; choose fewer"
+                f"max_steps is {max_steps}, and the decoder has {len(weights.positions)} positions: "
+                "choose fewer"
             )
         device = weights.norms.device
         self.kernels, self.weights, self.batch, self.max_steps = kernels, weights, batch, max_steps

@@ -1,7 +1,7 @@
-"""The greedy decode kernel against a float32 search in PyTorch with the same weights, through `trocr_kernels`.
+"""The greedy decode kernel against a float32 search in PyTorch with the same weights.
 
-Workspace and outputs start as NaN or nonsense. A row's tokens must be the float32 search's up to the first step at which
-that one's best two logits are closer than half precision can tell apart.
+Workspace and outputs start as NaN or nonsense. A row's tokens must be the float32 search's up to the first step
+at which that one's best two logits are closer than half precision can tell apart.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TINY = DECODERS["tiny"][0]
 SMALL = DECODERS["small"][0] | {"decoder_layers": 3}
 BASE = DECODERS["base"][0] | {"decoder_layers": 2, "tie_word_embeddings": False}
 
-# name -> decoder, length of the encoder's states: the published ones with fewer layers, and every switch the other way.
+# name -> decoder, length of the encoder's states: published ones with fewer layers, and other switches.
 CASES = {
     "tiny": (TINY, 578),
     "small": (SMALL, 578),
@@ -129,7 +129,7 @@ def test_long_text(kernels):
 @pytest.mark.parametrize("name", ("tiny", "relu"))
 @pytest.mark.parametrize("batch", (1, 16, 64))
 def test_rows_end_apart(kernels, name, batch):
-    """With several ids that end the text, rows end at different steps, and the search with the last of them."""
+    """With several ids that end the text, rows end at different steps; the search ends with the last."""
     free, _, cross = searched(kernels, name, torch.float16, batch, 10)
     end_ids = free.token_ids[:: max(1, batch // 4), 4].unique().tolist()[:4]
     search, exact, _ = searched(kernels, name, torch.float16, batch, 10, end_ids, cross)
@@ -191,7 +191,7 @@ def test_writes_nothing_else(kernels):
 
 
 def test_bundled_checkpoint(kernels):
-    """The trained model on its encoder's states of random images: its tokens end texts of different lengths."""
+    """The trained model on its encoder's states of random images."""
     model = load_model(load_spec(CHECKPOINT), torch.float16).cuda()
     spec = load_spec(CHECKPOINT)
     pixels = torch.rand(
