@@ -72,8 +72,8 @@ def random_cross(model: TrOCRForCausalLM, batch: int, length: int, seed: int = 0
 class GreedyReference:
     """Greedy search step by step in plain PyTorch, in the decoder's type.
 
-    Attributes as GreedyDecode's, and `margins` [B, max_steps]: the best logit minus the second (infinite behind
-    a row's end).
+    Attributes as GreedyDecode's, and `margins` [B, max_steps]: the best logit minus the second, infinite
+    behind a row's end.
     """
 
     @torch.no_grad()

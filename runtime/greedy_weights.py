@@ -1,4 +1,4 @@
-"""A decoder's weights as the greedy_decode kernel takes them (plugins/greedy_decode/layout.h), and its call."""
+"""A decoder's weights as the kernel greedy_decode takes them (plugins/greedy_decode/layout.h); its call."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _weights(linear: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def _even_rows(outputs: int, blocks: int) -> Tensor:
-    """int64 [blocks, tiles * 8]: each block's outputs, tiles dealt out in order; -1 beyond the last output."""
+    """int64 [blocks, tiles * 8]: each block's outputs, tiles dealt out in order; -1 beyond the last."""
     tiles = -(-outputs // TILE)
     rows = torch.arange(blocks * -(-tiles // blocks) * TILE).view(blocks, -1)
     return rows.masked_fill(rows >= outputs, -1)

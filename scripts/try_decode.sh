@@ -21,8 +21,8 @@ run() # seconds, arguments of pytest
     [ "$status" = 0 ] || { echo "FAILED ($status; 124 or 137: hung): $*"; ran=1; }
 }
 # The plainest first, and alone: a cluster's and the grid's barriers. The rest only where it is right.
-run 25 -k "test_matches_float32 and float16 and tiny-1-"
-run 25 -k "test_matches_float32 and float16 and base-1-"
+run 25 -k "test_matches_float32 and tiny-1-torch.float16"
+run 25 -k "test_matches_float32 and base-1-torch.float16"
 if [ "$ran" = 0 ]; then
     timeout -k 3 "${BENCH_SECONDS:-45}" "$python" -m profiling.greedy_decode "$@"
     echo "bench: $?; $((SECONDS - start)) s"

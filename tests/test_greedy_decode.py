@@ -1,7 +1,7 @@
 """The greedy decode kernel against a float32 search in PyTorch with the same weights.
 
-Workspace and outputs start as NaN or nonsense. A row's tokens must be the float32 search's up to the first step
-at which that one's best two logits are closer than half precision can tell apart.
+Workspace and outputs start as NaN or nonsense. A row's tokens must be the float32 search's up to the first
+step at which that one's best two logits are closer than half precision can tell apart.
 """
 
 from __future__ import annotations
