@@ -76,10 +76,6 @@ EncoderAttentionPath parsePath(std::string const& op, std::string const& name)
         {"hopper", EncoderAttentionPath::kHOPPER},
         {"hopper2", EncoderAttentionPath::kHOPPER_2},
         {"hopper3", EncoderAttentionPath::kHOPPER_3},
-        {"hopper2-ordered", EncoderAttentionPath::kHOPPER_2_ORDERED},
-        {"hopper3-ordered", EncoderAttentionPath::kHOPPER_3_ORDERED},
-        {"hopper2-ahead", EncoderAttentionPath::kHOPPER_2_AHEAD},
-        {"hopper2-ahead-ordered", EncoderAttentionPath::kHOPPER_2_AHEAD_ORDERED},
     };
     std::string known;
     for (auto const& [path, value] : kPATHS)

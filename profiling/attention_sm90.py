@@ -20,14 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from profiling.kernel_calls import load_kernels
 
 HEAD_DIM = 64
-HOPPER_PATHS = (
-    "hopper2",
-    "hopper3",
-    "hopper2-ordered",
-    "hopper3-ordered",
-    "hopper2-ahead",
-    "hopper2-ahead-ordered",
-)
+HOPPER_PATHS = ("hopper2", "hopper3")
 VARIANTS = ("mma", *HOPPER_PATHS)
 # Several inputs in turn, so that they come from memory and not from the 50 MB L2 cache.
 ROTATION_BYTES = 256 << 20

@@ -38,21 +38,10 @@ cudaError_t encoderAttentionGeneral(EncoderAttentionParams const& params, cudaSt
 
 bool canImplementEncoderAttention(EncoderAttentionParams const& params, char const** reason)
 {
-    if (sizeOf(params.dataType) == 0)
+    if (!canImplementAttention(
+            params.dataType, params.headDim, params.batch, params.numHeads, params.sequenceLength, reason))
     {
-        return refuse(reason, "the data type is none of float32, float16, bfloat16");
-    }
-    if (params.headDim != 32 && params.headDim != 64)
-    {
-        return refuse(reason, "the head size is neither 32 nor 64");
-    }
-    if (params.batch < 1 || params.numHeads < 1 || params.sequenceLength < 1)
-    {
-        return refuse(reason, "batch, heads and sequence length must be at least 1");
-    }
-    if (params.batch > 65535 || params.numHeads > 65535)
-    {
-        return refuse(reason, "batch and heads must be at most 65535");
+        return false;
     }
     return !isHopperForced(params) || canImplementEncoderAttentionSm90(params, reason);
 }

@@ -10,16 +10,11 @@ namespace trocr
 //! Which implementation serves a call. All but kAUTO are for tests and benchmarks.
 enum class EncoderAttentionPath : int32_t
 {
-    kAUTO,    //!< Hopper's where device and sizes allow it, else the general one
-    kGENERAL, //!< mma.sync for float16 and bfloat16, plain float32: every device
-    kHOPPER,  //!< wgmma and TMA: compute capability 9.0, head size 64, float16 and bfloat16; the variant of the lower cost
-    // Its variants (SM90.md), by consumer groups; ordered: products started in turn; ahead: scores one key tile ahead.
-    kHOPPER_2,
-    kHOPPER_3,
-    kHOPPER_2_ORDERED,
-    kHOPPER_3_ORDERED,
-    kHOPPER_2_AHEAD,
-    kHOPPER_2_AHEAD_ORDERED,
+    kAUTO,     //!< Hopper's where device and sizes allow it, else the general one
+    kGENERAL,  //!< mma.sync for float16 and bfloat16, plain float32: every device
+    kHOPPER,   //!< wgmma and TMA: compute capability 9.0, head size 64, float16 and bfloat16; its cheaper variant
+    kHOPPER_2, //!< its variant of two consumer warpgroups (SM90.md)
+    kHOPPER_3, //!< and of three
 };
 
 //! softmax(Q K^T / sqrt(d)) V for every image and head, without a mask, on the packed output of the QKV projection.

@@ -28,17 +28,13 @@ constexpr int kQUERY_BYTES = kQUERIES * kROW_BYTES;
 constexpr int kCONSUMER_WARPS = 4; // of one consumer group, a warpgroup
 
 //! Sizes of one variant of the kernel. The last key tile of a head takes kTAIL columns, the others kKEYS.
-//! kORDERED: the groups start their products in turn. kAHEAD: scores are computed one key tile ahead of their softmax.
-template <int kGROUPS_, int kKEYS_, int kTAIL_, int kSLOTS_, bool kORDERED_, bool kAHEAD_>
+template <int kGROUPS_, int kKEYS_, int kTAIL_, int kSLOTS_>
 struct Variant
 {
     static constexpr int kGROUPS = kGROUPS_; // consumer warpgroups
     static constexpr int kKEYS = kKEYS_;
     static constexpr int kTAIL = kTAIL_;
     static constexpr int kSLOTS = kSLOTS_; // key or value tiles in shared memory
-
-    static constexpr bool kORDERED = kORDERED_;
-    static constexpr bool kAHEAD = kAHEAD_;
 
     static constexpr int kTHREADS = 128 * (kGROUPS + 1);
     static constexpr int kQUERY_BUFFERS = 2 * kGROUPS;
@@ -311,65 +307,6 @@ __device__ __forceinline__ void store(Arguments const& arguments, float const* o
     }
 }
 
-//! The groups' turns at starting products. Left to themselves the groups run in step: their products share the tensor
-//! cores, finish together, and then all of them are in softmax while the tensor cores idle. In turn, one group's products
-//! run beside another's softmax. A tile takes one turn a key tile; barrier 1 + g is group g's.
-template <typename V>
-class Turns
-{
-public:
-    //! Not in turn: a block of less than one round, where some groups have no tile; and where a group may wait for a slot
-    //! that another leaves only after a later turn of its own: streamed keys and values, and scores ahead without two
-    //! slots to spare.
-    __device__ __forceinline__ Turns(Arguments const& arguments, int group, int blockTiles)
-        : mOrdered(V::kORDERED && 2 * arguments.keyTiles + (V::kAHEAD ? 2 : 0) <= V::kSLOTS && blockTiles >= V::kGROUPS)
-        , mGroup(group)
-    {
-        if (group == V::kGROUPS - 1)
-        {
-            pass();
-        }
-    }
-
-    __device__ __forceinline__ void take() const
-    {
-        if (mOrdered)
-        {
-            asm volatile("bar.sync %0, 256;" ::"r"(1 + mGroup) : "memory");
-        }
-    }
-
-    __device__ __forceinline__ void pass() const
-    {
-        if (mOrdered)
-        {
-            asm volatile("bar.arrive %0, 256;" ::"r"(1 + (mGroup + 1) % V::kGROUPS) : "memory");
-        }
-    }
-
-    //! After a group's last tile: a group that had one less than others lets its turns go by.
-    __device__ __forceinline__ void finish(int blockTiles, int keyTiles) const
-    {
-        int const rounds = (blockTiles + V::kGROUPS - 1) / V::kGROUPS;
-        if ((rounds - 1) * V::kGROUPS + mGroup >= blockTiles)
-        {
-            for (int i = 0; i < keyTiles; ++i)
-            {
-                take();
-                pass();
-            }
-        }
-        if (mGroup == 0)
-        {
-            take(); // the turn that the constructor gave
-        }
-    }
-
-private:
-    bool mOrdered;
-    int mGroup;
-};
-
 //! One warpgroup: every kGROUPS-th query tile of the block.
 template <typename T, typename V>
 __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> shared, int group)
@@ -394,7 +331,6 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
         }
     };
 
-    Turns<V> const turns(arguments, group, blockEnd - blockBegin);
     float s[kKEYS / 2]; // scores, then exponentials, of one key tile
     uint32_t p[kKEYS / 4]; // the exponentials as the first operand of the second product
     float o[kHEAD_DIM / 2];
@@ -463,13 +399,11 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                 int const load = passLoad + 2 * j;
                 waitFull(load);
                 waitFull(load - 1);
-                turns.take();
                 wgmmaFence();
                 multiplyScores<T, N>(s, shared.query(mine), shared.slot(load));
                 wgmmaCommit();
                 multiplyValues<T, kKEYS>(o, p, shared.slot(load - 1));
                 wgmmaCommit();
-                turns.pass();
 
                 wgmmaWait<1>();
                 wgmmaResult(s);
@@ -541,13 +475,11 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
             {
                 barrierWait(shared.queryFull(next), Shared<V>::queryPhase(next));
             }
-            turns.take();
             wgmmaFence();
             multiplyValues<T, kTAIL>(o, p, shared.slot(lastLoad));
             wgmmaCommit();
             if (last)
             {
-                turns.pass();
                 wgmmaWait<0>();
                 wgmmaResult(o);
                 release(true, shared.slotEmpty(lastLoad));
@@ -558,7 +490,6 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                 wgmmaFence();
                 multiplyScores<T, kKEYS>(s, shared.query(next), shared.slot(passLoad));
                 wgmmaCommit();
-                turns.pass();
                 wgmmaWait<1>();
                 wgmmaResult(o);
                 store<T>(arguments, o, sums, blockBegin + mine);
@@ -567,234 +498,6 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
             }
         }
     }
-    turns.finish(blockEnd - blockBegin, keyTiles);
-}
-
-//! The same with scores one key tile ahead: while softmax works on one, the tensor cores compute the next and the product
-//! before. Needs a second set of scores in registers: two groups at most.
-template <typename T, typename V>
-__device__ __forceinline__ void consumeAhead(Arguments const& arguments, Shared<V> shared, int group)
-{
-    constexpr int kKEYS = V::kKEYS;
-    constexpr int kTAIL = V::kTAIL;
-    int const blockBegin = blockIdx.x * arguments.tilesPerBlock;
-    int const blockEnd = min(blockBegin + arguments.tilesPerBlock, arguments.tiles);
-    int const keyTiles = arguments.keyTiles;
-    int const tailColumns = arguments.sequenceLength - (keyTiles - 1) * kKEYS;
-    float const scale = arguments.scale;
-    bool const leader = threadIdx.x % kWARP_SIZE == 0;
-    int const warp = __shfl_sync(kFULL_WARP, static_cast<int>(threadIdx.x) % 128 / kWARP_SIZE, 0);
-
-    auto waitFull = [&](int load) { barrierWait(shared.slotFull(load), Shared<V>::slotPhase(load)); };
-    auto release = [&](bool condition, uint32_t empty)
-    {
-        if (condition && leader)
-        {
-            barrierArrive(empty);
-        }
-    };
-
-    Turns<V> const turns(arguments, group, blockEnd - blockBegin);
-    float even[kKEYS / 2]; // scores, then exponentials, of one key tile; which of the two alternates
-    float odd[kKEYS / 2];
-    uint32_t p[kKEYS / 4]; // the exponentials of the tile before, as the first operand of the second product
-    float o[kHEAD_DIM / 2];
-    float maxima[2];
-    float sums[2];
-    bool isOdd = false;
-
-    int passLoad = 0; // the pass's first load
-    int mine = group; // this group's next tile, counted from blockBegin
-    for (int begin = blockBegin, end; begin < blockEnd; begin = end, passLoad += 2 * keyTiles)
-    {
-        end = passEnd(arguments, begin, blockEnd, V::kGROUPS);
-        int const passTiles = end - blockBegin;
-        if (mine >= passTiles)
-        {
-            for (int load = passLoad; load < passLoad + 2 * keyTiles; ++load)
-            {
-                waitFull(load); // else the arrival could count for the slot's use before
-                release(true, shared.slotEmpty(load));
-            }
-            continue;
-        }
-
-        // The first scores of the pass have nothing to run beside.
-        barrierWait(shared.queryFull(mine), Shared<V>::queryPhase(mine));
-        waitFull(passLoad);
-        auto const firstScores = [&](auto& s)
-        {
-            wgmmaFence();
-            multiplyScores<T, kKEYS>(s, shared.query(mine), shared.slot(passLoad));
-            wgmmaCommit();
-            wgmmaWait<0>();
-            wgmmaResult(s);
-        };
-        if (isOdd)
-        {
-            firstScores(odd);
-        }
-        else
-        {
-            firstScores(even);
-        }
-        for (; mine < passTiles; mine += V::kGROUPS)
-        {
-            int const next = mine + V::kGROUPS;
-            bool const last = next >= passTiles;
-            release(last, shared.slotEmpty(passLoad));
-            // This warp's rows are all beyond the sequence: its part of the products is computed and dropped.
-            bool const idle = (blockBegin + mine) % arguments.queryTiles * kQUERIES + warp * 16
-                >= arguments.sequenceLength;
-            maxima[0] = maxima[1] = -CUDART_INF_F;
-            sums[0] = sums[1] = 0.0F;
-#pragma unroll
-            for (int i = 0; i < kHEAD_DIM / 2; ++i)
-            {
-                o[i] = 0.0F;
-            }
-
-            // Softmax of tile j, in `now`, beside values j - 1 and scores j + 1 (of the next query tile after the tail).
-            auto step = [&](int j, auto& now, auto& later, auto isTail, auto nextWidth)
-            {
-                constexpr bool kIS_TAIL = decltype(isTail)::value;
-                constexpr int N = kIS_TAIL ? kTAIL : kKEYS;
-                constexpr int kNEXT = decltype(nextWidth)::value; // columns of the scores to start, 0 for none
-                int const load = passLoad + 2 * j;
-                int const nextQuery = kIS_TAIL ? next : mine;
-                int const nextLoad = kIS_TAIL ? passLoad : load + 2;
-                if (j > 0)
-                {
-                    waitFull(load - 1);
-                }
-                if constexpr (kNEXT > 0)
-                {
-                    if constexpr (kIS_TAIL)
-                    {
-                        barrierWait(shared.queryFull(nextQuery), Shared<V>::queryPhase(nextQuery));
-                    }
-                    waitFull(nextLoad);
-                }
-                turns.take();
-                if constexpr (kNEXT > 0)
-                {
-                    wgmmaFence();
-                    multiplyScores<T, kNEXT>(later, shared.query(nextQuery), shared.slot(nextLoad));
-                    wgmmaCommit();
-                }
-                if (j > 0)
-                {
-                    wgmmaFence();
-                    multiplyValues<T, kKEYS>(o, p, shared.slot(load - 1));
-                    wgmmaCommit();
-                }
-                turns.pass();
-
-                bool rescale = false;
-                float factors[2];
-                if (!idle)
-                {
-                    if constexpr (kIS_TAIL)
-                    {
-                        mask<N>(now, tailColumns);
-                    }
-                    float tops[2];
-                    threadMaxima<N>(now, tops);
-                    // Exact maxima: a row's largest probability is then 1, which rounding leaves as it is.
-                    rescale = __any_sync(kFULL_WARP, tops[0] > maxima[0] || tops[1] > maxima[1]);
-                    if (rescale)
-                    {
-#pragma unroll
-                        for (int h = 0; h < 2; ++h)
-                        {
-                            float const maximum = fmaxf(maxima[h], groupMax<4>(tops[h]));
-                            factors[h] = exp2Approx((maxima[h] - maximum) * scale);
-                            sums[h] *= factors[h];
-                            maxima[h] = maximum;
-                        }
-                    }
-                    exponentials<N>(now, scale, maxima, sums);
-                }
-                // In both branches, for ptxas's sake: see consume().
-                if (rescale)
-                {
-                    wgmmaWait<0>();
-                    wgmmaResult(o);
-#pragma unroll
-                    for (int i = 0; i < kHEAD_DIM / 2; ++i)
-                    {
-                        o[i] *= factors[i / 2 % 2];
-                    }
-                }
-                else
-                {
-                    wgmmaWait<0>();
-                    wgmmaResult(o);
-                }
-                if constexpr (kNEXT > 0)
-                {
-                    wgmmaResult(later);
-                    if constexpr (!kIS_TAIL)
-                    {
-                        release(last, shared.slotEmpty(nextLoad));
-                    }
-                    if constexpr (kNEXT == kTAIL)
-                    {
-                        release(j + 2 == keyTiles, shared.queryEmpty(mine));
-                    }
-                }
-                if (j > 0)
-                {
-                    release(last, shared.slotEmpty(load - 1));
-                }
-                pack<T, N>(p, now);
-            };
-            using Full = std::integral_constant<int, kKEYS>;
-            using Tail = std::integral_constant<int, kTAIL>;
-            using None = std::integral_constant<int, 0>;
-            auto dispatch = [&](int j, auto& now, auto& later)
-            {
-                if (j + 2 < keyTiles)
-                {
-                    step(j, now, later, std::false_type{}, Full{});
-                }
-                else if (j + 2 == keyTiles)
-                {
-                    step(j, now, later, std::false_type{}, Tail{});
-                }
-                else if (last)
-                {
-                    step(j, now, later, std::true_type{}, None{});
-                }
-                else
-                {
-                    step(j, now, later, std::true_type{}, Full{});
-                }
-            };
-            for (int j = 0; j < keyTiles; ++j, isOdd = !isOdd)
-            {
-                if (isOdd)
-                {
-                    dispatch(j, odd, even);
-                }
-                else
-                {
-                    dispatch(j, even, odd);
-                }
-            }
-
-            int const lastLoad = passLoad + 2 * keyTiles - 1;
-            waitFull(lastLoad);
-            wgmmaFence();
-            multiplyValues<T, kTAIL>(o, p, shared.slot(lastLoad));
-            wgmmaCommit();
-            wgmmaWait<0>();
-            wgmmaResult(o);
-            release(last, shared.slotEmpty(lastLoad));
-            store<T>(arguments, o, sums, blockBegin + mine);
-        }
-    }
-    turns.finish(blockEnd - blockBegin, keyTiles);
 }
 
 template <typename T, typename V>
@@ -836,14 +539,7 @@ __global__ void __launch_bounds__(V::kTHREADS, 1) encoderAttentionKernel(__grid_
     else
     {
         growRegisters<V::kCONSUMER_REGISTERS>();
-        if constexpr (V::kAHEAD)
-        {
-            consumeAhead<T, V>(arguments, shared, group);
-        }
-        else
-        {
-            consume<T, V>(arguments, shared, group);
-        }
+        consume<T, V>(arguments, shared, group);
     }
 }
 
@@ -939,11 +635,11 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int p
     return cudaLaunchKernelEx(&config, kernel, queryMap, keyValueMap, arguments);
 }
 
-template <typename T, int kGROUPS, int kSLOTS, bool kORDERED, bool kAHEAD>
+template <typename T, int kGROUPS, int kSLOTS>
 cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int processors)
 {
-    using Short = Variant<kGROUPS, 128, 80, kSLOTS, kORDERED, kAHEAD>; // 577 and 578 tokens: 4 x 128 + 65 or 66
-    using Full = Variant<kGROUPS, 128, 128, kSLOTS, kORDERED, false>; // ahead, its registers would spill
+    using Short = Variant<kGROUPS, 128, 80, kSLOTS>; // 577 and 578 tokens: 4 x 128 + 65 or 66
+    using Full = Variant<kGROUPS, 128, 128, kSLOTS>;
     int const tail = (params.sequenceLength - 1) % Short::kKEYS + 1;
     bool const isShort = params.sequenceLength > Short::kKEYS && tail <= Short::kTAIL;
     return isShort ? run<T, Short>(params, stream, processors) : run<T, Full>(params, stream, processors);
@@ -972,12 +668,8 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
         = params.path != EncoderAttentionPath::kAUTO && params.path != EncoderAttentionPath::kHOPPER;
     switch (isForced ? params.path : choosePath(params, processors))
     {
-    case EncoderAttentionPath::kHOPPER_2: return run<T, 2, 12, false, false>(params, stream, processors);
-    case EncoderAttentionPath::kHOPPER_3: return run<T, 3, 11, false, false>(params, stream, processors);
-    case EncoderAttentionPath::kHOPPER_2_ORDERED: return run<T, 2, 12, true, false>(params, stream, processors);
-    case EncoderAttentionPath::kHOPPER_3_ORDERED: return run<T, 3, 11, true, false>(params, stream, processors);
-    case EncoderAttentionPath::kHOPPER_2_AHEAD: return run<T, 2, 12, false, true>(params, stream, processors);
-    case EncoderAttentionPath::kHOPPER_2_AHEAD_ORDERED: return run<T, 2, 12, true, true>(params, stream, processors);
+    case EncoderAttentionPath::kHOPPER_2: return run<T, 2, 12>(params, stream, processors);
+    case EncoderAttentionPath::kHOPPER_3: return run<T, 3, 11>(params, stream, processors);
     default: return cudaErrorInvalidValue;
     }
 }
