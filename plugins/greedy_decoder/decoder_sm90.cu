@@ -1,0 +1,426 @@
+#include "greedy_decoder/kernel.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "common/launch.h"
+#include "greedy_decoder/kernels_sm90.cuh"
+
+namespace trocr
+{
+
+namespace
+{
+
+using namespace greedy;
+
+//! Tokens in one turn of the WHILE node: a turn costs 5 us by itself, and a text's end inside a turn the idle rest of it.
+constexpr int kTOKENS_A_TURN = 2;
+constexpr size_t kMAX_GRAPHS = 64;
+
+constexpr size_t align256(size_t bytes)
+{
+    return (bytes + 255) / 256 * 256;
+}
+
+//! Where things lie in the workspace.
+struct Workspace
+{
+    size_t sums[3], choices, lines, positions, scalars, keys, values, bytes;
+    size_t layerCache; //!< bytes of a layer's keys
+
+    Workspace(GreedyDecoderConfig const& config, int32_t slots, int32_t capacity, int32_t blocks)
+    {
+        size_t at = 0;
+        auto const take = [&](size_t size) { return std::exchange(at, at + align256(size)); };
+        for (size_t& sum : sums)
+        {
+            sum = take(static_cast<size_t>(slots) * config.width * 4);
+        }
+        choices = take(sizeof(float4) * blocks * slots);
+        lines = take(4 * static_cast<size_t>(slots));
+        positions = take(4 * static_cast<size_t>(slots));
+        scalars = take(256);
+        layerCache = align256(static_cast<size_t>(slots) * config.width * capacity * kELEMENT);
+        keys = take(layerCache * config.layers);
+        values = take(layerCache * config.layers);
+        bytes = at;
+    }
+};
+
+//! Launches a link of the chain, which may start while the one before still runs.
+template <typename Params>
+cudaError_t launchLink(void (*kernel)(Params), dim3 grid, unsigned cluster, size_t sharedBytes, cudaStream_t stream,
+    Params const& params)
+{
+    cudaError_t const status = cudaFuncSetAttribute(
+        reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes));
+    if (status != cudaSuccess)
+    {
+        return status;
+    }
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = 1;
+    attributes[1].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(kTHREADS);
+    config.dynamicSmemBytes = sharedBytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = cluster > 1 ? 2 : 1;
+    return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+//! Adds a WHILE node that runs after all that is in `graph`; its body is empty so far.
+cudaError_t addWhile(cudaGraph_t graph, cudaGraphConditionalHandle& conditional, cudaGraph_t& body)
+{
+    // 1 whenever the graph is launched: the first turn always runs.
+    cudaError_t status = cudaGraphConditionalHandleCreate(&conditional, graph, 1, cudaGraphCondAssignDefault);
+    size_t count = 0;
+    if (status == cudaSuccess)
+    {
+        status = cudaGraphGetNodes(graph, nullptr, &count);
+    }
+    std::vector<cudaGraphNode_t> before(count);
+    if (status == cudaSuccess)
+    {
+        status = cudaGraphGetNodes(graph, before.data(), &count);
+    }
+    if (status != cudaSuccess)
+    {
+        return status;
+    }
+    cudaGraphNodeParams params{};
+    params.type = cudaGraphNodeTypeConditional;
+    params.conditional.handle = conditional;
+    params.conditional.type = cudaGraphCondTypeWhile;
+    params.conditional.size = 1;
+    cudaGraphNode_t node{};
+#if CUDART_VERSION >= 13000
+    status = cudaGraphAddNode(&node, graph, before.data(), nullptr, count, &params);
+#else
+    status = cudaGraphAddNode(&node, graph, before.data(), count, &params);
+#endif
+    if (status == cudaSuccess)
+    {
+        body = params.conditional.phGraph_out[0];
+    }
+    return status;
+}
+
+//! Captures what `enqueue` launches on `stream` into `graph`.
+template <typename Enqueue>
+cudaError_t captureInto(cudaGraph_t graph, cudaStream_t stream, Enqueue const& enqueue)
+{
+    cudaError_t status = cudaStreamBeginCaptureToGraph(
+        stream, graph, nullptr, nullptr, 0, cudaStreamCaptureModeThreadLocal);
+    if (status != cudaSuccess)
+    {
+        return status;
+    }
+    status = enqueue();
+    cudaError_t const ended = cudaStreamEndCapture(stream, &graph);
+    return status != cudaSuccess ? status : ended;
+}
+
+} // namespace
+
+bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason)
+{
+    int major{};
+    if (deviceAttribute(cudaDevAttrComputeCapabilityMajor, major) != cudaSuccess || major != 9)
+    {
+        return refuse(reason, "the GPU's compute capability is not 9.0");
+    }
+    if (config.dataType != DataType::kHALF && config.dataType != DataType::kBF16)
+    {
+        return refuse(reason, "the data type is neither float16 nor bfloat16");
+    }
+    if (config.layers < 1 || config.vocabulary < 1 || config.sourceLength < 8 || config.positions < 1)
+    {
+        return refuse(reason, "layers, vocabulary and positions must be at least 1, the encoder's states at least 8");
+    }
+    if (config.width < 64 || config.width > kMAX_WIDTH || config.width % 64 != 0)
+    {
+        return refuse(reason, "the width is no multiple of 64 from 64 to 1024");
+    }
+    if (config.heads < 1 || (config.width != config.heads * 32 && config.width != config.heads * 64))
+    {
+        return refuse(reason, "the head size is neither 32 nor 64");
+    }
+    if (config.ffnWidth < 32 || config.ffnWidth % 32 != 0)
+    {
+        return refuse(reason, "the feed-forward width is no multiple of 32");
+    }
+    if (config.endIds.size() > kMAX_END_IDS)
+    {
+        return refuse(reason, "there are more than 8 ids that end a text");
+    }
+    return true;
+}
+
+GreedyBlobBytes greedyBlobBytes(GreedyDecoderConfig const& config)
+{
+    int32_t const headDim = config.width / config.heads;
+    return {static_cast<size_t>(SelfLayout(headDim, config.width, 1).blobBytes),
+        static_cast<size_t>(CrossLayout(headDim, config.width, 1).blobBytes),
+        static_cast<size_t>(FeedForwardLayout(config.width, 1).blobBytes)};
+}
+
+struct GreedyDecoder::Graph
+{
+    cudaGraph_t graph{};
+    cudaGraphExec_t executable{};
+
+    ~Graph()
+    {
+        if (executable != nullptr)
+        {
+            cudaGraphExecDestroy(executable);
+        }
+        if (graph != nullptr)
+        {
+            cudaGraphDestroy(graph);
+        }
+    }
+};
+
+GreedyDecoder::GreedyDecoder(
+    GreedyDecoderConfig config, GreedyDecoderWeights weights, int32_t maxSlots, int32_t capacity)
+    : mConfig(std::move(config))
+    , mWeights(weights)
+    , mMaxSlots(maxSlots)
+    , mCapacity(capacity)
+{
+    mStatus = deviceAttribute(cudaDevAttrMultiProcessorCount, mMultiprocessors);
+    size_t const bytes = Workspace(mConfig, maxSlots, capacity, mMultiprocessors).bytes;
+    if (mStatus == cudaSuccess)
+    {
+        mStatus = cudaMalloc(reinterpret_cast<void**>(&mWorkspace), bytes);
+    }
+    if (mStatus == cudaSuccess)
+    {
+        // The sums of rows that never had a line are read as well.
+        mStatus = cudaMemset(mWorkspace, 0, bytes);
+    }
+    if (mStatus == cudaSuccess)
+    {
+        mStatus = cudaStreamCreateWithFlags(&mCaptureStream, cudaStreamNonBlocking);
+    }
+}
+
+GreedyDecoder::~GreedyDecoder()
+{
+    mGraphs.clear();
+    if (mCaptureStream != nullptr)
+    {
+        cudaStreamDestroy(mCaptureStream);
+    }
+    cudaFree(mWorkspace);
+}
+
+template <typename T>
+cudaError_t GreedyDecoder::enqueueNext(
+    GreedyRequest const& request, bool first, unsigned long long conditional, bool last, cudaStream_t stream)
+{
+    Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
+    auto* const scalars = reinterpret_cast<int*>(mWorkspace + at.scalars);
+    NextParams params{};
+    params.state = {reinterpret_cast<int*>(mWorkspace + at.lines), reinterpret_cast<int*>(mWorkspace + at.positions),
+        scalars, scalars + 1, scalars + 2};
+    params.choices = reinterpret_cast<float4 const*>(mWorkspace + at.choices);
+    params.choosers = mMultiprocessors;
+    params.rows = request.slots;
+    params.lines = request.lines;
+    params.width = mConfig.width;
+    params.maxNewTokens = request.maxNewTokens;
+    params.startId = mConfig.startId;
+    params.padId = mConfig.padId;
+    std::copy(mConfig.endIds.begin(), mConfig.endIds.end(), params.endIds);
+    params.ends = static_cast<int>(mConfig.endIds.size());
+    params.embedScale = mConfig.embedScale;
+    params.embedding = mWeights.embedding;
+    params.positions = mWeights.positionEmbedding;
+    params.sums = reinterpret_cast<SumPair*>(mWorkspace + at.sums[0]);
+    params.cleared = reinterpret_cast<SumPair*>(mWorkspace + at.sums[1]);
+    params.tokens = request.tokens;
+    params.logProbs = request.logProbs;
+    params.lengths = request.lengths;
+    params.conditional = conditional;
+    params.decides = last;
+    return launchLink(first ? next<T, true> : next<T, false>, dim3(request.slots), 1, 0, stream, params);
+}
+
+template <typename T, int kHEAD_DIM>
+cudaError_t GreedyDecoder::enqueueToken(
+    GreedyRequest const& request, unsigned long long conditional, bool last, cudaStream_t stream)
+{
+    Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
+    auto const sums = [&](int i) { return reinterpret_cast<SumPair*>(mWorkspace + at.sums[i % 3]); };
+    int const width = mConfig.width;
+    int const heads = mConfig.heads;
+    int const passes = ceilDiv(request.slots, kROWS);
+    int const passRows = std::min(request.slots, kROWS);
+    constexpr unsigned kCLUSTER = kHEAD_DIM / 8;
+    unsigned const headBlocks = heads * kCLUSTER;
+    unsigned const innerBlocks = mConfig.ffnWidth / kCHUNK;
+    // Where one pass of rows leaves multiprocessors idle, several go side by side.
+    auto const sideBySide
+        = [&](unsigned blocks) { return std::clamp<unsigned>(mMultiprocessors / blocks, 1U, passes); };
+    GreedyBlobBytes const blob = greedyBlobBytes(mConfig);
+
+    int index = 0; // in the chain; also of the norm
+    auto const link = [&]() {
+        Link l{};
+        l.rows = request.slots;
+        l.width = width;
+        l.input = sums(index);
+        l.output = sums(index + 1);
+        l.cleared = sums(index + 2);
+        bool const identity = index == 0 && !mConfig.embeddingNorm;
+        l.norm = identity ? nullptr
+                          : static_cast<uint8_t const*>(mWeights.norms) + static_cast<size_t>(index) * 2 * width * kELEMENT;
+        l.epsilon = mConfig.epsilon;
+        l.lines = reinterpret_cast<int const*>(mWorkspace + at.lines);
+        l.positions = reinterpret_cast<int const*>(mWorkspace + at.positions);
+        l.remaining = reinterpret_cast<int const*>(mWorkspace + at.scalars) + 1;
+        ++index;
+        return l;
+    };
+
+    cudaError_t status = cudaSuccess;
+    for (int layer = 0; layer < mConfig.layers && status == cudaSuccess; ++layer)
+    {
+        SelfParams const self{link(),
+            static_cast<uint8_t const*>(mWeights.selfBlobs) + static_cast<size_t>(layer) * headBlocks * blob.self,
+            mWorkspace + at.keys + layer * at.layerCache, mWorkspace + at.values + layer * at.layerCache, heads,
+            mCapacity};
+        status = launchLink(selfAttention<T, kHEAD_DIM>, dim3(headBlocks, sideBySide(headBlocks)), kCLUSTER,
+            SelfLayout(kHEAD_DIM, width, passRows).bytes, stream, self);
+        if (status != cudaSuccess)
+        {
+            break;
+        }
+        CrossParams const cross{link(),
+            static_cast<uint8_t const*>(mWeights.crossBlobs) + static_cast<size_t>(layer) * headBlocks * blob.cross,
+            request.crossKeys[layer], request.crossValues[layer], heads, mConfig.sourceLength};
+        status = launchLink(crossAttention<T, kHEAD_DIM>, dim3(headBlocks, sideBySide(headBlocks)), kCLUSTER,
+            CrossLayout(kHEAD_DIM, width, passRows).bytes, stream, cross);
+        if (status != cudaSuccess)
+        {
+            break;
+        }
+        FeedForwardParams const inner{link(),
+            static_cast<uint8_t const*>(mWeights.feedForwardBlobs)
+                + static_cast<size_t>(layer) * innerBlocks * blob.feedForward,
+            mWeights.feedForwardBias + static_cast<size_t>(layer) * width, mConfig.gelu};
+        status = launchLink(feedForward<T>, dim3(innerBlocks, sideBySide(innerBlocks)), 1,
+            FeedForwardLayout(width, passRows).bytes, stream, inner);
+    }
+    if (status == cudaSuccess)
+    {
+        HeadParams const params{
+            link(), mWeights.head, mConfig.vocabulary, reinterpret_cast<float4*>(mWorkspace + at.choices)};
+        int const tiles = passes == 1 ? 1 : passes == 2 ? 2 : 4;
+        void (*const kernel)(HeadParams) = tiles == 1 ? head<T, 1> : tiles == 2 ? head<T, 2> : head<T, 4>;
+        status = launchLink(kernel, dim3(mMultiprocessors), 1,
+            HeadLayout(width, std::min(request.slots, tiles * kROWS)).bytes, stream, params);
+    }
+    return status != cudaSuccess ? status : enqueueNext<T>(request, false, conditional, last, stream);
+}
+
+cudaError_t GreedyDecoder::capture(GreedyRequest const& request, std::unique_ptr<Graph>& captured)
+{
+    auto graph = std::make_unique<Graph>();
+    bool const half = mConfig.dataType == DataType::kHALF;
+    bool const wide = mConfig.width == mConfig.heads * 64;
+    cudaError_t status = cudaGraphCreate(&graph->graph, 0);
+    if (status == cudaSuccess)
+    {
+        status = captureInto(graph->graph, mCaptureStream, [&]() {
+            return half ? enqueueNext<__half>(request, true, 0, false, mCaptureStream)
+                        : enqueueNext<__nv_bfloat16>(request, true, 0, false, mCaptureStream);
+        });
+    }
+    cudaGraphConditionalHandle conditional{};
+    cudaGraph_t body{};
+    if (status == cudaSuccess)
+    {
+        status = addWhile(graph->graph, conditional, body);
+    }
+    if (status == cudaSuccess)
+    {
+        status = captureInto(body, mCaptureStream, [&]() {
+            cudaError_t enqueued = cudaSuccess;
+            for (int token = 0; token < kTOKENS_A_TURN && enqueued == cudaSuccess; ++token)
+            {
+                bool const last = token == kTOKENS_A_TURN - 1;
+                if (half)
+                {
+                    enqueued = wide ? enqueueToken<__half, 64>(request, conditional, last, mCaptureStream)
+                                    : enqueueToken<__half, 32>(request, conditional, last, mCaptureStream);
+                }
+                else
+                {
+                    enqueued = wide ? enqueueToken<__nv_bfloat16, 64>(request, conditional, last, mCaptureStream)
+                                    : enqueueToken<__nv_bfloat16, 32>(request, conditional, last, mCaptureStream);
+                }
+            }
+            return enqueued;
+        });
+    }
+    if (status == cudaSuccess)
+    {
+        status = cudaGraphInstantiate(&graph->executable, graph->graph, 0);
+    }
+    if (status == cudaSuccess)
+    {
+        captured = std::move(graph);
+    }
+    return status;
+}
+
+cudaError_t GreedyDecoder::run(GreedyRequest const& request, cudaStream_t stream)
+{
+    auto const layers = static_cast<size_t>(mConfig.layers);
+    bool const possible = request.lines >= 1 && request.slots >= 1 && request.slots <= mMaxSlots
+        && request.maxNewTokens >= 1 && request.maxNewTokens <= std::min(mCapacity, mConfig.positions)
+        && request.crossKeys.size() == layers && request.crossValues.size() == layers;
+    if (!possible)
+    {
+        return cudaErrorInvalidValue;
+    }
+    std::vector<uintptr_t> key = {static_cast<uintptr_t>(request.lines), static_cast<uintptr_t>(request.slots),
+        static_cast<uintptr_t>(request.maxNewTokens), reinterpret_cast<uintptr_t>(request.tokens),
+        reinterpret_cast<uintptr_t>(request.logProbs), reinterpret_cast<uintptr_t>(request.lengths)};
+    for (auto const* pointers : {&request.crossKeys, &request.crossValues})
+    {
+        for (void const* pointer : *pointers)
+        {
+            key.push_back(reinterpret_cast<uintptr_t>(pointer));
+        }
+    }
+    auto found = mGraphs.find(key);
+    if (found == mGraphs.end())
+    {
+        if (mGraphs.size() >= kMAX_GRAPHS)
+        {
+            mGraphs.clear();
+        }
+        std::unique_ptr<Graph> graph;
+        cudaError_t const status = capture(request, graph);
+        if (status != cudaSuccess)
+        {
+            return status;
+        }
+        found = mGraphs.emplace(std::move(key), std::move(graph)).first;
+    }
+    return cudaGraphLaunch(found->second->executable, stream);
+}
+
+} // namespace trocr
