@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graph_surgery.fused_ops import DOMAIN, FUSED_OPS, VERSION, SurgeryError, parse_plugins
+from graph_surgery.fused_ops import DOMAIN, FUSED_OPS, GROUPS, VERSION, SurgeryError, parse_plugins
 from runtime.gpu import Gpu, current_gpu
 from runtime.manifest import FusedOp, Manifest, ManifestError, sha256
 from runtime.tensorrt_loader import (
@@ -133,7 +133,8 @@ def _graph_inputs(
     # load_spec downloads a hub id, or says what is wrong with the name.
     folder = Path(model) if Path(model).is_dir() else _load_spec(model).source
     checkpoint = sorted(path for path in folder.iterdir() if path.suffix in CHECKPOINT_FILES)
-    sources = [ROOT / "build.py", *sorted((ROOT / "graph_surgery").rglob("*.py"))]
+    sources = [ROOT / "build.py", ROOT / "runtime" / "greedy_weights.py"]
+    sources += sorted((ROOT / "graph_surgery").rglob("*.py"))
     return {
         "checkpoint": {path.name: sha256(path) for path in checkpoint},
         "precision": precision,
@@ -254,10 +255,14 @@ def _check_max_length(spec: ModelSpec, max_length: int | None) -> int:
 def _write_graphs(
     spec: ModelSpec, precision: str, plugins: Sequence[str], folder: Path
 ) -> dict[str, onnx.ModelProto]:
-    """Export the checkpoint, fuse the graphs, and save them with the definitions that ONNX Runtime needs."""
+    """Export the checkpoint, fuse the graphs, and save them with the definitions that ONNX Runtime needs.
+
+    A fully fused folder also gets the weights of the CUDA greedy decoder, where that can run the checkpoint.
+    """
     from graph_surgery.checkpoint import DTYPES, CheckpointError, load_model
     from graph_surgery.export import export
     from graph_surgery.fuse import fuse, load, save
+    from runtime import greedy_weights
 
     try:
         weights = load_model(spec, DTYPES[precision])
@@ -267,6 +272,9 @@ def _write_graphs(
     graphs = fuse(load(folder), spec, plugins)
     for name, graph in graphs.items():
         save(graph, folder / f"{name}.onnx")
+    if GROUPS["fused"] <= set(plugins) and greedy_weights.obstacle(spec, weights.dtype) is None:
+        packed = greedy_weights.pack_decoder(weights)
+        greedy_weights.save_decoder(packed, greedy_weights.decoder_config(spec, weights), folder)
     return graphs
 
 
