@@ -3,16 +3,21 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bias_activation/kernel.h"
+#include "common/launch.h"
 #include "cross_attention/kernel.h"
 #include "decoder_self_attention/kernel.h"
 #include "encoder_attention/kernel.h"
+#include "greedy_decoder/kernel.h"
 #include "linear/kernel.h"
 #include "residual_layernorm/kernel.h"
 
@@ -235,6 +240,101 @@ void bindRowStatistics(
         {{"x", x, 2 * sizeOf(params.dataType)}, {"statistics", statistics, 8}}, stream);
 }
 
+GreedyDecoderConfig parseGreedyConfig(py::dict const& config)
+{
+    std::string const op = "greedy_decoder";
+    auto const integer = [&](char const* name) { return py::cast<int32_t>(config[name]); };
+    GreedyDecoderConfig parsed{};
+    parsed.dataType = parseDataType(op, py::cast<std::string>(config["dtype"]));
+    parsed.layers = integer("num_layers");
+    parsed.width = integer("hidden_size");
+    parsed.heads = integer("num_heads");
+    parsed.ffnWidth = integer("ffn_size");
+    parsed.vocabulary = integer("vocab_size");
+    parsed.sourceLength = integer("source_length");
+    parsed.positions = integer("max_positions");
+    parsed.gelu = parseActivation(op, py::cast<std::string>(config["activation"])) == Activation::kGELU;
+    parsed.embeddingNorm = integer("embedding_norm") != 0;
+    parsed.embedScale = py::cast<float>(config["embed_scale"]);
+    parsed.epsilon = py::cast<float>(config["epsilon"]);
+    parsed.startId = integer("start_id");
+    parsed.padId = integer("pad_id");
+    parsed.endIds = config.contains("eos_ids") ? py::cast<std::vector<int32_t>>(config["eos_ids"])
+                                               : std::vector<int32_t>{integer("eos_id")};
+    return parsed;
+}
+
+std::unique_ptr<GreedyDecoder> makeGreedyDecoder(
+    py::dict const& config, py::dict const& weights, int32_t maxSlots, int32_t capacity)
+{
+    std::string const op = "greedy_decoder";
+    GreedyDecoderConfig const parsed = parseGreedyConfig(config);
+    char const* reason = nullptr;
+    if (!canDecodeGreedily(parsed, &reason))
+    {
+        fail(op, reason);
+    }
+    if (maxSlots < 1 || capacity < 1)
+    {
+        fail(op, "max_slots and capacity must be at least 1");
+    }
+    auto const pointer = [&](char const* name) {
+        auto const address = py::cast<uintptr_t>(weights[name]);
+        if (address == 0 || address % 16 != 0)
+        {
+            fail(op, "the weights '" + std::string(name) + "' are null or not a multiple of 16 bytes");
+        }
+        return input(address);
+    };
+    GreedyDecoderWeights const packed{pointer("self"), pointer("cross"), pointer("feed_forward"),
+        static_cast<float const*>(pointer("feed_forward_bias")), pointer("head"), pointer("norms"),
+        pointer("embedding"), pointer("position_embedding")};
+    auto decoder = std::make_unique<GreedyDecoder>(parsed, packed, maxSlots, capacity);
+    if (decoder->status() != cudaSuccess)
+    {
+        throw std::runtime_error(op + " cannot be made: " + cudaGetErrorString(decoder->status()));
+    }
+    return decoder;
+}
+
+void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std::vector<uintptr_t> const& crossKeys,
+    std::vector<uintptr_t> const& crossValues, uintptr_t tokens, uintptr_t logProbs, uintptr_t lengths,
+    int32_t maxNewTokens, uintptr_t stream)
+{
+    std::string const op = "greedy_decoder";
+    auto const layers = static_cast<size_t>(decoder.config().layers);
+    if (lines < 1 || slots < 1 || slots > decoder.maxSlots())
+    {
+        fail(op, "lines must be at least 1, slots 1 to " + std::to_string(decoder.maxSlots()));
+    }
+    if (maxNewTokens < 1 || maxNewTokens > decoder.capacity() || maxNewTokens > decoder.config().positions)
+    {
+        fail(op, "max_new_tokens is not in 1 to the capacity and the number of positions");
+    }
+    if (crossKeys.size() != layers || crossValues.size() != layers)
+    {
+        fail(op, "there is not one tensor of cross keys and of cross values a layer");
+    }
+    GreedyRequest request{lines, slots, maxNewTokens, {}, {}, static_cast<int32_t*>(output(tokens)),
+        static_cast<float*>(output(logProbs)), static_cast<int32_t*>(output(lengths))};
+    bool right = areAligned(4, request.tokens, request.logProbs, request.lengths);
+    for (size_t layer = 0; layer < layers; ++layer)
+    {
+        request.crossKeys.push_back(input(crossKeys[layer]));
+        request.crossValues.push_back(input(crossValues[layer]));
+        right = right && areAligned(16, input(crossKeys[layer]), input(crossValues[layer]));
+    }
+    if (!right)
+    {
+        fail(op, "a pointer is null or not aligned");
+    }
+    cudaError_t const status = decoder.run(request, reinterpret_cast<cudaStream_t>(stream));
+    if (status != cudaSuccess)
+    {
+        throw std::runtime_error(op + " failed: " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+    }
+}
+
 } // namespace
 
 PYBIND11_MODULE(trocr_kernels, module)
@@ -284,6 +384,31 @@ PYBIND11_MODULE(trocr_kernels, module)
         "dtype"_a, "stream"_a = 0,
         "statistics float32 [R, K / 64, 2]: mean, and sum of squared distances from it, of each 64 columns of x "
         "[R, K].");
+
+    py::class_<GreedyDecoder>(module, "GreedyDecoder",
+        "Greedy decoding of a whole batch in one launch: config as runtime.greedy_weights.decoder_config makes it, weights: "
+        "addresses of what runtime.greedy_decoder.pack_blobs makes. Owns its caches: one run at a time.")
+        .def(py::init(&makeGreedyDecoder), "config"_a, "weights"_a, py::kw_only(), "max_slots"_a, "capacity"_a)
+        .def("run", &runGreedyDecoder, py::kw_only(), "lines"_a, "slots"_a, "cross_keys"_a, "cross_values"_a, "tokens"_a,
+            "log_probs"_a, "lengths"_a, "max_new_tokens"_a, "stream"_a,
+            "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, d]; "
+            "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. A call "
+            "with other addresses or sizes than earlier ones captures a graph first.");
+    module.def(
+        "greedy_decoder_obstacle",
+        [](py::dict const& config) -> py::object {
+            char const* reason = nullptr;
+            bool const possible = canDecodeGreedily(parseGreedyConfig(config), &reason);
+            return possible ? py::object(py::none()) : py::object(py::str(reason));
+        },
+        "config"_a, "Why this GPU or these sizes are not served; None where they are.");
+    module.def(
+        "greedy_blob_bytes",
+        [](py::dict const& config) {
+            GreedyBlobBytes const bytes = greedyBlobBytes(parseGreedyConfig(config));
+            return py::make_tuple(bytes.self, bytes.cross, bytes.feedForward);
+        },
+        "config"_a, "Bytes of a block's packed weights: self, cross, feed-forward.");
 }
 
 } // namespace trocr

@@ -1,0 +1,151 @@
+"""The CUDA greedy decoder (plugins/greedy_decoder) on torch tensors: packs its weights, holds its buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 32  # inputs of a product that a lane of the kernel reads at once, times four lanes
+TILE = 8  # outputs of a tile
+
+
+def pack_blobs(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tensor]:
+    """The weights as the kernels read them: for every block of a kernel one contiguous piece.
+
+    Args:
+        weights: as `greedy_weights.pack_decoder` makes them, on any device.
+        config: as `greedy_weights.decoder_config` makes it.
+
+    Returns:
+        "self" and "cross" uint8 [L, H, C, bytes], "feed_forward" uint8 [L, F / 32, bytes],
+        "feed_forward_bias" float32 [L, D], "head" T [ceil(V / 8), D / 32, 8, 32], "norms" T [1 + 3 L, 2, D],
+        "embedding" T [V, D], "position_embedding" T [positions, D]; plugins/greedy_decoder/README.md.
+    """
+    layers, width, heads = config["num_layers"], config["hidden_size"], config["num_heads"]
+    size = width // heads
+    blocks, columns = size // TILE, width * TILE // size  # of a head; output columns of a block
+    inputs = width // CHUNK
+
+    def output_part(name: str) -> tuple[Tensor, Tensor]:
+        weight = weights[f"{name}_weight"].view(layers, heads, size // CHUNK, CHUNK, blocks, columns)
+        bias = weights[f"{name}_bias"].view(layers, 1, blocks, columns).expand(layers, heads, blocks, columns)
+        return weight.permute(0, 1, 4, 2, 5, 3), bias
+
+    qkv = weights["self_qkv_weight"].view(layers, 3, heads, blocks, TILE, inputs, CHUNK)
+    qkv_bias = weights["self_qkv_bias"].view(layers, 3, heads, blocks, TILE)
+    query = weights["cross_query_weight"].view(layers, heads, blocks, TILE, inputs, CHUNK)
+    query_bias = weights["cross_query_bias"].view(layers, heads, blocks, TILE)
+    self_out, self_out_bias = output_part("self_out")
+    cross_out, cross_out_bias = output_part("cross_out")
+    fc1 = weights["fc1_weight"].view(layers, -1, CHUNK, inputs, CHUNK)
+    fc2 = weights["fc2_weight"].view(layers, -1, CHUNK, width)
+    head = weights["head_weight"]
+    head = F.pad(head, (0, 0, 0, -len(head) % TILE)).view(-1, TILE, inputs, CHUNK)
+
+    norms = torch.stack([weights["norm_gamma"], weights["norm_beta"]], 2).flatten(0, 1)  # [3 L, 2, D]
+    first = [
+        weights.get(f"embedding_norm_{name}", torch.zeros_like(norms[0, 0])) for name in ("gamma", "beta")
+    ]
+    return {
+        "self": _blobs(
+            3,
+            qkv_bias.permute(0, 2, 3, 1, 4),
+            self_out_bias,
+            qkv.permute(0, 2, 3, 5, 1, 4, 6),
+            self_out,
+        ),
+        "cross": _blobs(3, query_bias, cross_out_bias, query.permute(0, 1, 2, 4, 3, 5), cross_out),
+        "feed_forward": _blobs(
+            2,
+            weights["fc1_bias"].view(layers, -1, CHUNK),
+            fc1.permute(0, 1, 3, 2, 4),
+            fc2.permute(0, 1, 3, 2),
+        ),
+        "feed_forward_bias": weights["fc2_bias"].contiguous(),
+        "head": head.permute(0, 2, 1, 3).contiguous(),
+        "norms": torch.cat([torch.stack(first)[None], norms]).contiguous(),
+        "embedding": weights["token_embedding"].contiguous(),
+        "position_embedding": weights["position_embedding"].contiguous(),
+    }
+
+
+def _blobs(dims: int, *parts: Tensor) -> Tensor:
+    """uint8: what the parts have behind their first `dims` dimensions, one behind the other."""
+    return torch.cat([part.contiguous().flatten(dims).view(torch.uint8) for part in parts], dim=-1)
+
+
+class GreedyDecoder:
+    """Decodes a batch of lines in one launch.
+
+    Attributes:
+        max_slots: the most rows at a time.
+        max_new_tokens: the most tokens a line.
+    """
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        weights: Mapping[str, Tensor],
+        config: Mapping,
+        max_slots: int,
+        max_new_tokens: int,
+    ):
+        """
+        Args:
+            kernels: the module `trocr_kernels`.
+            weights: as `greedy_weights.pack_decoder` makes them, on the GPU; may be freed afterwards.
+            config: as `greedy_weights.decoder_config` makes it.
+
+        Raises:
+            RuntimeError: the GPU or the sizes are not served; the message says why.
+        """
+        obstacle = kernels.greedy_decoder_obstacle(dict(config))
+        if obstacle is not None:
+            raise RuntimeError(f"cannot decode on the GPU because {obstacle}")
+        self.max_slots, self.max_new_tokens = max_slots, max_new_tokens
+        self._blobs = pack_blobs(weights, config)
+        self._device = self._blobs["norms"].device
+        self._decoder = kernels.GreedyDecoder(
+            dict(config),
+            {name: blob.data_ptr() for name, blob in self._blobs.items()},
+            max_slots=max_slots,
+            capacity=max_new_tokens,
+        )
+
+    def outputs(self, lines: int, max_new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens int32 [lines, max_new_tokens], log_probs float32 [lines] and lengths int32 [lines]."""
+        tokens = torch.empty(lines, max_new_tokens, dtype=torch.int32, device=self._device)
+        return tokens, torch.empty_like(tokens[:, 0], dtype=torch.float32), torch.empty_like(tokens[:, 0])
+
+    def run(
+        self,
+        cross_keys: Sequence[Tensor],
+        cross_values: Sequence[Tensor],
+        outputs: tuple[Tensor, Tensor, Tensor],
+        slots: int | None = None,
+    ) -> None:
+        """Enqueue the search on torch's current stream.
+
+        Args:
+            cross_keys, cross_values: a layer's T [lines, H, S, d], contiguous.
+            outputs: from `outputs`, or contiguous tensors like them. Tokens are padded behind a line's end;
+                log_probs are sums over a line's tokens, the end of text included, as lengths count it.
+            slots: lines at a time; a finished line's row takes the next one. Default: as many as there are.
+        """
+        tokens, log_probs, lengths = outputs
+        lines, max_new_tokens = tokens.shape
+        self._decoder.run(
+            lines=lines,
+            slots=min(lines, slots or self.max_slots, self.max_slots),
+            cross_keys=[tensor.data_ptr() for tensor in cross_keys],
+            cross_values=[tensor.data_ptr() for tensor in cross_values],
+            tokens=tokens.data_ptr(),
+            log_probs=log_probs.data_ptr(),
+            lengths=lengths.data_ptr(),
+            max_new_tokens=max_new_tokens,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )

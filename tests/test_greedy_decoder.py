@@ -1,0 +1,265 @@
+"""The CUDA greedy decoder against a PyTorch decoder on the same weights; its packing; what it refuses."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from profiling.greedy_decoder import DECODERS, NO_END, differences, random_cross, random_weights
+from profiling.kernel_calls import load_kernels
+from runtime.greedy_decoder import GreedyDecoder, pack_blobs
+
+# name -> config: the published decoders with fewer layers, and other sizes and switches.
+BASE = DECODERS["base"] | {"num_layers": 2, "vocab_size": 5003}
+CASES = {
+    "bundled": DECODERS["bundled"] | {"num_layers": 3},
+    "small": DECODERS["small"] | {"num_layers": 2},
+    "base": BASE,
+    "no-embedding-norm": BASE | {"embedding_norm": 0, "embed_scale": 2.0, "source_length": 37},
+    "relu": BASE | {"activation": "relu", "vocab_size": 997},
+    "odd": DECODERS["small"]
+    | {
+        "num_layers": 2,
+        "hidden_size": 192,
+        "num_heads": 6,
+        "ffn_size": 320,
+        "vocab_size": 119,
+        "source_length": 8,
+    },
+    "wide-heads": DECODERS["small"]
+    | {"num_layers": 2, "num_heads": 4, "vocab_size": 1001, "source_length": 1025},
+}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    try:
+        return load_kernels()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def hopper(kernels):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return kernels
+
+
+def settings(name: str, dtype: torch.dtype) -> dict:
+    return CASES[name] | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+@cache
+def weights_of(name: str, dtype: torch.dtype) -> dict:
+    return random_weights(settings(name, dtype), dtype, "cuda")
+
+
+def search(kernels, name, dtype, lines, steps, slots=None, cross=None, **changes):
+    """The decoder's outputs (tokens, log_probs, lengths), from poisoned buffers, and what it attended to."""
+    config = settings(name, dtype) | changes
+    decoder = GreedyDecoder(kernels, weights_of(name, dtype), config, slots or lines, steps)
+    cross = cross or random_cross(config, lines, dtype, "cuda", seed=lines)
+    outputs = decoder.outputs(lines, steps)
+    outputs[0].fill_(-7)
+    outputs[1].fill_(torch.nan)
+    outputs[2].fill_(-7)
+    decoder.run(*cross, outputs, slots)
+    torch.cuda.synchronize()
+    return outputs, cross, config, decoder
+
+
+def assert_right(name, dtype, outputs, cross, config) -> None:
+    found, _ = differences(weights_of(name, dtype), config, cross, outputs)
+    assert not found, "\n".join(found[:10])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("lines", (1, 2, 3, 8, 16, 17, 33, 64, 70))
+@pytest.mark.parametrize("name", ("bundled", "small", "base"))
+def test_tokens_are_the_best(hopper, name, lines, dtype):
+    outputs, cross, config, _ = search(hopper, name, dtype, lines, 12)
+    assert (outputs[2] == 12).all()
+    assert_right(name, dtype, outputs, cross, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lines", (1, 5, 40))
+@pytest.mark.parametrize("name", ("no-embedding-norm", "relu", "odd", "wide-heads"))
+def test_other_decoders(hopper, name, lines):
+    outputs, cross, config, _ = search(hopper, name, torch.float16, lines, 7)
+    assert_right(name, torch.float16, outputs, cross, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lines", (1, 4))
+@pytest.mark.parametrize("name", ("bundled", "relu"))
+def test_long_texts(hopper, name, lines):
+    """More keys than one turn of self-attention holds."""
+    outputs, cross, config, _ = search(hopper, name, torch.float16, lines, 150)
+    assert_right(name, torch.float16, outputs, cross, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", (1, 2, 7, 16, 37))
+@pytest.mark.parametrize("name", ("bundled", "relu"))
+def test_a_line_does_not_depend_on_its_neighbours(hopper, name, slots):
+    """Whatever the slots and the lines' order: the same tokens and log-probabilities, bit for bit."""
+    lines, steps, dtype = 37, 10, torch.float16
+    free, cross, _, _ = search(hopper, name, dtype, lines, steps)
+    ends = free[0][::5, 4].unique().tolist()[:8]
+    expected, _, config, _ = search(hopper, name, dtype, lines, steps, cross=cross, eos_ids=ends)
+    assert 1 <= expected[2].min() < expected[2].max()
+    assert_right(name, dtype, expected, cross, config)
+    for line, (tokens, alone, length) in enumerate(zip(expected[0], free[0], expected[2], strict=True)):
+        assert tokens[:length].tolist() == alone[:length].tolist(), line
+
+    order = torch.randperm(lines, device="cuda")
+    shuffled = tuple([part[order].contiguous() for part in parts] for parts in cross)
+    found, *_ = search(hopper, name, dtype, lines, steps, slots=slots, cross=shuffled, eos_ids=ends)
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted[order])
+
+
+@pytest.mark.gpu
+def test_repeats_are_equal_on_any_stream(hopper):
+    outputs, cross, _, decoder = search(hopper, "small", torch.float16, 24, 9)
+    first = [tensor.clone() for tensor in outputs]
+    stream = torch.cuda.Stream()
+    for _ in range(3):
+        for tensor in outputs:
+            tensor.fill_(-1)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            decoder.run(*cross, outputs)
+        stream.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(first, outputs, strict=True))
+
+
+@pytest.mark.gpu
+def test_requests_of_other_sizes_on_one_decoder(hopper):
+    """Fewer lines, slots and tokens than the decoder was made for; graphs of earlier requests stay valid."""
+    dtype, name = torch.float16, "bundled"
+    outputs, cross, _, decoder = search(hopper, name, dtype, 20, 12)
+    few = tuple([part[:3].contiguous() for part in parts] for parts in cross)
+    short = decoder.outputs(3, 5)
+    decoder.run(*few, short, slots=2)
+    torch.cuda.synchronize()
+    assert torch.equal(short[0], outputs[0][:3, :5])
+    expected = outputs[0].clone()
+    outputs[0].zero_()
+    decoder.run(*cross, outputs)
+    torch.cuda.synchronize()
+    assert torch.equal(outputs[0], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"lines": 0}, "lines must be"),
+        ({"slots": 9}, "slots 1 to 8"),
+        ({"max_new_tokens": 13}, "max_new_tokens"),
+        ({"cross_keys": []}, "cross keys"),
+        ({"tokens": 0}, "null"),
+    ),
+)
+def test_refuses_a_request(hopper, change, message):
+    outputs, cross, _, decoder = search(hopper, "bundled", torch.float16, 8, 12)
+    request = {
+        "lines": 8,
+        "slots": 8,
+        "cross_keys": [tensor.data_ptr() for tensor in cross[0]],
+        "cross_values": [tensor.data_ptr() for tensor in cross[1]],
+        "tokens": outputs[0].data_ptr(),
+        "log_probs": outputs[1].data_ptr(),
+        "lengths": outputs[2].data_ptr(),
+        "max_new_tokens": 12,
+        "stream": 0,
+    }
+    with pytest.raises(RuntimeError, match=message):
+        decoder._decoder.run(**(request | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"dtype": "float32"}, "neither float16 nor bfloat16"),
+        ({"ffn_size": 1000}, "feed-forward width"),
+        ({"num_heads": 5}, "head size"),
+        ({"hidden_size": 2048, "num_heads": 32}, "width"),
+        ({"eos_ids": list(range(9))}, "more than 8"),
+    ),
+)
+def test_refuses_a_decoder(hopper, change, message):
+    assert message in hopper.greedy_decoder_obstacle(settings("small", torch.float16) | change)
+
+
+def test_needs_hopper(kernels):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        pytest.skip("this GPU is served")
+    assert "compute capability" in kernels.greedy_decoder_obstacle(settings("small", torch.float16))
+
+
+@pytest.mark.parametrize("name", ("small", "base", "odd"))
+def test_packing_keeps_every_weight(kernels, name):
+    """Pieces have the kernel's size, and hold each weight once."""
+    config = settings(name, torch.float16) | {"vocab_size": 51}
+    weights = random_weights(config, torch.float16, "cpu")
+    blobs = pack_blobs(weights, config)
+    sizes = kernels.greedy_blob_bytes(config)
+    assert tuple(blobs[part].shape[-1] for part in ("self", "cross", "feed_forward")) == sizes
+
+    def same(part: str, floats: int, *names: str) -> None:
+        pieces = blobs[part].flatten(0, -2)
+        stored = pieces[:, 4 * floats :].contiguous().view(torch.float16).flatten()
+        expected = torch.cat([weights[name].flatten() for name in names])
+        assert torch.equal(stored.sort().values, expected.sort().values)
+
+    size = config["hidden_size"] // config["num_heads"]
+    columns = 8 * config["num_heads"]
+    assert columns == config["hidden_size"] // (size // 8)
+    same("self", 24 + columns, "self_qkv_weight", "self_out_weight")
+    same("cross", 8 + columns, "cross_query_weight", "cross_out_weight")
+    same("feed_forward", 32, "fc1_weight", "fc2_weight")
+    assert blobs["head"].shape == (7, config["hidden_size"] // 32, 8, 32)
+    assert not blobs["head"][6, :, 3:].any()  # rows behind the vocabulary
+    assert blobs["norms"].shape == (1 + 3 * config["num_layers"], 2, config["hidden_size"])
+
+
+def test_a_piece_is_what_its_block_reads(kernels):
+    """By the definition: layer 1, block 2 of head 3; inner columns 64 to 95."""
+    config = settings("small", torch.float16) | {"vocab_size": 51}
+    weights = random_weights(config, torch.float16, "cpu")
+    blobs = pack_blobs(weights, config)
+    width, columns = 256, 64
+    rows = 3 * 32 + 2 * 8 + torch.arange(8)  # of the head's query, key or value
+
+    piece = blobs["self"][1, 3, 2]
+    floats = piece[: 4 * (24 + columns)].view(torch.float32)
+    halves = piece[4 * (24 + columns) :].view(torch.float16)
+    qkv = halves[: 24 * width].view(width // 32, 3, 8, 32)
+    out = halves[24 * width :].view(1, columns, 32)
+    for part in range(3):
+        expected = weights["self_qkv_weight"][1, part * width + rows]  # [8, inputs]
+        assert torch.equal(qkv[:, part].transpose(0, 1).flatten(1), expected)
+        assert torch.equal(floats[8 * part : 8 * part + 8], weights["self_qkv_bias"][1, part * width + rows])
+    # out[in, out] of inputs 96 to 127 (the head) and outputs 128 to 191 (block 2 of 4)
+    assert torch.equal(out[0], weights["self_out_weight"][1, 96:128, 128:192].T)
+    assert torch.equal(floats[24:], weights["self_out_bias"][1, 128:192])
+
+    piece = blobs["feed_forward"][1, 2]
+    assert torch.equal(piece[:128].view(torch.float32), weights["fc1_bias"][1, 64:96])
+    halves = piece[128:].view(torch.float16)
+    first = halves[: 32 * width].view(width // 32, 32, 32)
+    assert torch.equal(first.transpose(0, 1).flatten(1), weights["fc1_weight"][1, 64:96])
+    assert torch.equal(halves[32 * width :].view(width, 32), weights["fc2_weight"][1, 64:96].T)
+
+
+def test_no_end_is_no_token():
+    assert all(config["vocab_size"] < NO_END for config in DECODERS.values())
