@@ -14,10 +14,23 @@ namespace trocr::greedy
 
 constexpr int kTHREADS = 256;
 constexpr int kWARPS = kTHREADS / kWARP_SIZE;
-constexpr int kROWS = 16;      //!< rows of a pass: those of one tensor-core tile
 constexpr int kCHUNK = 32;     //!< inputs of a product that a lane reads with one 16-byte access (4 lanes a row)
-constexpr int kMAX_WIDTH = 1024;
+
+//! The widest decoder that a kernel's code is made for: narrow ones, with heads of 32, get shorter code. Every kernel of the
+//! chain runs each of its instructions about once, so that fetching them is a good part of its time.
+__host__ __device__ constexpr int maxWidth(int headDim)
+{
+    return headDim == 32 ? 256 : 1024;
+}
 constexpr float kNO_SCORE = -1e30F; //!< below every score; finite, so that differences of two are 0
+
+//! Reads 8 bytes that other kernels write, past L1. The compiler leaves it where it stands: early.
+__device__ __forceinline__ int2 loadEarly(int2 const* address)
+{
+    int2 words;
+    asm volatile("ld.global.cg.v2.s32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(address));
+    return words;
+}
 
 // ---- sums ----
 //
@@ -44,6 +57,13 @@ __device__ __forceinline__ float2 fromSum(int2 words)
     return {words.x * kSTEP, (words.y + (words.x < 0 ? 1 : 0)) * kSTEP};
 }
 
+//! What a row works on.
+struct RowState
+{
+    int line;     //!< -1: idle
+    int position; //!< of its newest token
+};
+
 //! What every kernel of the chain is given.
 struct Link
 {
@@ -54,46 +74,45 @@ struct Link
     SumPair* cleared;       //!< [rows, D / 2], set to zero for the next kernel
     void const* norm;       //!< T [2, D], gamma and beta; nullptr: the input is taken as it is
     float epsilon;
-    int const* lines;       //!< [rows], the line a row works on; -1: idle
-    int const* positions;   //!< [rows], of the row's newest token
-    int const* remaining;   //!< lines not yet ended; 0: nothing is left to do
+    float inverseWidth;     //!< 1 / D
+    RowState const* states; //!< [rows]
 };
 
-//! A pass's rows: each warp has the state of row `lane` in its lane.
+//! Up to kROWS rows that a block works on at once; each warp has the state of row `lane` in its lane.
+template <int kROWS>
 struct Pass
 {
-    int first;       //!< of kROWS rows
-    int count;       //!< rows in it, at most kROWS
-    int line;        //!< of row first + lane, or -1
-    int position;    //!< likewise
+    int first;
+    int count;       //!< rows in it
+    RowState state;  //!< of row first + lane
     unsigned active; //!< bit i: row first + i has a line
 
     __device__ __forceinline__ static Pass load(Link const& link, int first)
     {
         int const lane = threadIdx.x % kWARP_SIZE;
-        Pass pass{first, min(kROWS, link.rows - first), -1, 0, 0};
+        Pass pass{first, kROWS == 1 ? 1 : min(kROWS, link.rows - first), {-1, 0}, 0};
         if (lane < pass.count)
         {
-            pass.line = __ldcg(link.lines + first + lane);
-            pass.position = __ldcg(link.positions + first + lane);
+            int2 const words = loadEarly(reinterpret_cast<int2 const*>(link.states) + first + lane);
+            pass.state = {words.x, words.y};
         }
-        pass.active = __ballot_sync(kFULL_WARP, pass.line >= 0);
+        pass.active = __ballot_sync(kFULL_WARP, pass.state.line >= 0);
         return pass;
     }
 
     __device__ __forceinline__ bool isActive(int row) const
     {
-        return (active >> row & 1) != 0;
+        return kROWS == 1 || (active >> row & 1) != 0; // a pass without an active row is not worked on
     }
 
     __device__ __forceinline__ int lineOf(int row) const
     {
-        return __shfl_sync(kFULL_WARP, line, row);
+        return __shfl_sync(kFULL_WARP, state.line, row);
     }
 
     __device__ __forceinline__ int positionOf(int row) const
     {
-        return __shfl_sync(kFULL_WARP, position, row);
+        return __shfl_sync(kFULL_WARP, state.position, row);
     }
 };
 
@@ -112,79 +131,153 @@ __device__ __forceinline__ void clearSums(Link const& link)
     int const blocks = gridDim.x * gridDim.y;
     int const block = blockIdx.y * gridDim.x + blockIdx.x;
     int const pairs = link.rows * link.width / 2;
+#pragma unroll 1
     for (int i = block * kTHREADS + threadIdx.x; i < pairs; i += blocks * kTHREADS)
     {
         link.cleared[i] = 0;
     }
 }
 
-//! hidden [count, pitch] = LayerNorm(input) of rows first to first + count, a warp a row. `norm` is gamma and beta in
-//! shared memory; nullptr: only rounded.
-template <typename T>
-__device__ __forceinline__ void normRows(Link const& link, int first, int count, T const* norm, T* hidden, int pitch)
+//! LayerNorm of a pass's rows, kROW_WARPS warps a row: few rows are spread over the block for their latency. In two parts, so
+//! that other loads can be on their way with those of the first rows.
+template <typename T, int kROWS, int kMAX_WIDTH>
+struct RowNorm
 {
-    constexpr int kPAIRS = kMAX_WIDTH / 2 / kWARP_SIZE;
-    int const warp = threadIdx.x / kWARP_SIZE;
-    int const lane = threadIdx.x % kWARP_SIZE;
-    int const pairs = link.width / 2;
-    for (int row = warp; row < count; row += kWARPS)
+    //! One narrow row: every warp computes all of it, and keeps the chunk of inputs that it needs in multiplySplit.
+    static constexpr bool kEVERY_WARP = kROWS == 1 && kMAX_WIDTH == kWARPS * kCHUNK;
+    static constexpr int kROW_WARPS = kEVERY_WARP || kROWS >= kWARPS ? 1 : kWARPS / kROWS;
+    static constexpr int kPAIRS = kMAX_WIDTH / 2 / kWARP_SIZE / kROW_WARPS;
+    static constexpr int kAT_ONCE = kEVERY_WARP ? 1 : kWARPS / kROW_WARPS; //!< rows
+    static_assert(kPAIRS >= 1);
+
+    int2 raw[kPAIRS];
+    float2 values[kPAIRS];
+    float sum;
+    float squares;
+
+    static __device__ __forceinline__ int firstRow()
     {
-        auto const* const words = reinterpret_cast<int2 const*>(link.input) + static_cast<size_t>(first + row) * pairs;
-        int2 raw[kPAIRS];
+        return kEVERY_WARP ? 0 : threadIdx.x / kWARP_SIZE / kROW_WARPS;
+    }
+
+    static __device__ __forceinline__ int pairOf(int i)
+    {
+        return (i * kROW_WARPS + threadIdx.x / kWARP_SIZE % kROW_WARPS) * kWARP_SIZE + threadIdx.x % kWARP_SIZE;
+    }
+
+    __device__ __forceinline__ void load(Link const& link, int row, int end)
+    {
+        int const pairs = link.width / 2;
+        auto const* const words = reinterpret_cast<int2 const*>(link.input) + static_cast<size_t>(row) * pairs;
 #pragma unroll
         for (int i = 0; i < kPAIRS; ++i)
         {
-            int const pair = i * kWARP_SIZE + lane;
-            raw[i] = pair < pairs ? __ldcg(words + pair) : int2{0, 0};
+            raw[i] = int2{};
+            if (row < end && pairOf(i) < pairs)
+            {
+                raw[i] = loadEarly(words + pairOf(i));
+            }
         }
-        float2 values[kPAIRS];
-        float sum = 0.0F;
+    }
+
+    //! Waits for what load() asked for. To be called before other loads are issued: those that a thread has under way may
+    //! share one counter, and a wait for the first then is a wait for all.
+    __device__ __forceinline__ void take()
+    {
+        sum = 0.0F;
+        squares = 0.0F;
 #pragma unroll
         for (int i = 0; i < kPAIRS; ++i)
         {
             values[i] = fromSum(raw[i]);
             sum += values[i].x + values[i].y;
+            squares += values[i].x * values[i].x + values[i].y * values[i].y;
         }
-        float scale = 1.0F;
-        float shift = 0.0F;
-        if (norm != nullptr)
+        asm volatile("" : "+f"(sum), "+f"(squares)); // here, not where they are needed
+    }
+
+    //! hidden [count, pitch] = LayerNorm(input) of rows first to first + count, of which load(first + firstRow()) and take()
+    //! have been called; ready for multiplySplit, and after the next barrier for all. `norm` is gamma and beta; nullptr: rows
+    //! are only rounded. `scratch`: [kWARPS].
+    __device__ __forceinline__ void run(
+        Link const& link, int first, int count, T const* norm, T* hidden, int pitch, float2* scratch)
+    {
+        int const pairs = link.width / 2;
+        int const warp = threadIdx.x / kWARP_SIZE;
+#pragma unroll 1
+        for (int from = 0; from < count; from += kAT_ONCE)
         {
-            float const mean = groupSum(sum) / link.width;
-            float squares = 0.0F;
+            int const row = from + firstRow();
+            bool const more = from + kAT_ONCE < count;
+            if (more)
+            {
+                load(link, first + row + kAT_ONCE, first + count);
+            }
+            float scale = 1.0F;
+            float shift = 0.0F;
+            if (norm != nullptr)
+            {
+#pragma unroll 1
+                for (int offset = kWARP_SIZE / 2; offset > 0; offset /= 2)
+                {
+                    sum += __shfl_xor_sync(kFULL_WARP, sum, offset);
+                    squares += __shfl_xor_sync(kFULL_WARP, squares, offset);
+                }
+                if constexpr (kROW_WARPS > 1)
+                {
+                    if (threadIdx.x % kWARP_SIZE == 0)
+                    {
+                        scratch[warp] = {sum, squares};
+                    }
+                    __syncthreads();
+                    sum = squares = 0.0F;
+#pragma unroll
+                    for (int i = 0; i < kROW_WARPS; ++i)
+                    {
+                        float2 const part = scratch[warp / kROW_WARPS * kROW_WARPS + i];
+                        sum += part.x;
+                        squares += part.y;
+                    }
+                }
+                float const mean = sum * link.inverseWidth;
+                scale = rsqrtf(fmaxf(squares * link.inverseWidth - mean * mean, 0.0F) + link.epsilon);
+                shift = -mean * scale;
+            }
+            auto* const out = reinterpret_cast<unsigned*>(hidden + row * pitch);
 #pragma unroll
             for (int i = 0; i < kPAIRS; ++i)
             {
-                if (i * kWARP_SIZE + lane < pairs)
+                int const pair = pairOf(i);
+                bool const keeps = !kEVERY_WARP || pair / (kCHUNK / 2) == warp;
+                if (row < count && pair < pairs && keeps)
                 {
-                    float const x = values[i].x - mean;
-                    float const y = values[i].y - mean;
-                    squares += x * x + y * y;
+                    float x = values[i].x * scale + shift;
+                    float y = values[i].y * scale + shift;
+                    if (norm != nullptr)
+                    {
+                        float2 const gamma = unpackPair<T>(reinterpret_cast<unsigned const*>(norm)[pair]);
+                        float2 const beta = unpackPair<T>(reinterpret_cast<unsigned const*>(norm)[pairs + pair]);
+                        x = x * gamma.x + beta.x;
+                        y = y * gamma.y + beta.y;
+                    }
+                    out[pair] = packPair<T>(x, y);
                 }
             }
-            scale = rsqrtf(groupSum(squares) / link.width + link.epsilon);
-            shift = -mean * scale;
-        }
-        auto* const out = reinterpret_cast<unsigned*>(hidden + row * pitch);
-#pragma unroll
-        for (int i = 0; i < kPAIRS; ++i)
-        {
-            int const pair = i * kWARP_SIZE + lane;
-            if (pair < pairs)
+            if (more)
             {
-                float x = values[i].x * scale + shift;
-                float y = values[i].y * scale + shift;
-                if (norm != nullptr)
-                {
-                    float2 const gamma = unpackPair<T>(reinterpret_cast<unsigned const*>(norm)[pair]);
-                    float2 const beta = unpackPair<T>(reinterpret_cast<unsigned const*>(norm + link.width)[pair]);
-                    x = x * gamma.x + beta.x;
-                    y = y * gamma.y + beta.y;
-                }
-                out[pair] = packPair<T>(x, y);
+                take();
             }
+        }
+        if constexpr (kEVERY_WARP)
+        {
+            __syncwarp();
+        }
+        else
+        {
+            __syncthreads();
         }
     }
-}
+};
 
 // ---- products ----
 //
@@ -198,16 +291,20 @@ struct Activations
     uint4 low;
     uint4 high;
 
-    template <typename T>
+    //! kROWS: the most that `count` can be.
+    template <int kROWS, typename T>
     __device__ __forceinline__ static Activations load(T const* rows, int pitch, int count, int chunk)
     {
         int const lane = threadIdx.x % kWARP_SIZE;
         int const g = lane / 4;
         T const* const at = rows + chunk * kCHUNK + lane % 4 * 8;
         // Rows beyond `count` repeat the last: their results are dropped.
-        Activations a;
-        a.low = *reinterpret_cast<uint4 const*>(at + min(g, count - 1) * pitch);
-        a.high = count > 8 ? *reinterpret_cast<uint4 const*>(at + min(g + 8, count - 1) * pitch) : uint4{};
+        Activations a{};
+        a.low = *reinterpret_cast<uint4 const*>(at + (kROWS == 1 ? 0 : min(g, count - 1) * pitch));
+        if (kROWS > 8 && count > 8)
+        {
+            a.high = *reinterpret_cast<uint4 const*>(at + min(g + 8, count - 1) * pitch);
+        }
         return a;
     }
 };
@@ -229,18 +326,19 @@ __device__ __forceinline__ uint4 weightsOf(T const* tile)
     return reinterpret_cast<uint4 const*>(tile)[threadIdx.x % kWARP_SIZE];
 }
 
-//! partial [warp][row][8 kTILES] = the warp's part of the inputs of rows x weights^T; weights [chunks, kTILES, 8, 32].
+//! partial [warp][kROWS][8 kTILES] = the warp's part of the inputs of rows x weights^T; weights [chunks, kTILES, 8, 32].
 //! The sum over the warps is the caller's.
-template <typename T, int kTILES>
+template <int kROWS, int kTILES, typename T>
 __device__ __forceinline__ void multiplySplit(
     T const* rows, int pitch, int count, T const* weights, int chunks, float* partial)
 {
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
     float c[kTILES][4] = {};
+#pragma unroll 1
     for (int chunk = warp; chunk < chunks; chunk += kWARPS)
     {
-        Activations const a = Activations::load(rows, pitch, count, chunk);
+        Activations const a = Activations::load<kROWS>(rows, pitch, count, chunk);
 #pragma unroll
         for (int tile = 0; tile < kTILES; ++tile)
         {
@@ -251,65 +349,60 @@ __device__ __forceinline__ void multiplySplit(
 #pragma unroll
     for (int tile = 0; tile < kTILES; ++tile)
     {
-        *reinterpret_cast<float2*>(out + tile * 8) = {c[tile][0], c[tile][1]};
-        if (count > 8)
+        if (kROWS >= 8 || lane / 4 < kROWS)
+        {
+            *reinterpret_cast<float2*>(out + tile * 8) = {c[tile][0], c[tile][1]};
+        }
+        if (kROWS > 8 && count > 8)
         {
             *reinterpret_cast<float2*>(out + 8 * (8 * kTILES) + tile * 8) = {c[tile][2], c[tile][3]};
         }
     }
 }
 
-//! Eight neighbouring outputs of multiplySplit, added up over the warps, plus the bias.
-template <int kTILES>
-__device__ __forceinline__ void collectOutputs(float (&sums)[8], float const* partial, int row, int tile, float const* bias)
+//! Two neighbouring outputs of multiplySplit, added up over the warps, plus the bias.
+template <int kROWS, int kTILES>
+__device__ __forceinline__ float2 collectPair(float const* partial, int row, int pair, float const* bias)
 {
+    float2 sum = {bias[2 * pair], bias[2 * pair + 1]};
+    auto const* const at = reinterpret_cast<float2 const*>(partial + row * (8 * kTILES)) + pair;
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-    {
-        sums[i] = bias[tile * 8 + i];
-    }
     for (int warp = 0; warp < kWARPS; ++warp)
     {
-        auto const* const at = reinterpret_cast<float4 const*>(partial + (warp * kROWS + row) * (8 * kTILES) + tile * 8);
-        float4 const a = at[0];
-        float4 const b = at[1];
-        sums[0] += a.x;
-        sums[1] += a.y;
-        sums[2] += a.z;
-        sums[3] += a.w;
-        sums[4] += b.x;
-        sums[5] += b.y;
-        sums[6] += b.z;
-        sums[7] += b.w;
+        float2 const part = at[warp * kROWS * 4 * kTILES];
+        sum.x += part.x;
+        sum.y += part.y;
     }
+    return sum;
 }
 
-template <typename T>
-__device__ __forceinline__ uint4 packEight(float const (&v)[8])
-{
-    return {packPair<T>(v[0], v[1]), packPair<T>(v[2], v[3]), packPair<T>(v[4], v[5]), packPair<T>(v[6], v[7])};
-}
-
-//! Adds rows x weights^T to the sums; weights [chunks, tiles, 8, 32] give columns firstColumn on. With `bias` the block
+//! Adds rows x weights^T to the sums; weights [kCHUNKS, tiles, 8, 32] give columns firstColumn on. With `bias` the block
 //! also adds that and the residual, the rows of `hidden`: exactly one block a column does.
-template <typename T>
-__device__ __forceinline__ void multiplyToSums(Link const& link, Pass const& pass, T const* rows, int pitch,
-    T const* weights, int chunks, int tiles, int firstColumn, float const* bias, T const* hidden, int hiddenPitch)
+template <int kROWS, int kCHUNKS, typename T>
+__device__ __forceinline__ void multiplyToSums(Link const& link, Pass<kROWS> const& pass, T const* rows, int pitch,
+    T const* weights, int tiles, int firstColumn, float const* bias, T const* hidden, int hiddenPitch)
 {
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
+    Activations a[kCHUNKS];
+#pragma unroll
+    for (int chunk = 0; chunk < kCHUNKS; ++chunk)
+    {
+        a[chunk] = Activations::load<kROWS>(rows, pitch, pass.count, chunk);
+    }
+#pragma unroll 4
     for (int tile = warp; tile < tiles; tile += kWARPS)
     {
         float c[4] = {};
-        for (int chunk = 0; chunk < chunks; ++chunk)
+#pragma unroll
+        for (int chunk = 0; chunk < kCHUNKS; ++chunk)
         {
-            Activations const a = Activations::load(rows, pitch, pass.count, chunk);
-            multiplyChunk<T>(c, a, weightsOf(weights + (chunk * tiles + tile) * 8 * kCHUNK));
+            multiplyChunk<T>(c, a[chunk], weightsOf(weights + (chunk * tiles + tile) * 8 * kCHUNK));
         }
         int const inTile = tile * 8 + lane % 4 * 2;
         int const column = firstColumn + inTile;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < (kROWS > 8 ? 2 : 1); ++half)
         {
             int const row = lane / 4 + half * 8;
             if (row < pass.count && pass.isActive(row))
@@ -331,23 +424,23 @@ __device__ __forceinline__ void multiplyToSums(Link const& link, Pass const& pas
 
 // ---- attention of one query a row ----
 
-//! Keys and values that one lane holds. A key is shared by kLANES neighbouring lanes, eight elements each; the warps of a
-//! block take turns.
-template <typename T, int kHEAD_DIM, int kPASSES>
+//! Keys and values that one lane holds. A key is shared by kLANES neighbouring lanes, eight elements each; kROW_WARPS warps
+//! take turns at a row's keys.
+template <typename T, int kHEAD_DIM, int kROW_WARPS, int kPASSES>
 struct Keys
 {
     static constexpr int kLANES = kHEAD_DIM / 8;
     static constexpr int kGROUPS = kWARP_SIZE / kLANES;
-    static constexpr int kSPAN = kPASSES * kWARPS * kGROUPS; //!< keys that a block holds
+    static constexpr int kSPAN = kPASSES * kROW_WARPS * kGROUPS; //!< keys that a row's warps hold
 
     uint4 keys[kPASSES];
     uint4 values[kPASSES];
 
     static __device__ __forceinline__ int indexOf(int first, int pass)
     {
-        int const warp = threadIdx.x / kWARP_SIZE;
+        int const warp = threadIdx.x / kWARP_SIZE % kROW_WARPS;
         int const group = threadIdx.x % kWARP_SIZE / kLANES;
-        return first + (pass * kWARPS + warp) * kGROUPS + group;
+        return first + (pass * kROW_WARPS + warp) * kGROUPS + group;
     }
 
     //! Keys first to first + kSPAN of [keys, kHEAD_DIM], as far as they lie before `last`.
@@ -367,6 +460,22 @@ struct Keys
         }
     }
 };
+
+//! The row's newest key and value, at index `position`, from shared memory (`offset`: the lane's first element).
+template <typename T, int kHEAD_DIM, int kROW_WARPS, int kPASSES>
+__device__ __forceinline__ void insertNewest(
+    Keys<T, kHEAD_DIM, kROW_WARPS, kPASSES>& held, int first, int position, T const* key, T const* value)
+{
+#pragma unroll
+    for (int pass = 0; pass < kPASSES; ++pass)
+    {
+        if (held.indexOf(first, pass) == position)
+        {
+            held.keys[pass] = *reinterpret_cast<uint4 const*>(key);
+            held.values[pass] = *reinterpret_cast<uint4 const*>(value);
+        }
+    }
+}
 
 //! Softmax in the making: the maximum (of the whole warp), and this lane's sums.
 template <typename T, int kHEAD_DIM>
@@ -429,8 +538,8 @@ struct Softmax
         }
     }
 
-    template <int kPASSES>
-    __device__ __forceinline__ void add(Keys<T, kHEAD_DIM, kPASSES> const& held, int first, int last)
+    template <int kROW_WARPS, int kPASSES>
+    __device__ __forceinline__ void add(Keys<T, kHEAD_DIM, kROW_WARPS, kPASSES> const& held, int first, int last)
     {
         float scores[kPASSES];
         float most = maximum;
@@ -454,17 +563,6 @@ struct Softmax
             {
                 take(scores[pass], held.values[pass]);
             }
-        }
-    }
-
-    //! One key more, that every lane group has; it counts once.
-    __device__ __forceinline__ void addOne(uint4 const& key, uint4 const& value)
-    {
-        float const s = score(key);
-        raiseTo(fmaxf(maximum, s));
-        if (threadIdx.x % kWARP_SIZE < kLANES)
-        {
-            take(s, value);
         }
     }
 
@@ -495,23 +593,27 @@ struct Softmax
     }
 };
 
-//! Four elements of a context from `parts` partial ones, [part * partStride] apart: not yet divided by the total.
-__device__ __forceinline__ float4 combine(
-    float const* contexts, int contextStride, float2 const* scales, int scaleStride, int parts, float2& scale)
+//! Four elements of a context from kPARTS partial ones, contexts [kPARTS, stride] and scales [kPARTS]; not yet divided by
+//! the total.
+template <int kPARTS>
+__device__ __forceinline__ float4 combine(float const* contexts, int stride, float2 const* scales, float2& scale)
 {
+    float2 of[kPARTS];
     float maximum = kNO_SCORE;
-    for (int part = 0; part < parts; ++part)
+#pragma unroll
+    for (int part = 0; part < kPARTS; ++part)
     {
-        maximum = fmaxf(maximum, scales[part * scaleStride].x);
+        of[part] = scales[part];
+        maximum = fmaxf(maximum, of[part].x);
     }
     float total = 0.0F;
     float4 sum{};
-    for (int part = 0; part < parts; ++part)
+#pragma unroll
+    for (int part = 0; part < kPARTS; ++part)
     {
-        float2 const s = scales[part * scaleStride];
-        float const factor = exp2Approx(s.x - maximum);
-        float4 const c = *reinterpret_cast<float4 const*>(contexts + part * contextStride);
-        total += factor * s.y;
+        float const factor = exp2Approx(of[part].x - maximum);
+        float4 const c = *reinterpret_cast<float4 const*>(contexts + part * stride);
+        total += factor * of[part].y;
         sum.x += factor * c.x;
         sum.y += factor * c.y;
         sum.z += factor * c.z;
@@ -522,16 +624,6 @@ __device__ __forceinline__ float4 combine(
 }
 
 // ---- block cluster ----
-
-__device__ __forceinline__ void clusterArriveRelaxed()
-{
-    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-}
-
-__device__ __forceinline__ void clusterWait()
-{
-    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
 
 //! Pointer to the same place in block `rank` of the cluster.
 template <typename P>

@@ -26,7 +26,7 @@ constexpr size_t align256(size_t bytes)
 //! Where things lie in the workspace.
 struct Workspace
 {
-    size_t sums[3], choices, lines, positions, scalars, keys, values, bytes;
+    size_t sums[3], choices, states, scalars, keys, values, bytes;
     size_t layerCache; //!< bytes of a layer's keys
 
     Workspace(GreedyDecoderConfig const& config, int32_t slots, int32_t capacity, int32_t blocks)
@@ -38,8 +38,7 @@ struct Workspace
             sum = take(static_cast<size_t>(slots) * config.width * 4);
         }
         choices = take(sizeof(float4) * blocks * slots);
-        lines = take(4 * static_cast<size_t>(slots));
-        positions = take(4 * static_cast<size_t>(slots));
+        states = take(sizeof(RowState) * slots);
         scalars = take(256);
         layerCache = align256(static_cast<size_t>(slots) * config.width * capacity * kELEMENT);
         keys = take(layerCache * config.layers);
@@ -145,13 +144,17 @@ bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason)
     {
         return refuse(reason, "layers, vocabulary and positions must be at least 1, the encoder's states at least 8");
     }
-    if (config.width < 64 || config.width > kMAX_WIDTH || config.width % 64 != 0)
+    if (config.width < 64 || config.width % 64 != 0)
     {
-        return refuse(reason, "the width is no multiple of 64 from 64 to 1024");
+        return refuse(reason, "the width is no multiple of 64");
     }
     if (config.heads < 1 || (config.width != config.heads * 32 && config.width != config.heads * 64))
     {
         return refuse(reason, "the head size is neither 32 nor 64");
+    }
+    if (config.width > maxWidth(config.width / config.heads))
+    {
+        return refuse(reason, "the width is above 256 with heads of 32, or above 1024");
     }
     if (config.ffnWidth < 32 || config.ffnWidth % 32 != 0)
     {
@@ -167,9 +170,9 @@ bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason)
 GreedyBlobBytes greedyBlobBytes(GreedyDecoderConfig const& config)
 {
     int32_t const headDim = config.width / config.heads;
-    return {static_cast<size_t>(SelfLayout(headDim, config.width, 1).blobBytes),
-        static_cast<size_t>(CrossLayout(headDim, config.width, 1).blobBytes),
-        static_cast<size_t>(FeedForwardLayout(config.width, 1).blobBytes)};
+    return {static_cast<size_t>(SelfLayout(headDim, config.width, 1, 1).blobBytes),
+        static_cast<size_t>(CrossLayout(headDim, config.width, 1, 1).blobBytes),
+        static_cast<size_t>(FeedForwardLayout(config.width, 1, 1).blobBytes)};
 }
 
 struct GreedyDecoder::Graph
@@ -198,6 +201,7 @@ GreedyDecoder::GreedyDecoder(
     , mCapacity(capacity)
 {
     mStatus = deviceAttribute(cudaDevAttrMultiProcessorCount, mMultiprocessors);
+    mMultiprocessors = std::min(mMultiprocessors, kCHOOSERS_A_LANE * kWARP_SIZE);
     size_t const bytes = Workspace(mConfig, maxSlots, capacity, mMultiprocessors).bytes;
     if (mStatus == cudaSuccess)
     {
@@ -231,8 +235,7 @@ cudaError_t GreedyDecoder::enqueueNext(
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
     auto* const scalars = reinterpret_cast<int*>(mWorkspace + at.scalars);
     NextParams params{};
-    params.state = {reinterpret_cast<int*>(mWorkspace + at.lines), reinterpret_cast<int*>(mWorkspace + at.positions),
-        scalars, scalars + 1, scalars + 2};
+    params.state = {reinterpret_cast<RowState*>(mWorkspace + at.states), scalars, scalars + 1, scalars + 2};
     params.choices = reinterpret_cast<float4 const*>(mWorkspace + at.choices);
     params.choosers = mMultiprocessors;
     params.rows = request.slots;
@@ -253,10 +256,10 @@ cudaError_t GreedyDecoder::enqueueNext(
     params.lengths = request.lengths;
     params.conditional = conditional;
     params.decides = last;
-    return launchLink(first ? next<T, true> : next<T, false>, dim3(request.slots), 1, 0, stream, params);
+    return launchLink(first ? begin<T> : next<T>, dim3(request.slots), 1, 0, stream, params);
 }
 
-template <typename T, int kHEAD_DIM>
+template <typename T, int kHEAD_DIM, int kROWS>
 cudaError_t GreedyDecoder::enqueueToken(
     GreedyRequest const& request, unsigned long long conditional, bool last, cudaStream_t stream)
 {
@@ -265,7 +268,7 @@ cudaError_t GreedyDecoder::enqueueToken(
     int const width = mConfig.width;
     int const heads = mConfig.heads;
     int const passes = ceilDiv(request.slots, kROWS);
-    int const passRows = std::min(request.slots, kROWS);
+    int const rows = std::min(request.slots, kROWS);
     constexpr unsigned kCLUSTER = kHEAD_DIM / 8;
     unsigned const headBlocks = heads * kCLUSTER;
     unsigned const innerBlocks = mConfig.ffnWidth / kCHUNK;
@@ -286,9 +289,8 @@ cudaError_t GreedyDecoder::enqueueToken(
         l.norm = identity ? nullptr
                           : static_cast<uint8_t const*>(mWeights.norms) + static_cast<size_t>(index) * 2 * width * kELEMENT;
         l.epsilon = mConfig.epsilon;
-        l.lines = reinterpret_cast<int const*>(mWorkspace + at.lines);
-        l.positions = reinterpret_cast<int const*>(mWorkspace + at.positions);
-        l.remaining = reinterpret_cast<int const*>(mWorkspace + at.scalars) + 1;
+        l.inverseWidth = 1.0F / static_cast<float>(width);
+        l.states = reinterpret_cast<RowState const*>(mWorkspace + at.states);
         ++index;
         return l;
     };
@@ -300,8 +302,8 @@ cudaError_t GreedyDecoder::enqueueToken(
             static_cast<uint8_t const*>(mWeights.selfBlobs) + static_cast<size_t>(layer) * headBlocks * blob.self,
             mWorkspace + at.keys + layer * at.layerCache, mWorkspace + at.values + layer * at.layerCache, heads,
             mCapacity};
-        status = launchLink(selfAttention<T, kHEAD_DIM>, dim3(headBlocks, sideBySide(headBlocks)), kCLUSTER,
-            SelfLayout(kHEAD_DIM, width, passRows).bytes, stream, self);
+        status = launchLink(selfAttention<T, kHEAD_DIM, kROWS>, dim3(headBlocks, sideBySide(headBlocks)), kCLUSTER,
+            SelfLayout(kHEAD_DIM, width, rows, kROWS).bytes, stream, self);
         if (status != cudaSuccess)
         {
             break;
@@ -309,8 +311,8 @@ cudaError_t GreedyDecoder::enqueueToken(
         CrossParams const cross{link(),
             static_cast<uint8_t const*>(mWeights.crossBlobs) + static_cast<size_t>(layer) * headBlocks * blob.cross,
             request.crossKeys[layer], request.crossValues[layer], heads, mConfig.sourceLength};
-        status = launchLink(crossAttention<T, kHEAD_DIM>, dim3(headBlocks, sideBySide(headBlocks)), kCLUSTER,
-            CrossLayout(kHEAD_DIM, width, passRows).bytes, stream, cross);
+        status = launchLink(crossAttention<T, kHEAD_DIM, kROWS>, dim3(headBlocks, sideBySide(headBlocks)), kCLUSTER,
+            CrossLayout(kHEAD_DIM, width, rows, kROWS).bytes, stream, cross);
         if (status != cudaSuccess)
         {
             break;
@@ -319,19 +321,37 @@ cudaError_t GreedyDecoder::enqueueToken(
             static_cast<uint8_t const*>(mWeights.feedForwardBlobs)
                 + static_cast<size_t>(layer) * innerBlocks * blob.feedForward,
             mWeights.feedForwardBias + static_cast<size_t>(layer) * width, mConfig.gelu};
-        status = launchLink(feedForward<T>, dim3(innerBlocks, sideBySide(innerBlocks)), 1,
-            FeedForwardLayout(width, passRows).bytes, stream, inner);
+        status = launchLink(feedForward<T, kHEAD_DIM, kROWS>, dim3(innerBlocks, sideBySide(innerBlocks)), 1,
+            FeedForwardLayout(width, rows, kROWS).bytes, stream, inner);
     }
     if (status == cudaSuccess)
     {
         HeadParams const params{
             link(), mWeights.head, mConfig.vocabulary, reinterpret_cast<float4*>(mWorkspace + at.choices)};
-        int const tiles = passes == 1 ? 1 : passes == 2 ? 2 : 4;
-        void (*const kernel)(HeadParams) = tiles == 1 ? head<T, 1> : tiles == 2 ? head<T, 2> : head<T, 4>;
+        // Weights are read once for so many rows.
+        int const headRows = request.slots <= 1 ? 1 : std::min(ceilDiv(request.slots, 16), 4) * 16;
+        void (*const kernel)(HeadParams) = headRows == 1 ? head<T, kHEAD_DIM, 1>
+            : headRows == 16                             ? head<T, kHEAD_DIM, 16>
+            : headRows == 32                             ? head<T, kHEAD_DIM, 32>
+                                                         : head<T, kHEAD_DIM, 64>;
         status = launchLink(kernel, dim3(mMultiprocessors), 1,
-            HeadLayout(width, std::min(request.slots, tiles * kROWS)).bytes, stream, params);
+            HeadLayout(width, std::min(request.slots, headRows)).bytes, stream, params);
     }
     return status != cudaSuccess ? status : enqueueNext<T>(request, false, conditional, last, stream);
+}
+
+template <typename T, int kHEAD_DIM>
+cudaError_t GreedyDecoder::enqueueRows(
+    GreedyRequest const& request, unsigned long long conditional, bool last, cudaStream_t stream)
+{
+    // As few rows a block as still make one wave of blocks. At most 8 of heads of 64: with 16, a block takes more than half
+    // of a multiprocessor's shared memory, and with one block on each only 15 of base's 16 clusters find room.
+    constexpr int kMOST = kHEAD_DIM == 32 ? 16 : 8;
+    int const sideBySide = std::max(1, mMultiprocessors / (mConfig.heads * kHEAD_DIM / 8));
+    int const rows = ceilDiv(request.slots, sideBySide);
+    return rows <= 1 ? enqueueToken<T, kHEAD_DIM, 1>(request, conditional, last, stream)
+        : rows <= 4  ? enqueueToken<T, kHEAD_DIM, 4>(request, conditional, last, stream)
+                     : enqueueToken<T, kHEAD_DIM, kMOST>(request, conditional, last, stream);
 }
 
 cudaError_t GreedyDecoder::capture(GreedyRequest const& request, std::unique_ptr<Graph>& captured)
@@ -362,13 +382,13 @@ cudaError_t GreedyDecoder::capture(GreedyRequest const& request, std::unique_ptr
                 bool const last = token == kTOKENS_A_TURN - 1;
                 if (half)
                 {
-                    enqueued = wide ? enqueueToken<__half, 64>(request, conditional, last, mCaptureStream)
-                                    : enqueueToken<__half, 32>(request, conditional, last, mCaptureStream);
+                    enqueued = wide ? enqueueRows<__half, 64>(request, conditional, last, mCaptureStream)
+                                    : enqueueRows<__half, 32>(request, conditional, last, mCaptureStream);
                 }
                 else
                 {
-                    enqueued = wide ? enqueueToken<__nv_bfloat16, 64>(request, conditional, last, mCaptureStream)
-                                    : enqueueToken<__nv_bfloat16, 32>(request, conditional, last, mCaptureStream);
+                    enqueued = wide ? enqueueRows<__nv_bfloat16, 64>(request, conditional, last, mCaptureStream)
+                                    : enqueueRows<__nv_bfloat16, 32>(request, conditional, last, mCaptureStream);
                 }
             }
             return enqueued;

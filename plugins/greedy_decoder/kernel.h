@@ -115,8 +115,11 @@ private:
 
     cudaError_t capture(GreedyRequest const& request, std::unique_ptr<Graph>& graph);
     template <typename T, int kHEAD_DIM>
-    cudaError_t enqueueToken(GreedyRequest const& request, unsigned long long conditional, bool last,
-        cudaStream_t stream);
+    cudaError_t enqueueRows(
+        GreedyRequest const& request, unsigned long long conditional, bool last, cudaStream_t stream);
+    template <typename T, int kHEAD_DIM, int kROWS>
+    cudaError_t enqueueToken(
+        GreedyRequest const& request, unsigned long long conditional, bool last, cudaStream_t stream);
     template <typename T>
     cudaError_t enqueueNext(GreedyRequest const& request, bool first, unsigned long long conditional, bool last,
         cudaStream_t stream);

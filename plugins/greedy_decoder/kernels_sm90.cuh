@@ -12,8 +12,7 @@ namespace trocr::greedy
 //! What the search keeps in global memory besides caches and sums.
 struct State
 {
-    int* lines;     //!< [slots]
-    int* positions; //!< [slots]
+    RowState* rows; //!< [slots]
     int* next;      //!< the first line that no row has taken yet
     int* remaining; //!< lines not yet ended
     int* arrived;   //!< blocks of `next` that are done
@@ -32,14 +31,17 @@ struct SelfParams
 };
 
 //! sums += W_out attention(W_qkv h) + b + h, h = LayerNorm(sums before). A cluster a head; a block computes eight columns
-//! each of the head's query, key and value, and gives them to its cluster.
-template <typename T, int kHEAD_DIM>
-__global__ void __launch_bounds__(kTHREADS) selfAttention(SelfParams p)
+//! each of the head's query, key and value, and gives them to its cluster. With more than one row the cluster's blocks
+//! attend for a part of the rows each.
+template <typename T, int kHEAD_DIM, int kROWS>
+__global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
 {
-    using HeadKeys = Keys<T, kHEAD_DIM, kHEAD_DIM / 32>;
-    constexpr int kBLOCKS = kHEAD_DIM / 8;      // of a cluster
-    constexpr int kMAX_MINE = kROWS / kBLOCKS;  // rows that a block attends for
-    static_assert(kMAX_MINE >= 2);
+    constexpr int kBLOCKS = kHEAD_DIM / 8; // of a cluster
+    constexpr bool kDEAL = kROWS > 1;
+    constexpr int kMINE = (kROWS + kBLOCKS - 1) / kBLOCKS; // rows that a block attends for
+    constexpr int kROW_WARPS = kWARPS / kMINE;
+    constexpr int kPASSES = 64 * kHEAD_DIM / 8 / kWARP_SIZE / kROW_WARPS; // 64 keys are held
+    using HeadKeys = Keys<T, kHEAD_DIM, kROW_WARPS, kPASSES>;
     extern __shared__ __align__(128) uint8_t shared[];
     int const rank = blockIdx.x % kBLOCKS;
     int const head = blockIdx.x / kBLOCKS;
@@ -49,15 +51,15 @@ __global__ void __launch_bounds__(kTHREADS) selfAttention(SelfParams p)
     int const chunks = width / kCHUNK;
     int const columns = width / kBLOCKS;
 
-    SelfLayout const layout(kHEAD_DIM, width, min(kROWS, p.link.rows));
+    SelfLayout const layout(kHEAD_DIM, width, min(kROWS, p.link.rows), kROWS);
     auto* const norm = reinterpret_cast<T*>(shared + layout.norm);
     auto* const qkvBias = reinterpret_cast<float*>(shared + layout.blob);
     auto* const outBias = qkvBias + 24;
     auto* const qkvWeights = reinterpret_cast<T*>(outBias + columns);
     auto* const outWeights = qkvWeights + 24 * width;
     auto* const hidden = reinterpret_cast<T*>(shared + layout.hidden);
-    auto* const partial = reinterpret_cast<float*>(shared + layout.partial); // products, then contexts
-    auto* const scales = reinterpret_cast<float2*>(shared + layout.scales);  // [warp][row]
+    auto* const partial = reinterpret_cast<float*>(shared + layout.partial); // products, then contexts [warp][d]
+    auto* const scales = reinterpret_cast<float2*>(shared + layout.scales);  // [warp]; before that RowNorm's
     auto* const qkv = reinterpret_cast<T*>(shared + layout.exchange);        // [row][3][d], written by the cluster
     auto* const context = reinterpret_cast<T*>(shared + layout.context);     // [row][d], likewise
     int const pitch = rowPitch<T>(width);
@@ -66,131 +68,98 @@ __global__ void __launch_bounds__(kTHREADS) selfAttention(SelfParams p)
     sm90::launchDependents();
     Constants const constants = Constants::fetch(reinterpret_cast<uint64_t*>(shared), norm, p.link.norm,
         2 * width * sizeof(T), qkvBias, p.blobs + blockIdx.x * layout.blobBytes, layout.blobBytes);
-    clusterArriveRelaxed();
+    sm90::clusterSyncRelaxed(); // every block of the cluster runs: its shared memory may be written
     sm90::waitForPriorGrids();
-    bool const done = __ldcg(p.link.remaining) == 0;
-    clusterWait(); // every block of the cluster runs: its shared memory may be written
-    if (done)
-    {
-        constants.waitForNorm();
-        constants.waitForBlob();
-        return;
-    }
-    clearSums(p.link);
 
+#pragma unroll 1
     for (int first = blockIdx.y * kROWS; first < p.link.rows; first += gridDim.y * kROWS)
     {
-        Pass const pass = Pass::load(p.link, first);
+        RowNorm<T, kROWS, maxWidth(kHEAD_DIM)> rowNorm;
+        rowNorm.load(p.link, first + rowNorm.firstRow(), p.link.rows);
+        auto const pass = Pass<kROWS>::load(p.link, first);
         if (pass.active == 0)
         {
             continue;
         }
-        // With few rows every block attends for all of them; with more they are dealt out to the cluster.
-        bool const deal = pass.count > 2;
-        int const firstRow = deal ? rank : 0;
-        int const step = deal ? kBLOCKS : 1;
+        rowNorm.take();
         size_t const headSize = static_cast<size_t>(p.capacity) * kHEAD_DIM;
-        auto const cacheOf = [&](int row) { return ((first + row) * static_cast<size_t>(p.heads) + head) * headSize; };
-        auto* const allKeys = static_cast<T*>(p.keys);
-        auto* const allValues = static_cast<T*>(p.values);
-
+        int const row = kDEAL ? warp / kROW_WARPS * kBLOCKS + rank : 0;
+        bool const attends = row < pass.count && pass.isActive(row);
+        int const position = pass.positionOf(attends ? row : 0);
+        size_t const cache = ((first + row) * static_cast<size_t>(p.heads) + head) * headSize;
+        T* const allKeys = static_cast<T*>(p.keys) + cache;
+        T* const allValues = static_cast<T*>(p.values) + cache;
         // The cache is on its way while the query is computed.
-        HeadKeys held[kMAX_MINE];
-#pragma unroll
-        for (int mine = 0; mine < kMAX_MINE; ++mine)
-        {
-            int const row = firstRow + mine * step;
-            if (row < pass.count)
-            {
-                held[mine].load(allKeys + cacheOf(row), allValues + cacheOf(row), 0, pass.positionOf(row));
-            }
-        }
-
+        HeadKeys held;
+        held.load(allKeys, allValues, 0, attends ? position : 0);
         constants.waitForNorm();
-        normRows<T>(p.link, first, pass.count, p.link.norm == nullptr ? nullptr : norm, hidden, pitch);
-        __syncthreads();
+        rowNorm.run(p.link, first, pass.count, p.link.norm == nullptr ? nullptr : norm, hidden, pitch, scales);
         constants.waitForBlob();
-        multiplySplit<T, 3>(hidden, pitch, pass.count, qkvWeights, chunks, partial);
+        multiplySplit<kROWS, 3>(hidden, pitch, pass.count, qkvWeights, chunks, partial);
         __syncthreads();
-        for (int i = threadIdx.x; i < pass.count * 3 * kBLOCKS; i += kTHREADS)
+#pragma unroll 1
+        for (int i = threadIdx.x; i < pass.count * 12; i += kTHREADS)
         {
-            int const to = i % kBLOCKS;
-            int const part = i / kBLOCKS % 3;
-            int const row = i / (3 * kBLOCKS);
-            float sums[8];
-            collectOutputs<3>(sums, partial, row, part, qkvBias);
-            *reinterpret_cast<uint4*>(atRank(qkv + (row * 3 + part) * kHEAD_DIM + rank * 8, to)) = packEight<T>(sums);
+            // Row i / 12, of its query, key and value the one numbered i / 4 % 3.
+            float2 const pair = collectPair<kROWS, 3>(partial, i / 12, i % 12, qkvBias);
+            unsigned const bits = packPair<T>(pair.x, pair.y);
+            T* const to = qkv + i / 4 * kHEAD_DIM + rank * 8 + i % 4 * 2;
+#pragma unroll
+            for (int other = 0; other < kBLOCKS; ++other)
+            {
+                *reinterpret_cast<unsigned*>(atRank(to, other)) = bits;
+            }
         }
         sm90::clusterSync();
 
-#pragma unroll
-        for (int mine = 0; mine < kMAX_MINE; ++mine)
+        if (attends)
         {
-            int const row = firstRow + mine * step;
-            if (row >= pass.count || !pass.isActive(row))
-            {
-                continue;
-            }
-            int const position = pass.positionOf(row);
-            size_t const cache = cacheOf(row);
             int const offset = lane % HeadKeys::kLANES * 8;
             T const* const newest = qkv + row * 3 * kHEAD_DIM + offset;
-            auto const newKey = *reinterpret_cast<uint4 const*>(newest + kHEAD_DIM);
-            auto const newValue = *reinterpret_cast<uint4 const*>(newest + 2 * kHEAD_DIM);
             Softmax<T, kHEAD_DIM> softmax;
             softmax.begin(*reinterpret_cast<uint4 const*>(newest));
-            if (position > 0)
+#pragma unroll 1
+            for (int key = 0; key <= position; key += HeadKeys::kSPAN)
             {
-                softmax.add(held[mine], 0, position);
+                if (key > 0)
+                {
+                    held.load(allKeys, allValues, key, position);
+                }
+                insertNewest(held, key, position, newest + kHEAD_DIM, newest + 2 * kHEAD_DIM);
+                softmax.add(held, key, position + 1);
             }
-            for (int key = HeadKeys::kSPAN; key < position; key += HeadKeys::kSPAN)
-            {
-                HeadKeys more;
-                more.load(allKeys + cache, allValues + cache, key, position);
-                softmax.add(more, key, position);
-            }
-            if (warp == 0)
-            {
-                softmax.addOne(newKey, newValue);
-            }
-            softmax.finish(partial + (mine * kWARPS + warp) * kHEAD_DIM, scales + mine * kWARPS + warp);
+            softmax.finish(partial + warp * kHEAD_DIM, scales + warp);
             // The cache gets the new key and value once.
-            if (warp == 1 && lane < HeadKeys::kLANES && row % kBLOCKS == rank)
+            if ((kDEAL || rank == 0) && warp % kROW_WARPS == 1 && lane < HeadKeys::kLANES)
             {
-                size_t const at = cache + static_cast<size_t>(position) * kHEAD_DIM + offset;
-                *reinterpret_cast<uint4*>(allKeys + at) = newKey;
-                *reinterpret_cast<uint4*>(allValues + at) = newValue;
+                size_t const at = static_cast<size_t>(position) * kHEAD_DIM + offset;
+                *reinterpret_cast<uint4*>(allKeys + at) = *reinterpret_cast<uint4 const*>(newest + kHEAD_DIM);
+                *reinterpret_cast<uint4*>(allValues + at) = *reinterpret_cast<uint4 const*>(newest + 2 * kHEAD_DIM);
             }
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < kMAX_MINE * kHEAD_DIM / 4; i += kTHREADS)
+        if (threadIdx.x < kMINE * kHEAD_DIM / 4)
         {
-            int const mine = i / (kHEAD_DIM / 4);
-            int const element = i % (kHEAD_DIM / 4) * 4;
-            int const row = firstRow + mine * step;
-            if (row >= pass.count || !pass.isActive(row))
+            int const mine = threadIdx.x / (kHEAD_DIM / 4);
+            int const element = threadIdx.x % (kHEAD_DIM / 4) * 4;
+            int const of = kDEAL ? mine * kBLOCKS + rank : 0;
+            if (of < pass.count && pass.isActive(of))
             {
-                continue;
-            }
-            float2 scale;
-            float4 const sum = combine(partial + mine * kWARPS * kHEAD_DIM + element, kHEAD_DIM,
-                scales + mine * kWARPS, 1, kWARPS, scale);
-            float const factor = 1.0F / scale.y;
-            uint2 const bits = {packPair<T>(sum.x * factor, sum.y * factor), packPair<T>(sum.z * factor, sum.w * factor)};
-            T* const to = context + row * kCONTEXT_PITCH + element;
-            if (deal)
-            {
-                for (int other = 0; other < kBLOCKS; ++other)
+                float2 scale;
+                float4 const sum = combine<kROW_WARPS>(partial + mine * kROW_WARPS * kHEAD_DIM + element, kHEAD_DIM,
+                    scales + mine * kROW_WARPS, scale);
+                float const factor = 1.0F / scale.y;
+                uint2 const bits
+                    = {packPair<T>(sum.x * factor, sum.y * factor), packPair<T>(sum.z * factor, sum.w * factor)};
+                T* const to = context + of * kCONTEXT_PITCH + element;
+#pragma unroll
+                for (int other = 0; other < (kDEAL ? kBLOCKS : 1); ++other)
                 {
-                    *reinterpret_cast<uint2*>(atRank(to, other)) = bits;
+                    *reinterpret_cast<uint2*>(kDEAL ? atRank(to, other) : to) = bits;
                 }
             }
-            else
-            {
-                *reinterpret_cast<uint2*>(to) = bits;
-            }
         }
-        if (deal)
+        if constexpr (kDEAL)
         {
             sm90::clusterSync();
         }
@@ -198,10 +167,14 @@ __global__ void __launch_bounds__(kTHREADS) selfAttention(SelfParams p)
         {
             __syncthreads();
         }
-        multiplyToSums<T>(p.link, pass, context, kCONTEXT_PITCH, outWeights, kHEAD_DIM / kCHUNK, columns / 8,
+        multiplyToSums<kROWS, kHEAD_DIM / kCHUNK>(p.link, pass, context, kCONTEXT_PITCH, outWeights, columns / 8,
             rank * columns, head == 0 ? outBias : nullptr, hidden, pitch);
         __syncthreads();
     }
+    clearSums(p.link);
+    // Where nothing was left to do, copies may be under way into shared memory that soon belongs to another block.
+    constants.waitForNorm();
+    constants.waitForBlob();
 }
 
 // ---- cross-attention ----
@@ -218,11 +191,14 @@ struct CrossParams
 
 //! sums += W_out attention(W_q h) + b + h. A cluster a head; a block computes eight columns of the query, and attends to its
 //! part of the keys for every row.
-template <typename T, int kHEAD_DIM>
-__global__ void __launch_bounds__(kTHREADS) crossAttention(CrossParams p)
+template <typename T, int kHEAD_DIM, int kROWS>
+__global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
 {
-    using HeadKeys = Keys<T, kHEAD_DIM, 3>; // all keys of a block at 577 tokens
     constexpr int kBLOCKS = kHEAD_DIM / 8;
+    constexpr int kAT_ONCE = kROWS < kWARPS ? kROWS : kWARPS; // rows
+    constexpr int kROW_WARPS = kWARPS / kAT_ONCE;
+    // One row: all keys of a block at 577 tokens. More: a part, while the next part is on its way.
+    using HeadKeys = Keys<T, kHEAD_DIM, kROW_WARPS, kROWS == 1 ? 3 : 4>;
     extern __shared__ __align__(128) uint8_t shared[];
     int const rank = blockIdx.x % kBLOCKS;
     int const head = blockIdx.x / kBLOCKS;
@@ -232,15 +208,15 @@ __global__ void __launch_bounds__(kTHREADS) crossAttention(CrossParams p)
     int const chunks = width / kCHUNK;
     int const columns = width / kBLOCKS;
 
-    CrossLayout const layout(kHEAD_DIM, width, min(kROWS, p.link.rows));
+    CrossLayout const layout(kHEAD_DIM, width, min(kROWS, p.link.rows), kROWS);
     auto* const norm = reinterpret_cast<T*>(shared + layout.norm);
     auto* const queryBias = reinterpret_cast<float*>(shared + layout.blob);
     auto* const outBias = queryBias + 8;
     auto* const queryWeights = reinterpret_cast<T*>(outBias + columns);
     auto* const outWeights = queryWeights + 8 * width;
     auto* const hidden = reinterpret_cast<T*>(shared + layout.hidden);
-    auto* const partial = reinterpret_cast<float*>(shared + layout.partial); // products, then contexts [row][warp][d]
-    auto* const scales = reinterpret_cast<float2*>(shared + layout.scales);  // [row][warp]
+    auto* const partial = reinterpret_cast<float*>(shared + layout.partial); // products, then contexts [row, warp][d]
+    auto* const scales = reinterpret_cast<float2*>(shared + layout.scales);  // [row, warp]; before that RowNorm's
     auto* const query = reinterpret_cast<T*>(shared + layout.exchange);      // [row][d], written by the cluster
     auto* const parts = reinterpret_cast<float*>(shared + layout.parts);     // [row][block][d], likewise
     auto* const partScales = reinterpret_cast<float2*>(shared + layout.partScales); // [row][block], likewise
@@ -251,124 +227,157 @@ __global__ void __launch_bounds__(kTHREADS) crossAttention(CrossParams p)
     sm90::launchDependents();
     Constants const constants = Constants::fetch(reinterpret_cast<uint64_t*>(shared), norm, p.link.norm,
         2 * width * sizeof(T), queryBias, p.blobs + blockIdx.x * layout.blobBytes, layout.blobBytes);
-    clusterArriveRelaxed();
-    sm90::waitForPriorGrids();
-    bool const done = __ldcg(p.link.remaining) == 0;
-    clusterWait();
-    if (done)
-    {
-        constants.waitForNorm();
-        constants.waitForBlob();
-        return;
-    }
-    clearSums(p.link);
+    sm90::clusterSyncRelaxed(); // every block of the cluster runs: its shared memory may be written
 
     int const firstKey = p.length * rank / kBLOCKS;
-    int const lastKey = p.length * (rank + 1) / kBLOCKS;
+    int const lastKey = p.length * (rank + 1) / kBLOCKS;    sm90::waitForPriorGrids();
+
+#pragma unroll 1
     for (int first = blockIdx.y * kROWS; first < p.link.rows; first += gridDim.y * kROWS)
     {
-        Pass const pass = Pass::load(p.link, first);
+        RowNorm<T, kROWS, maxWidth(kHEAD_DIM)> rowNorm;
+        rowNorm.load(p.link, first + rowNorm.firstRow(), p.link.rows);
+        auto const pass = Pass<kROWS>::load(p.link, first);
         if (pass.active == 0)
         {
             continue;
         }
-        auto const offsetOf = [&](int row) {
-            return (static_cast<size_t>(pass.lineOf(row)) * p.heads + head) * p.length * kHEAD_DIM;
-        };
+        rowNorm.take();
         auto const nextRow = [&](int row) {
             do
             {
-                ++row;
+                row += kAT_ONCE;
             } while (row < pass.count && !pass.isActive(row));
             return row;
         };
-        auto const* const allKeys = static_cast<T const*>(p.keys);
-        auto const* const allValues = static_cast<T const*>(p.values);
-
-        // The keys of the first row are on their way while the query is computed, those of the next while a row is.
-        int row = nextRow(-1);
+        auto const fetch = [&](HeadKeys& keys, int row, int key) {
+            size_t const at = (static_cast<size_t>(pass.lineOf(row)) * p.heads + head) * p.length * kHEAD_DIM;
+            keys.load(static_cast<T const*>(p.keys) + at, static_cast<T const*>(p.values) + at, key, lastKey);
+        };
+        // The warp's first keys are on their way while the query is computed, later ones while earlier are worked on.
+        int row = nextRow(warp / kROW_WARPS - kAT_ONCE);
+        int key = firstKey;
         HeadKeys held;
-        held.load(allKeys + offsetOf(row), allValues + offsetOf(row), firstKey, lastKey);
-
-        constants.waitForNorm();
-        normRows<T>(p.link, first, pass.count, norm, hidden, pitch);
-        __syncthreads();
-        constants.waitForBlob();
-        multiplySplit<T, 1>(hidden, pitch, pass.count, queryWeights, chunks, partial);
-        __syncthreads();
-        for (int i = threadIdx.x; i < pass.count * kBLOCKS; i += kTHREADS)
+        if (row < pass.count)
         {
-            float sums[8];
-            collectOutputs<1>(sums, partial, i / kBLOCKS, 0, queryBias);
-            *reinterpret_cast<uint4*>(atRank(query + i / kBLOCKS * kHEAD_DIM + rank * 8, i % kBLOCKS))
-                = packEight<T>(sums);
+            fetch(held, row, key);
+        }
+        constants.waitForNorm();
+        rowNorm.run(p.link, first, pass.count, norm, hidden, pitch, scales);
+        constants.waitForBlob();
+        multiplySplit<kROWS, 1>(hidden, pitch, pass.count, queryWeights, chunks, partial);
+        __syncthreads();
+#pragma unroll 1
+        for (int i = threadIdx.x; i < pass.count * 4; i += kTHREADS)
+        {
+            float2 const pair = collectPair<kROWS, 1>(partial, i / 4, i % 4, queryBias);
+            unsigned const bits = packPair<T>(pair.x, pair.y);
+            T* const to = query + i / 4 * kHEAD_DIM + rank * 8 + i % 4 * 2;
+#pragma unroll
+            for (int other = 0; other < kBLOCKS; ++other)
+            {
+                *reinterpret_cast<unsigned*>(atRank(to, other)) = bits;
+            }
         }
         sm90::clusterSync();
 
-        while (row < pass.count)
+        Softmax<T, kHEAD_DIM> softmax;
+        auto const begin = [&](int of) {
+            softmax.begin(*reinterpret_cast<uint4 const*>(query + of * kHEAD_DIM + lane % HeadKeys::kLANES * 8));
+        };
+        if (row < pass.count)
         {
-            int const next = nextRow(row);
-            HeadKeys following;
-            if (next < pass.count)
+            begin(row);
+        }
+        if constexpr (kROWS == 1)
+        {
+#pragma unroll 1
+            for (; key < lastKey; key += HeadKeys::kSPAN)
             {
-                following.load(allKeys + offsetOf(next), allValues + offsetOf(next), firstKey, lastKey);
-            }
-            Softmax<T, kHEAD_DIM> softmax;
-            softmax.begin(
-                *reinterpret_cast<uint4 const*>(query + row * kHEAD_DIM + lane % HeadKeys::kLANES * 8));
-            softmax.add(held, firstKey, lastKey);
-            for (int key = firstKey + HeadKeys::kSPAN; key < lastKey; key += HeadKeys::kSPAN)
-            {
-                held.load(allKeys + offsetOf(row), allValues + offsetOf(row), key, lastKey);
+                if (key > firstKey)
+                {
+                    fetch(held, 0, key);
+                }
                 softmax.add(held, key, lastKey);
             }
-            softmax.finish(partial + (row * kWARPS + warp) * kHEAD_DIM, scales + row * kWARPS + warp);
-            held = following;
-            row = next;
+            softmax.finish(partial + warp * kHEAD_DIM, scales + warp);
+        }
+        else
+        {
+#pragma unroll 1
+            while (row < pass.count)
+            {
+                bool const ends = key + HeadKeys::kSPAN >= lastKey;
+                int const followingRow = ends ? nextRow(row) : row;
+                int const followingKey = ends ? firstKey : key + HeadKeys::kSPAN;
+                HeadKeys following;
+                if (followingRow < pass.count)
+                {
+                    fetch(following, followingRow, followingKey);
+                }
+                softmax.add(held, key, lastKey);
+                if (ends)
+                {
+                    int const at = row * kROW_WARPS + warp % kROW_WARPS;
+                    softmax.finish(partial + at * kHEAD_DIM, scales + at);
+                    if (followingRow < pass.count)
+                    {
+                        begin(followingRow);
+                    }
+                }
+                held = following;
+                row = followingRow;
+                key = followingKey;
+            }
         }
         __syncthreads();
         // The block's context of its keys, to every block of the cluster.
+#pragma unroll 1
         for (int i = threadIdx.x; i < pass.count * kHEAD_DIM / 4; i += kTHREADS)
         {
             int const of = i / (kHEAD_DIM / 4);
             int const element = i % (kHEAD_DIM / 4) * 4;
-            if (!pass.isActive(of))
+            if (pass.isActive(of))
             {
-                continue;
-            }
-            float2 scale;
-            float4 const sum = combine(
-                partial + of * kWARPS * kHEAD_DIM + element, kHEAD_DIM, scales + of * kWARPS, 1, kWARPS, scale);
-            for (int other = 0; other < kBLOCKS; ++other)
-            {
-                *reinterpret_cast<float4*>(atRank(parts + (of * kBLOCKS + rank) * kHEAD_DIM + element, other)) = sum;
-                if (element == 0)
+                float2 scale;
+                float4 const sum = combine<kROW_WARPS>(
+                    partial + of * kROW_WARPS * kHEAD_DIM + element, kHEAD_DIM, scales + of * kROW_WARPS, scale);
+#pragma unroll
+                for (int other = 0; other < kBLOCKS; ++other)
                 {
-                    *atRank(partScales + of * kBLOCKS + rank, other) = scale;
+                    *reinterpret_cast<float4*>(atRank(parts + (of * kBLOCKS + rank) * kHEAD_DIM + element, other)) = sum;
+                    if (element == 0)
+                    {
+                        *atRank(partScales + of * kBLOCKS + rank, other) = scale;
+                    }
                 }
             }
         }
         sm90::clusterSync();
+#pragma unroll 1
         for (int i = threadIdx.x; i < pass.count * kHEAD_DIM / 4; i += kTHREADS)
         {
             int const of = i / (kHEAD_DIM / 4);
             int const element = i % (kHEAD_DIM / 4) * 4;
-            if (!pass.isActive(of))
+            if (pass.isActive(of))
             {
-                continue;
+                float2 scale;
+                float4 const sum = combine<kBLOCKS>(
+                    parts + of * kBLOCKS * kHEAD_DIM + element, kHEAD_DIM, partScales + of * kBLOCKS, scale);
+                float const factor = 1.0F / scale.y;
+                *reinterpret_cast<uint2*>(context + of * kCONTEXT_PITCH + element)
+                    = {packPair<T>(sum.x * factor, sum.y * factor), packPair<T>(sum.z * factor, sum.w * factor)};
             }
-            float2 scale;
-            float4 const sum = combine(parts + of * kBLOCKS * kHEAD_DIM + element, kHEAD_DIM,
-                partScales + of * kBLOCKS, 1, kBLOCKS, scale);
-            float const factor = 1.0F / scale.y;
-            *reinterpret_cast<uint2*>(context + of * kCONTEXT_PITCH + element)
-                = {packPair<T>(sum.x * factor, sum.y * factor), packPair<T>(sum.z * factor, sum.w * factor)};
         }
         __syncthreads();
-        multiplyToSums<T>(p.link, pass, context, kCONTEXT_PITCH, outWeights, kHEAD_DIM / kCHUNK, columns / 8,
+        multiplyToSums<kROWS, kHEAD_DIM / kCHUNK>(p.link, pass, context, kCONTEXT_PITCH, outWeights, columns / 8,
             rank * columns, head == 0 ? outBias : nullptr, hidden, pitch);
         __syncthreads();
     }
+    clearSums(p.link);
+    // Where nothing was left to do, copies may be under way into shared memory that soon belongs to another block.
+    constants.waitForNorm();
+    constants.waitForBlob();
 }
 
 // ---- feed-forward ----
@@ -381,66 +390,74 @@ struct FeedForwardParams
     bool gelu;
 };
 
+//! Exact: by the error function.
+__device__ __forceinline__ float gelu(float x)
+{
+    return 0.5F * x * (1.0F + erff(x * 0.70710678F));
+}
+
 //! sums += W_2 activation(W_1 h + b_1) + b_2 + h. A block has 32 of the inner columns, from first to second product.
-template <typename T>
-__global__ void __launch_bounds__(kTHREADS) feedForward(FeedForwardParams p)
+template <typename T, int kHEAD_DIM, int kROWS>
+__global__ void __launch_bounds__(kTHREADS, kROWS == 1 ? 2 : 1) feedForward(FeedForwardParams p)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     int const width = p.link.width;
     int const chunks = width / kCHUNK;
 
-    FeedForwardLayout const layout(width, min(kROWS, p.link.rows));
+    FeedForwardLayout const layout(width, min(kROWS, p.link.rows), kROWS);
     auto* const norm = reinterpret_cast<T*>(shared + layout.norm);
     auto* const innerBias = reinterpret_cast<float*>(shared + layout.blob);
     auto* const firstWeights = reinterpret_cast<T*>(innerBias + kCHUNK);
     auto* const secondWeights = firstWeights + kCHUNK * width;
     auto* const hidden = reinterpret_cast<T*>(shared + layout.hidden);
     auto* const partial = reinterpret_cast<float*>(shared + layout.partial);
-    auto* const inner = reinterpret_cast<T*>(shared + layout.inner); // [row][32]
+    auto* const inner = reinterpret_cast<T*>(shared + layout.inner); // [row][32]; before that RowNorm's
+    auto* const outBias = reinterpret_cast<float*>(shared + layout.bias); // of the one block that adds it
     int const pitch = rowPitch<T>(width);
     constexpr int kINNER_PITCH = rowPitch<T>(kCHUNK);
 
     sm90::launchDependents();
     Constants const constants = Constants::fetch(reinterpret_cast<uint64_t*>(shared), norm, p.link.norm,
         2 * width * sizeof(T), innerBias, p.blobs + blockIdx.x * layout.blobBytes, layout.blobBytes);
-    sm90::waitForPriorGrids();
-    if (__ldcg(p.link.remaining) == 0)
+    for (int i = threadIdx.x; blockIdx.x == 0 && i < width; i += kTHREADS)
     {
-        constants.waitForNorm();
-        constants.waitForBlob();
-        return;
+        outBias[i] = p.bias[i];
     }
-    clearSums(p.link);
+    sm90::waitForPriorGrids();
 
+#pragma unroll 1
     for (int first = blockIdx.y * kROWS; first < p.link.rows; first += gridDim.y * kROWS)
     {
-        Pass const pass = Pass::load(p.link, first);
+        RowNorm<T, kROWS, maxWidth(kHEAD_DIM)> rowNorm;
+        rowNorm.load(p.link, first + rowNorm.firstRow(), p.link.rows);
+        auto const pass = Pass<kROWS>::load(p.link, first);
         if (pass.active == 0)
         {
             continue;
         }
+        rowNorm.take();
         constants.waitForNorm();
-        normRows<T>(p.link, first, pass.count, norm, hidden, pitch);
-        __syncthreads();
+        rowNorm.run(p.link, first, pass.count, norm, hidden, pitch, reinterpret_cast<float2*>(inner));
         constants.waitForBlob();
-        multiplySplit<T, 4>(hidden, pitch, pass.count, firstWeights, chunks, partial);
+        multiplySplit<kROWS, 4>(hidden, pitch, pass.count, firstWeights, chunks, partial);
         __syncthreads();
-        for (int i = threadIdx.x; i < pass.count * 4; i += kTHREADS)
+#pragma unroll 1
+        for (int i = threadIdx.x; i < pass.count * 16; i += kTHREADS)
         {
-            float sums[8];
-            collectOutputs<4>(sums, partial, i / 4, i % 4, innerBias);
-#pragma unroll
-            for (int j = 0; j < 8; ++j)
-            {
-                sums[j] = p.gelu ? 0.5F * sums[j] * (1.0F + erff(sums[j] * 0.70710678F)) : fmaxf(sums[j], 0.0F);
-            }
-            *reinterpret_cast<uint4*>(inner + i / 4 * kINNER_PITCH + i % 4 * 8) = packEight<T>(sums);
+            float2 pair = collectPair<kROWS, 4>(partial, i / 16, i % 16, innerBias);
+            pair.x = p.gelu ? gelu(pair.x) : fmaxf(pair.x, 0.0F);
+            pair.y = p.gelu ? gelu(pair.y) : fmaxf(pair.y, 0.0F);
+            *reinterpret_cast<unsigned*>(inner + i / 16 * kINNER_PITCH + i % 16 * 2) = packPair<T>(pair.x, pair.y);
         }
         __syncthreads();
-        multiplyToSums<T>(p.link, pass, inner, kINNER_PITCH, secondWeights, 1, width / 8, 0,
-            blockIdx.x == 0 ? p.bias : nullptr, hidden, pitch);
+        multiplyToSums<kROWS, 1>(p.link, pass, inner, kINNER_PITCH, secondWeights, width / 8, 0,
+            blockIdx.x == 0 ? outBias : nullptr, hidden, pitch);
         __syncthreads();
     }
+    clearSums(p.link);
+    // Where nothing was left to do, copies may be under way into shared memory that soon belongs to another block.
+    constants.waitForNorm();
+    constants.waitForBlob();
 }
 
 // ---- head ----
@@ -476,11 +493,12 @@ struct Choice
 
     __device__ __forceinline__ void merge(Choice const& other)
     {
-        bool const better = other.best > best || (other.best == best && other.token < token);
         float const most = fmaxf(best, other.best);
+        int const mine = best == most ? token : 0x7fffffff;
+        int const others = other.best == most ? other.token : 0x7fffffff;
         total = total * exp2Approx((best - most) * kLOG2_E) + other.total * exp2Approx((other.best - most) * kLOG2_E);
         best = most;
-        token = better ? other.token : token;
+        token = min(mine, others);
     }
 
     __device__ __forceinline__ Choice shuffled(int offset) const
@@ -490,10 +508,12 @@ struct Choice
     }
 };
 
-//! Every block chooses among its tokens, a tile of eight a warp. kTILES tiles of 16 rows at once: weights are read once.
-template <typename T, int kTILES>
-__global__ void __launch_bounds__(kTHREADS) head(HeadParams p)
+//! Every block chooses among its tokens, a tile of eight a warp, for kROWS rows at once: so often are weights read.
+template <typename T, int kHEAD_DIM, int kROWS>
+__global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
 {
+    constexpr int kTILE_ROWS = kROWS < 16 ? kROWS : 16;
+    constexpr int kTILES = kROWS / kTILE_ROWS;
     constexpr int kBATCH = 8; // chunks in registers, and as many on their way
     extern __shared__ __align__(128) uint8_t shared[];
     int const warp = threadIdx.x / kWARP_SIZE;
@@ -503,9 +523,10 @@ __global__ void __launch_bounds__(kTHREADS) head(HeadParams p)
     int const tiles = (p.vocabulary + 7) / 8;
     int const stride = gridDim.x * kWARPS;
 
-    HeadLayout const layout(width, min(kTILES * kROWS, p.link.rows));
+    HeadLayout const layout(width, min(kROWS, p.link.rows));
     auto* const hidden = reinterpret_cast<T*>(shared + layout.hidden);
-    auto* const choices = reinterpret_cast<Choice*>(shared + layout.choices); // [warp][row]
+    auto* const norm = reinterpret_cast<unsigned*>(shared + layout.norm);
+    auto* const choices = reinterpret_cast<Choice*>(shared + layout.choices); // [warp][row]; before that RowNorm's
     int const pitch = rowPitch<T>(width);
 
     sm90::launchDependents();
@@ -525,31 +546,47 @@ __global__ void __launch_bounds__(kTHREADS) head(HeadParams p)
     uint4 held[kBATCH];
     int const firstTile = blockIdx.x * kWARPS + warp;
     fetch(held, firstTile, 0);
-    sm90::waitForPriorGrids();
-    if (__ldcg(p.link.remaining) == 0)
+    for (int i = threadIdx.x; i < width; i += kTHREADS) // gamma and beta, two elements a word
     {
-        return;
+        norm[i] = static_cast<unsigned const*>(p.link.norm)[i];
     }
+    __syncthreads();
 
-    for (int first = 0; first < p.link.rows; first += kTILES * kROWS)
+    sm90::waitForPriorGrids();
+
+#pragma unroll 1
+    for (int first = 0; first < p.link.rows; first += kROWS)
     {
-        int const count = min(kTILES * kROWS, p.link.rows - first);
-        if (first > 0)
+        RowNorm<T, kROWS, maxWidth(kHEAD_DIM)> rowNorm;
+        rowNorm.load(p.link, first + rowNorm.firstRow(), p.link.rows);
+        int const count = kROWS == 1 ? 1 : min(kROWS, p.link.rows - first);
+        bool active = false;
+        for (int row = 0; row < count; row += kWARP_SIZE)
         {
-            fetch(held, firstTile, 0);
+            int const mine = row + threadIdx.x % kWARP_SIZE;
+            active |= mine < count && __ldcg(&p.link.states[first + mine].line) >= 0;
         }
-        normRows<T>(p.link, first, count, static_cast<T const*>(p.link.norm), hidden, pitch);
-        __syncthreads();
+        if (!__any_sync(kFULL_WARP, active))
+        {
+            continue;
+        }
+        rowNorm.take();
+        rowNorm.run(p.link, first, count, reinterpret_cast<T const*>(norm), hidden, pitch,
+            reinterpret_cast<float2*>(choices));
+        __syncthreads(); // each warp reads whole rows
 
-        Choice best[2 * kTILES];
+        constexpr int kMINE = kROWS > 8 ? 2 * kTILES : 1; // rows of a lane
+        Choice best[kMINE];
 #pragma unroll
-        for (int i = 0; i < 2 * kTILES; ++i)
+        for (int i = 0; i < kMINE; ++i)
         {
             best[i] = {kNO_SCORE, 0, 0.0F};
         }
+#pragma unroll 1
         for (int tile = firstTile; tile < tiles; tile += stride)
         {
             float c[kTILES][4] = {};
+#pragma unroll 1
             for (int batch = 0; batch * kBATCH < chunks; ++batch)
             {
                 uint4 following[kBATCH];
@@ -564,10 +601,11 @@ __global__ void __launch_bounds__(kTHREADS) head(HeadParams p)
 #pragma unroll
                         for (int m = 0; m < kTILES; ++m)
                         {
-                            if (m * kROWS < count)
+                            if (m == 0 || m * kTILE_ROWS < count)
                             {
                                 multiplyChunk<T>(c[m],
-                                    Activations::load(hidden + m * kROWS * pitch, pitch, count - m * kROWS, chunk),
+                                    Activations::load<kTILE_ROWS>(hidden + m * kTILE_ROWS * pitch, pitch,
+                                        count - m * kTILE_ROWS, chunk),
                                     held[i]);
                             }
                         }
@@ -584,7 +622,7 @@ __global__ void __launch_bounds__(kTHREADS) head(HeadParams p)
             for (int m = 0; m < kTILES; ++m)
             {
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
+                for (int i = 0; i < (kROWS > 8 ? 4 : 2); ++i)
                 {
                     if (token + i % 2 < p.vocabulary)
                     {
@@ -594,7 +632,7 @@ __global__ void __launch_bounds__(kTHREADS) head(HeadParams p)
             }
         }
 #pragma unroll
-        for (int i = 0; i < 2 * kTILES; ++i)
+        for (int i = 0; i < kMINE; ++i)
         {
             best[i].merge(best[i].shuffled(1));
             best[i].merge(best[i].shuffled(2));
@@ -608,6 +646,7 @@ __global__ void __launch_bounds__(kTHREADS) head(HeadParams p)
         for (int row = threadIdx.x; row < count; row += kTHREADS)
         {
             Choice choice = choices[row];
+#pragma unroll 1
             for (int other = 1; other < kWARPS; ++other)
             {
                 choice.merge(choices[other * count + row]);
@@ -616,12 +655,17 @@ __global__ void __launch_bounds__(kTHREADS) head(HeadParams p)
                 = {choice.best, __int_as_float(choice.token), choice.total, 0.0F};
         }
         __syncthreads();
+        if (first + kROWS < p.link.rows)
+        {
+            fetch(held, firstTile, 0); // again
+        }
     }
 }
 
 // ---- next token ----
 
 constexpr int kMAX_END_IDS = 8;
+constexpr int kCHOOSERS_A_LANE = 8; //!< of `next`: up to 256 multiprocessors
 
 struct NextParams
 {
@@ -648,138 +692,137 @@ struct NextParams
     bool decides; //!< this launch ends a turn of the WHILE node
 };
 
-//! A block a row. kFIRST: gives every row a line and starts it. Else: ends the row's token; a row whose line has ended
-//! takes the next line. Then embeds the row's newest token.
-template <typename T, bool kFIRST>
+//! Sums of the row's newest token: its embedding and its place's.
+template <typename T>
+__device__ __forceinline__ void embed(NextParams const& p, int row, int input, int position)
+{
+    auto const* const token = static_cast<T const*>(p.embedding) + static_cast<size_t>(input) * p.width;
+    auto const* const place = static_cast<T const*>(p.positions) + static_cast<size_t>(position) * p.width;
+#pragma unroll 1
+    for (int pair = threadIdx.x; pair < p.width / 2; pair += kTHREADS)
+    {
+        float2 const a = unpackPair<T>(reinterpret_cast<unsigned const*>(token)[pair]);
+        float2 const b = unpackPair<T>(reinterpret_cast<unsigned const*>(place)[pair]);
+        p.sums[static_cast<size_t>(row) * p.width / 2 + pair]
+            = toSum(a.x * p.embedScale + b.x, a.y * p.embedScale + b.y);
+    }
+}
+
+//! Gives every row a line and embeds the start token; clears what the search counts and writes. A block a row.
+template <typename T>
+__global__ void __launch_bounds__(kTHREADS) begin(NextParams p)
+{
+    int const row = blockIdx.x;
+    sm90::launchDependents();
+    sm90::waitForPriorGrids();
+    int const thread = row * kTHREADS + threadIdx.x;
+    for (int i = thread; i < p.lines * p.maxNewTokens; i += gridDim.x * kTHREADS)
+    {
+        p.tokens[i] = p.padId;
+    }
+    for (int line = thread; line < p.lines; line += gridDim.x * kTHREADS)
+    {
+        p.logProbs[line] = 0.0F;
+        p.lengths[line] = 0;
+    }
+    if (threadIdx.x == 0)
+    {
+        p.state.rows[row] = {row < p.lines ? row : -1, 0};
+        if (row == 0)
+        {
+            *p.state.next = p.rows;
+            *p.state.remaining = p.lines;
+            *p.state.arrived = 0;
+        }
+    }
+    embed<T>(p, row, p.startId, 0);
+    for (int pair = threadIdx.x; pair < p.width / 2; pair += kTHREADS)
+    {
+        p.cleared[static_cast<size_t>(row) * p.width / 2 + pair] = 0;
+    }
+}
+
+//! Ends every row's token; a row whose line has ended takes the next line. Then embeds the row's newest token. A block a row.
+template <typename T>
 __global__ void __launch_bounds__(kTHREADS) next(NextParams p)
 {
-    __shared__ Choice warpChoices[kWARPS];
     __shared__ int input;
     __shared__ int position;
     int const row = blockIdx.x;
 
     sm90::launchDependents();
     sm90::waitForPriorGrids();
-    if constexpr (kFIRST)
+    if (threadIdx.x < kWARP_SIZE)
     {
-        for (int i = row * kTHREADS + threadIdx.x; i < p.lines * p.maxNewTokens; i += gridDim.x * kTHREADS)
-        {
-            p.tokens[i] = p.padId;
-        }
-        for (int line = row * kTHREADS + threadIdx.x; line < p.lines; line += gridDim.x * kTHREADS)
-        {
-            p.logProbs[line] = 0.0F;
-            p.lengths[line] = 0;
-        }
-        if (threadIdx.x == 0)
-        {
-            p.state.lines[row] = row < p.lines ? row : -1;
-            p.state.positions[row] = 0;
-            position = 0;
-            input = row < p.lines ? p.startId : -1;
-            if (row == 0)
-            {
-                *p.state.next = p.rows;
-                *p.state.remaining = p.lines;
-                *p.state.arrived = 0;
-            }
-        }
-    }
-    else
-    {
-        if (__ldcg(p.state.remaining) == 0 && !p.decides)
-        {
-            return;
-        }
-        int const line = __ldcg(p.state.lines + row);
-        if (line >= 0)
-        {
-            int const lane = threadIdx.x % kWARP_SIZE;
-            Choice choice{kNO_SCORE, 0x7fffffff, 0.0F};
-            for (int i = threadIdx.x; i < p.choosers; i += kTHREADS)
-            {
-                float4 const found = __ldcg(p.choices + static_cast<size_t>(i) * p.rows + row);
-                choice.merge({found.x, __float_as_int(found.y), found.z});
-            }
+        int const lane = threadIdx.x;
+        int2 const words = loadEarly(reinterpret_cast<int2 const*>(p.state.rows + row));
+        RowState const state{words.x, words.y};
+        // The best of all first: what is added up then needs one exponential, and no order.
+        float4 found[kCHOOSERS_A_LANE];
+        float best = kNO_SCORE;
 #pragma unroll
-            for (int offset = kWARP_SIZE / 2; offset > 0; offset /= 2)
-            {
-                choice.merge(choice.shuffled(offset));
-            }
-            if (lane == 0)
-            {
-                warpChoices[threadIdx.x / kWARP_SIZE] = choice;
-            }
-        }
-        __syncthreads();
-        if (threadIdx.x == 0)
+        for (int i = 0; i < kCHOOSERS_A_LANE; ++i)
         {
-            input = -1;
-            position = 0;
-            if (line >= 0)
+            int const chooser = i * kWARP_SIZE + lane;
+            found[i] = {kNO_SCORE, 0.0F, 0.0F, 0.0F};
+            if (chooser < p.choosers)
             {
-                Choice choice = warpChoices[0];
-                for (int i = 1; i < kWARPS; ++i)
-                {
-                    choice.merge(warpChoices[i]);
-                }
-                int const at = __ldcg(p.state.positions + row);
-                p.tokens[static_cast<size_t>(line) * p.maxNewTokens + at] = choice.token;
-                p.logProbs[line] -= logf(choice.total); // its own exponent in the softmax is 0
-                bool ended = at + 1 == p.maxNewTokens;
-                for (int i = 0; i < p.ends; ++i)
-                {
-                    ended |= choice.token == p.endIds[i];
-                }
+                found[i] = __ldcg(p.choices + static_cast<size_t>(chooser) * p.rows + row);
+            }
+            best = fmaxf(best, found[i].x);
+        }
+        best = groupMax(best);
+        float total = 0.0F;
+        int token = 0x7fffffff;
+#pragma unroll
+        for (int i = 0; i < kCHOOSERS_A_LANE; ++i)
+        {
+            total += found[i].z * exp2Approx((found[i].x - best) * kLOG2_E);
+            token = found[i].x == best ? min(token, __float_as_int(found[i].y)) : token;
+        }
+        total = groupSum(total);
+        token = __reduce_min_sync(kFULL_WARP, token);
+
+        bool const ends = lane < p.ends && token == p.endIds[min(lane, kMAX_END_IDS - 1)];
+        bool const ended = __any_sync(kFULL_WARP, ends) || state.position + 1 == p.maxNewTokens;
+        if (lane == 0)
+        {
+            int newLine = state.line;
+            int newInput = state.line < 0 ? -1 : token;
+            int newPosition = state.position + 1;
+            if (state.line >= 0)
+            {
+                p.tokens[static_cast<size_t>(state.line) * p.maxNewTokens + state.position] = token;
+                atomicAdd(p.logProbs + state.line, -logf(total)); // the chosen token's own exponent is 0
                 if (ended)
                 {
-                    p.lengths[line] = at + 1;
-                    int const newLine = atomicAdd(p.state.next, 1);
-                    bool const more = newLine < p.lines;
-                    p.state.lines[row] = more ? newLine : -1;
-                    input = more ? p.startId : -1;
+                    p.lengths[state.line] = state.position + 1;
+                    newLine = atomicAdd(p.state.next, 1);
+                    newLine = newLine < p.lines ? newLine : -1;
+                    newInput = newLine >= 0 ? p.startId : -1;
+                    newPosition = 0;
                     atomicSub(p.state.remaining, 1);
                 }
-                else
-                {
-                    input = choice.token;
-                    position = at + 1;
-                }
-                p.state.positions[row] = position;
+                p.state.rows[row] = {newLine, newPosition};
             }
+            input = newInput;
+            position = newPosition;
         }
     }
     __syncthreads();
     if (input >= 0)
     {
-        auto const* const token = static_cast<T const*>(p.embedding) + static_cast<size_t>(input) * p.width;
-        auto const* const place = static_cast<T const*>(p.positions) + static_cast<size_t>(position) * p.width;
-        for (int pair = threadIdx.x; pair < p.width / 2; pair += kTHREADS)
-        {
-            float2 const a = unpackPair<T>(reinterpret_cast<unsigned const*>(token)[pair]);
-            float2 const b = unpackPair<T>(reinterpret_cast<unsigned const*>(place)[pair]);
-            p.sums[static_cast<size_t>(row) * p.width / 2 + pair]
-                = toSum(a.x * p.embedScale + b.x, a.y * p.embedScale + b.y);
-        }
+        embed<T>(p, row, input, position);
     }
-    if constexpr (kFIRST)
+    if (p.decides && threadIdx.x == 0)
     {
-        for (int pair = threadIdx.x; pair < p.width / 2; pair += kTHREADS)
+        // The block that arrives last knows what all have subtracted.
+        int arrived;
+        asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(arrived) : "l"(p.state.arrived) : "memory");
+        if (arrived + 1 == static_cast<int>(gridDim.x))
         {
-            p.cleared[static_cast<size_t>(row) * p.width / 2 + pair] = 0;
-        }
-    }
-    else
-    {
-        if (p.decides && threadIdx.x == 0)
-        {
-            __threadfence();
-            if (atomicAdd(p.state.arrived, 1) + 1 == static_cast<int>(gridDim.x))
-            {
-                *p.state.arrived = 0;
-                __threadfence();
-                cudaGraphSetConditional(p.conditional, __ldcg(p.state.remaining) > 0 ? 1U : 0U);
-            }
+            *p.state.arrived = 0;
+            cudaGraphSetConditional(p.conditional, __ldcg(p.state.remaining) > 0 ? 1U : 0U);
         }
     }
 }
