@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from graph_surgery.checkpoint import CheckpointError, ModelSpec
 from runtime.backends.base import BackendError
 from runtime.backends.choice import open_backend
-from runtime.generation import GreedyDecoder, new_token_limit
+from runtime.generation import Decoder, new_token_limit
 from runtime.images import ImageError, ImageSource, load_image
 
 DEFAULT_BATCH = {"cpu": 8, "cuda": 64}
@@ -109,7 +109,7 @@ class Recognizer:
         )
         self.spec = self.backend.spec
         self.batch_size = self._check_batch_size(batch_size)
-        self._decode = GreedyDecoder(self.backend, new_token_limit(self.spec, max_new_tokens))
+        self._decode = Decoder(self.backend, new_token_limit(self.spec, max_new_tokens))
         self._processor, self._tokenizer = _load_processors(self.spec)
 
     def recognize(self, images: ImageSource | Iterable[ImageSource]) -> list[Result]:

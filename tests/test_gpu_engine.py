@@ -14,7 +14,7 @@ from graph_surgery.checkpoint import load_spec
 from runtime.backends.tensorrt_backend import TensorRTBackend
 from runtime.backends.torch_backend import TorchBackend
 from runtime.engine import Engine, EngineError
-from runtime.generation import GenerationError, GreedyDecoder, GreedySearch
+from runtime.generation import Decoder, GenerationError, GreedySearch
 from runtime.manifest import FILE_NAME, Manifest
 
 pytestmark = [
@@ -86,8 +86,8 @@ def test_rows_do_not_depend_on_the_batch(engines, plugins: str):
 @pytest.mark.parametrize("plugins", FOLDERS)
 def test_graphs_do_not_change_tokens(engines, plugins: str):
     """Also with another batch size in between, and when graphs are replayed."""
-    plain = GreedyDecoder(TensorRTBackend(engines(plugins), cuda_graphs=False), TOKENS)
-    captured = GreedyDecoder(TensorRTBackend(engines(plugins)), TOKENS)
+    plain = Decoder(TensorRTBackend(engines(plugins), cuda_graphs=False), TOKENS)
+    captured = Decoder(TensorRTBackend(engines(plugins)), TOKENS)
     for batch in (3, 1, 3, 4, 1, 3):
         images = pixels(plain.backend, batch)
         assert captured(images).token_ids == plain(images).token_ids
@@ -141,7 +141,7 @@ def test_batch_above_the_profile(engines):
 def test_more_tokens_than_the_cache(engines):
     backend = TensorRTBackend(engines("fused"))
     with pytest.raises(GenerationError, match="33"):
-        GreedyDecoder(backend, 33)
+        Decoder(backend, 33)
 
 
 def test_wrong_tensors(engines):
