@@ -162,11 +162,11 @@ void bindDecoderSelfAttention(uintptr_t qkv, uintptr_t pastKey, uintptr_t pastVa
 }
 
 void bindCrossAttention(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t context, int32_t batch,
-    int32_t sequenceLength, int32_t numHeads, int32_t headDim, std::string const& dtype, uintptr_t stream)
+    int32_t images, int32_t sequenceLength, int32_t numHeads, int32_t headDim, std::string const& dtype, uintptr_t stream)
 {
     std::string const op = "cross_attention";
-    CrossAttentionParams const params{input(query), input(key), input(value), output(context), batch, sequenceLength,
-        numHeads, headDim, parseDataType(op, dtype)};
+    CrossAttentionParams const params{input(query), input(key), input(value), output(context), batch,
+        images == 0 ? batch : images, sequenceLength, numHeads, headDim, parseDataType(op, dtype)};
     enqueue(op, params, canImplementCrossAttention, crossAttention,
         {{"query", query}, {"key", key}, {"value", value}, {"context", context}}, stream);
 }
@@ -256,8 +256,9 @@ PYBIND11_MODULE(trocr_kernels, module)
         "a zero context.");
 
     module.def("cross_attention", bindCrossAttention, "query"_a, "key"_a, "value"_a, "context"_a, py::kw_only(),
-        "batch"_a, "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,
-        "context [B, 1, H*d] of one query [B, 1, H*d] a row over key and value [B, H, S, d].");
+        "batch"_a, "images"_a = 0, "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,
+        "context [B, 1, H*d] of one query [B, 1, H*d] a row over key and value [I, H, S, d]; B / I neighbouring rows "
+        "share an image; images 0: one a row.");
 
     module.def("residual_layernorm", bindResidualLayerNorm, "x"_a, "residual"_a, "gamma"_a, "beta"_a, "normed"_a,
         "sum"_a, py::kw_only(), "rows"_a, "width"_a, "epsilon"_a, "dtype"_a, "stream"_a = 0,

@@ -252,6 +252,24 @@ def test_cross_attention(ops, dtype, head_dim, tokens, batch, heads):
     guarded.check()
 
 
+@pytest.mark.gpu
+@all_dtypes
+@all_head_dims
+@pytest.mark.parametrize(("images", "beams", "heads"), [(1, 4, 8), (3, 5, 6), (16, 2, 16), (40, 4, 8)])
+def test_rows_that_share_an_image(ops, dtype, head_dim, images, beams, heads):
+    """The result is that of the same keys and values repeated for every row, bit for bit."""
+    tokens, rows = 578, images * beams
+    guarded = Guarded(dtype)
+    query = guarded.random(rows, 1, heads * head_dim).mul_(4)
+    key, value = (guarded.random(images, heads, tokens, head_dim) for _ in range(2))
+    out, repeated = (guarded.poisoned(rows, 1, heads * head_dim) for _ in range(2))
+    ops.cross_attention(query, key, value, out)
+    ops.cross_attention(query, *(tensor.repeat_interleave(beams, dim=0) for tensor in (key, value)), repeated)
+    assert not out.isnan().any()
+    assert same_bits(out, repeated)
+    guarded.check()
+
+
 # --- residual + LayerNorm -----------------------------------------------------------------------------------
 
 
@@ -418,6 +436,11 @@ REFUSED = [
     *((op, {"batch": 65536}, "at most 65535") for op in ATTENTIONS),
     *((op, {"num_heads": 65536}, "at most 65535") for op in ATTENTIONS),
     *((op, {"sequence_length": size}, "must be at least 1") for op in TOKEN_OPS for size in (0, -577)),
+    *(
+        ("cross_attention", {"batch": 4, "images": size}, "not a multiple of the images")
+        for size in (-1, 3, 8)
+    ),
+    ("cross_attention", {"batch": 65535, "images": 1}, "rows of an image times heads must be at most"),
     ("decoder_self_attention", {"capacity": 0}, "must be at least 1"),
     *(
         (op, {name: size}, "must be at least 1")
