@@ -41,8 +41,11 @@ class Record(Environment):
 
     Attributes:
         part: of PARTS. "decoder" is all decode steps, "end_to_end" is pixel values on the device to token ids
-            on the host, "page" is image files to text.
+            on the host, "page" is images in memory to text.
         batch: images a batch.
+        num_beams: of beam search; 1 is greedy.
+        lines: of a page.
+        page_s: median seconds for all lines of a page.
         tokens: decode steps a line; None for the encoder, and for a page, whose lines end where their text
             does.
         variant: of VARIANTS.
@@ -68,6 +71,9 @@ class Record(Environment):
     tflops: float | None = None
     rel_error: float | None = None
     same_tokens: float | None = None
+    num_beams: int = 1
+    lines: int | None = None
+    page_s: float | None = None
 
 
 def environment(command: str) -> Environment:

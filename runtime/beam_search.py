@@ -143,6 +143,11 @@ class BeamSearch(Search):
             return self.is_complete.all(dim=1, keepdim=True)
         return torch.zeros_like(self.improvable)
 
+    @property
+    def output_ids(self) -> torch.Tensor:
+        """int64 [B, 1 + max_new_tokens], the best complete hypotheses: the form of `generate`'s result."""
+        return self.complete_ids[:, 0]
+
     def result(self) -> Generation:
         lengths = self.complete_lengths[:, 0]
         log_probs = self.complete_scores[:, 0] * self.penalties[lengths]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import VisionEncoderDecoderModel
+from transformers import AutoImageProcessor, VisionEncoderDecoderModel
 
 from graph_surgery.checkpoint import ModelSpec, load_model, load_spec
 from runtime.backends.torch_backend import TorchBackend
@@ -30,7 +30,11 @@ GRID = [
 
 
 def expected_generation(
-    model: VisionEncoderDecoderModel, pixels: torch.Tensor, spec: ModelSpec, settings: SearchSettings
+    model: VisionEncoderDecoderModel,
+    pixels: torch.Tensor | None,
+    spec: ModelSpec,
+    settings: SearchSettings,
+    **inputs,
 ) -> tuple[list[list[int]], list[float] | None]:
     """Hugging Face's tokens a row; and in beam search the mean log-probabilities."""
     found = model.generate(
@@ -41,6 +45,7 @@ def expected_generation(
         output_scores=True,
         return_dict_in_generate=True,
         **asdict(settings),
+        **inputs,
     )
     rows = []
     for row in found.sequences[:, 1:].tolist():
@@ -106,21 +111,21 @@ def test_every_setting(
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", GRID, ids=lambda s: "-".join(map(str, asdict(s).values())))
 def test_sample_lines(settings: SearchSettings, bundled):
-    spec, model, backend, pixels = bundled
-    expected = expected_generation(model, pixels, spec, settings)
-    check(Decoder(backend, NEW_TOKENS, settings)(pixels), expected)
+    spec, model, backend, encoded, encoding = bundled
+    expected = expected_generation(model, None, spec, settings, encoder_outputs=encoded)
+    check(Decoder(backend, NEW_TOKENS, settings).decode(encoding, len(encoded[0])), expected)
 
 
 @pytest.fixture(scope="module")
 def bundled(graphs: Callable[[Path, str], Path]):
-    """The bundled checkpoint on ONNX Runtime with all fused ops, and six sample lines."""
-    from transformers import AutoImageProcessor
-
+    """The bundled checkpoint, on PyTorch and on fused ONNX Runtime graphs; six sample lines, encoded."""
     spec = load_spec(BUNDLED_MODEL)
-    backend = open_backend("all", spec, graphs)
+    model, backend = load_model(spec), open_backend("all", spec, graphs)
     processor = AutoImageProcessor.from_pretrained(BUNDLED_MODEL)
     images = [load_image(path, path.name) for path in SAMPLES[:6]]
-    return spec, load_model(spec), backend, processor(images, return_tensors="pt").pixel_values
+    pixels = processor(images, return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        return spec, model, backend, model.encoder(pixel_values=pixels), backend.encode(pixels)
 
 
 def test_an_image_does_not_depend_on_its_batch(checkpoint: Callable[[str], Path]):
