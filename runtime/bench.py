@@ -6,9 +6,9 @@
     nsys profile runtime/bench.py                     NVTX ranges are in the domain "trocr"
 
 Parts: encoder (pixel values to hidden states), decoder (all decode steps), end_to_end (pixel values on the
-host to token ids on the host), page (labelled lines, decoded images in memory, to texts), all. Every line gets
-the same number of tokens: end of text does not stop the search, except in a page, whose lines have the lengths
-that they have. Input is random, except in a page. With --num-beams every part but the encoder is beam search.
+host to token ids on the host), page (labelled lines, decoded images in memory, to texts), all. Every line
+gets the same number of tokens: end of text does not stop the search, except in a page, whose lines end where
+their text does. Input is random, except in a page. With --num-beams all but the encoder is beam search.
 
 Engines: CUDA events around replays of CUDA graphs. PyTorch on a GPU: CUDA events around calls. CPU: wall
 clock.
@@ -36,6 +36,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutput
 
 from build import PRECISIONS, BuildError, build, default_folder
 from graph_surgery.checkpoint import DTYPES, CheckpointError, EncoderSpec, ModelSpec, load_model, load_spec
@@ -79,6 +80,7 @@ class Case:
     tokens: int | None
     num_beams: int = 1
     lines: int | None = None
+    overlap: bool = True
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,10 @@ class BackendVariant:
         times = measure(run, device=self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
 
-    def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int) -> Measurement:
+    def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int, overlap: bool) -> Measurement:
         recognizer = Recognizer(self.folder, backend=self.backend.name, batch_size=batch, num_beams=num_beams)
+        if not overlap:
+            recognizer.backend.encodings = 1
         return _measure_page(recognizer.recognize, lines)
 
     def _search(
@@ -258,9 +262,12 @@ class TorchVariant:
         return Measurement(times, hidden[0].clone())
 
     def decoder(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
-        encoded = self.model.encoder(pixel_values=pixels.to(DEVICE, self.model.dtype))
-        times = measure(lambda: self.generate(tokens, num_beams, stop=False, encoder_outputs=encoded))
-        return Measurement(times, self.generate(tokens, num_beams, encoder_outputs=encoded))
+        hidden = self.model.encoder(pixel_values=pixels.to(DEVICE, self.model.dtype)).last_hidden_state
+
+        def decode(stop: bool) -> torch.Tensor:  # `generate` expands what it is given for its beams
+            return self.generate(tokens, num_beams, stop, encoder_outputs=BaseModelOutput(hidden))
+
+        return Measurement(measure(lambda: decode(stop=False)), decode(stop=True))
 
     def end_to_end(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
         pixels = pixels.to(DEVICE)
@@ -271,7 +278,7 @@ class TorchVariant:
         found = self.generate(tokens, num_beams, pixel_values=pixels.to(self.model.dtype))
         return Measurement(measure(run), found)
 
-    def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int) -> Measurement:
+    def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int, overlap: bool) -> Measurement:
         return _measure_page(GeneratePage(self, batch, num_beams), lines)
 
     def generate(self, tokens: int, num_beams: int = 1, stop: bool = True, **inputs) -> torch.Tensor:
@@ -416,7 +423,7 @@ def measure_case(variant, case: Case, spec: ModelSpec, reference: Reference) -> 
                 lines = [np.asarray(load_image(file, file.name)) for file in files]
         except LinesError as error:
             raise Unavailable(str(error)) from None
-        measurement = variant.page(lines, case.batch, case.num_beams)
+        measurement = variant.page(lines, case.batch, case.num_beams, case.overlap)
         fields = _times(case, measurement.times_ms, len(lines))
         return fields | {"lines": len(lines), "page_s": fields["median_ms"] / 1e3}
 
@@ -495,6 +502,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=20, help="decode steps a line (default: %(default)s)")
     parser.add_argument("--num-beams", type=int, default=1, help="beams (default: 1, greedy)")
     parser.add_argument("--lines", type=int, default=PAGE_LINES, help="lines a page (default: %(default)s)")
+    parser.add_argument(
+        "--no-overlap",
+        dest="overlap",
+        action="store_false",
+        help="page: encode a batch only after the one before is decoded",
+    )
     parser.add_argument("--variants", type=_variants, default=DEFAULT_VARIANTS, help="default: %(default)s")
     parser.add_argument("--precision", choices=PRECISIONS, default=DEFAULT_PRECISION)
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="where build.py's folders are")
@@ -512,6 +525,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.tokens if part in ("decoder", "end_to_end") else None,
             1 if part == "encoder" else options.num_beams,
             options.lines if part == "page" else None,
+            options.overlap,
         )
         for part in parts
         for batch in options.batch
