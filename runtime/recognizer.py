@@ -144,8 +144,8 @@ class Recognizer:
     def stream(self, images: ImageSource | Iterable[ImageSource]) -> Iterator[Result]:
         """As `recognize`, a result at a time.
 
-        Images are read and scaled in threads, up to two batches ahead. Where the backend can do both at once,
-        the next batch is encoded while one is decoded.
+        The next batch's images are read and scaled in threads meanwhile. Where the backend can do both at
+        once, the next batch is encoded while one is decoded, and the one after it is read.
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             images = [images]
@@ -160,7 +160,7 @@ class Recognizer:
             encoded: deque[_Encoded] = deque()
             more = True
             while True:
-                while more and len(read) < 2:
+                while more and len(read) + len(encoded) <= self.backend.encodings:
                     batch = submit_batch()
                     more = bool(batch)
                     read += [batch] if batch else []

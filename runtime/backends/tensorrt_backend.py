@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import nvtx
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 # Rows that the CUDA greedy decoder works on at a time; it refills those that have ended.
 GREEDY_SLOTS = 64
+
+MOST_BEAMS = 16  # of the kernel reorder_cache
 
 
 @dataclass(eq=False)
@@ -153,15 +156,14 @@ class TensorRTBackend(Backend):
         self._cross = [self._cross_buffers(images) for _ in range(self.encodings)]
         # Keys and values repeated for every row, where the engine does not share them: made when needed.
         self._repeated: dict[str, torch.Tensor] | None = None
-        # Flat, because a growing cache of t tokens is [rows, heads, t, head_dim] without gaps.
+        # Flat, because a growing cache of t tokens is [rows, heads, t, head_dim] without gaps. One memory for
+        # all layers: one kernel reorders them.
+        cache_size = self.max_rows * self._heads * self.max_steps * self._head_dim
+        cache_size = -(-cache_size // ALIGNMENT) * ALIGNMENT
+        self._memory = [buffer(len(self._tensors), cache_size) for _ in range(1 if self.fixed_cache else 2)]
         self._caches = [
-            {
-                f"{layer}.decoder.{kind}": buffer(
-                    self.max_rows * self._heads * self.max_steps * self._head_dim
-                )
-                for layer, kind in self._tensors
-            }
-            for _ in range(1 if self.fixed_cache else 2)
+            {f"{layer}.decoder.{kind}": memory[i] for i, (layer, kind) in enumerate(self._tensors)}
+            for memory in self._memory
         ]
 
         self._encoder_stream = torch.cuda.Stream() if overlap else torch.cuda.current_stream()
@@ -174,7 +176,10 @@ class TensorRTBackend(Backend):
         # Graphs that may run at the same time must not share their memory.
         self._encode_pool = torch.cuda.graph_pool_handle()
         self._step_pool = torch.cuda.graph_pool_handle()
-        self._greedy = GreedyKernels.load(folder, self.manifest, self.device) if greedy_kernels else None
+        self._kernels = _load_kernels()
+        self._greedy = None
+        if greedy_kernels and self._kernels is not None:
+            self._greedy = GreedyKernels.load(self._kernels, folder, self.manifest, self.device)
 
     def _cross_buffers(self, rows: int) -> dict[str, torch.Tensor]:
         shape = (rows, self._heads, self.spec.encoder.num_tokens, self._head_dim)
@@ -246,8 +251,24 @@ class TensorRTBackend(Backend):
         return self._logits[: state.rows, 0]
 
     def reorder(self, state: State, rows: torch.Tensor, position_ids: torch.Tensor) -> None:
+        if self.fixed_cache and self._kernels is not None and state.beams <= MOST_BEAMS:
+            memory = self._memory[0]
+            self._kernels.reorder_cache(
+                memory.data_ptr(),
+                rows.data_ptr(),
+                position_ids.data_ptr(),
+                tensor_bytes=memory[0].nbytes,
+                tensors=len(memory),
+                batch=state.rows,
+                beams=state.beams,
+                num_heads=self._heads,
+                capacity=self.max_steps,
+                row_bytes=self._head_dim * memory.element_size(),
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+            return
         for cache in self._present(state):
-            cache[: state.rows] = cache[: state.rows].index_select(0, rows)
+            cache[: state.rows] = cache.index_select(0, rows)
 
     def select(self, state: State, images: torch.Tensor) -> State:
         selected = self._state(len(images), state.beams, state.slot)
@@ -350,18 +371,14 @@ class GreedyKernels:
         self._layers = layers
 
     @classmethod
-    def load(cls, folder: Path | str, manifest: Manifest, device: torch.device) -> GreedyKernels | None:
-        """None where the folder has no weights for it, or the build of `trocr_kernels` does not have it.
+    def load(
+        cls, kernels: ModuleType, folder: Path | str, manifest: Manifest, device: torch.device
+    ) -> GreedyKernels | None:
+        """None where the folder has no weights for it, or this build of `trocr_kernels` does not have it.
 
         Raises EngineError where the weights are damaged.
         """
-        if FILE_NAME not in manifest.files:
-            return None
-        try:
-            kernels = load_kernels()
-        except ImportError:
-            return None
-        if not hasattr(kernels, "GreedyDecoder"):
+        if FILE_NAME not in manifest.files or not hasattr(kernels, "GreedyDecoder"):
             return None
         try:
             manifest.check_file(Path(folder), FILE_NAME)
@@ -389,6 +406,14 @@ class GreedyKernels:
             torch.cuda.current_stream().cuda_stream,
         )
         return GreedyResult(tokens, log_probs, lengths)
+
+
+def _load_kernels() -> ModuleType | None:
+    """The module `trocr_kernels`, which engines can do without."""
+    try:
+        return load_kernels()
+    except ImportError:
+        return None
 
 
 def _bindable(ids: torch.Tensor, rows: int) -> torch.Tensor:
