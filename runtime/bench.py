@@ -420,7 +420,7 @@ def measure_case(variant, case: Case, spec: ModelSpec, reference: Reference) -> 
     if case.part == "page":
         try:
             with line_images(most=case.lines) as files:
-                lines = [np.asarray(load_image(file, file.name)) for file in files]
+                lines = [np.array(load_image(file, file.name)) for file in files]
         except LinesError as error:
             raise Unavailable(str(error)) from None
         measurement = variant.page(lines, case.batch, case.num_beams, case.overlap)
