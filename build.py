@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graph_surgery.fused_ops import DOMAIN, FUSED_OPS, VERSION, SurgeryError, parse_plugins
+from graph_surgery.fused_ops import DOMAIN, FUSED_OPS, GROUPS, VERSION, SurgeryError, parse_plugins
 from runtime.gpu import Gpu, current_gpu
 from runtime.manifest import FusedOp, Manifest, ManifestError, sha256
 from runtime.tensorrt_loader import (
@@ -73,6 +73,7 @@ def build(
     out: Path | None = None,
     *,
     max_length: int | None = None,
+    num_beams: int = 1,
     timing_cache: Path | None = None,
     onnx_only: bool = False,
     force: bool = False,
@@ -85,7 +86,7 @@ def build(
     """
     chosen = sorted(parse_plugins(plugins))
     out = out or default_folder(model, plugins, precision)
-    command = _command(model, plugins, precision, batch, out, max_length)
+    command = _command(model, plugins, precision, batch, out, max_length, num_beams)
     gpu = None if onnx_only else current_gpu()
     trt, why_no_engines = None, "no NVIDIA GPU can be used here"
     if gpu:
@@ -95,7 +96,7 @@ def build(
             why_no_engines = str(error)
     library = find_plugin_library() if trt and chosen else None
 
-    inputs = _graph_inputs(model, chosen, precision, batch, max_length)
+    inputs = _graph_inputs(model, chosen, precision, batch, max_length) | {"num_beams": num_beams}
     if trt:
         inputs |= {
             "tensorrt": trt.__version__,
@@ -118,11 +119,18 @@ def default_folder(model: str, plugins: str, precision: str) -> Path:
 
 
 def _command(
-    model: str, plugins: str, precision: str, batch: Range, out: Path, max_length: int | None
+    model: str,
+    plugins: str,
+    precision: str,
+    batch: Range,
+    out: Path,
+    max_length: int | None,
+    num_beams: int,
 ) -> str:
     parts = ["python", "build.py", "--model", model, "--plugins", plugins, "--precision", precision]
     parts += ["--batch", ",".join(map(str, batch)), "--out", str(out)]
     parts += ["--max-length", str(max_length)] if max_length else []
+    parts += ["--num-beams", str(num_beams)] if num_beams > 1 else []
     return shlex.join(parts)
 
 
@@ -133,7 +141,8 @@ def _graph_inputs(
     # load_spec downloads a hub id, or says what is wrong with the name.
     folder = Path(model) if Path(model).is_dir() else _load_spec(model).source
     checkpoint = sorted(path for path in folder.iterdir() if path.suffix in CHECKPOINT_FILES)
-    sources = [ROOT / "build.py", *sorted((ROOT / "graph_surgery").rglob("*.py"))]
+    sources = [ROOT / "build.py", ROOT / "runtime" / "greedy_weights.py"]
+    sources += sorted((ROOT / "graph_surgery").rglob("*.py"))
     return {
         "checkpoint": {path.name: sha256(path) for path in checkpoint},
         "precision": precision,
@@ -200,6 +209,7 @@ def _build_folder(
             cache=cache,
             cache_capacity=capacity,
             batch=batch,
+            num_beams=inputs["num_beams"],
             max_length=max_length,
             inputs=dict(inputs),
             command=command,
@@ -219,7 +229,8 @@ def _build_folder(
                 trt,
                 graphs,
                 folder,
-                {"batch": batch, "past_length": past, "capacity": (capacity,) * 3},
+                {"batch": batch, "images": batch, "past_length": past, "capacity": (capacity,) * 3},
+                inputs["num_beams"],
                 [op.op for op in manifest.fused_ops],
                 timing_cache or out.parent / "timing.cache",
             )
@@ -254,10 +265,14 @@ def _check_max_length(spec: ModelSpec, max_length: int | None) -> int:
 def _write_graphs(
     spec: ModelSpec, precision: str, plugins: Sequence[str], folder: Path
 ) -> dict[str, onnx.ModelProto]:
-    """Export the checkpoint, fuse the graphs, and save them with the definitions that ONNX Runtime needs."""
+    """Export the checkpoint, fuse the graphs, and save them with the definitions that ONNX Runtime needs.
+
+    A fully fused folder also gets the weights of the CUDA greedy decoder, where that can run the checkpoint.
+    """
     from graph_surgery.checkpoint import DTYPES, CheckpointError, load_model
     from graph_surgery.export import export
     from graph_surgery.fuse import fuse, load, save
+    from runtime import greedy_weights
 
     try:
         weights = load_model(spec, DTYPES[precision])
@@ -267,6 +282,9 @@ def _write_graphs(
     graphs = fuse(load(folder), spec, plugins)
     for name, graph in graphs.items():
         save(graph, folder / f"{name}.onnx")
+    if GROUPS["fused"] <= set(plugins) and greedy_weights.obstacle(spec, weights.dtype) is None:
+        packed = greedy_weights.pack_decoder(weights)
+        greedy_weights.save_decoder(packed, greedy_weights.decoder_config(spec, weights), folder)
     return graphs
 
 
@@ -286,6 +304,7 @@ def _build_engines(
     graphs: Mapping[str, onnx.ModelProto],
     folder: Path,
     sizes: Mapping[str, Range],
+    num_beams: int,
     fused_ops: Sequence[str],
     timing_cache: Path,
 ) -> dict[str, float]:
@@ -307,7 +326,9 @@ def _build_engines(
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
-        _add_profile(builder, network, config, graphs[name], sizes)
+        low, opt, high = sizes["batch"]
+        rows = (low, opt * num_beams, high * num_beams) if name == "decoder" else sizes["batch"]
+        _add_profile(builder, network, config, graphs[name], {**sizes, "batch": rows})
         _use_timing_cache(config, timing_cache)
         progress = _progress_monitor(trt, network.name)
         config.progress_monitor = progress
@@ -419,6 +440,14 @@ def _batch(text: str) -> Range:
     return sizes
 
 
+def _positive(text: str) -> int:
+    """Parse --num-beams."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Build the ONNX graphs and TensorRT engines of a TrOCR checkpoint."
@@ -444,6 +473,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=int,
         help="most tokens of a line, the start token included (default: the checkpoint's)",
     )
+    parser.add_argument(
+        "--num-beams",
+        type=_positive,
+        default=1,
+        help="beam search with so many beams is to work for the largest batch too (default: 1, greedy)",
+    )
     parser.add_argument("--timing-cache", type=Path, help="default: timing.cache beside the folder")
     parser.add_argument("--onnx-only", action="store_true", help="stop after the fused ONNX")
     parser.add_argument("--force", action="store_true", help="build even if up to date")
@@ -463,6 +498,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.batch,
                 options.out,
                 max_length=options.max_length,
+                num_beams=options.num_beams,
                 timing_cache=options.timing_cache,
                 onnx_only=options.onnx_only,
                 force=options.force,

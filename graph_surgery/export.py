@@ -261,7 +261,7 @@ class DecoderStep(nn.Module):
         decoder = model.decoder.model.decoder
         self.embed_tokens = nn.Embedding.from_pretrained(decoder.embed_tokens.weight)
         self.embed_scale = decoder.embed_tokens.embed_scale
-        self.embed_positions = nn.Embedding.from_pretrained(_position_table(decoder.embed_positions))
+        self.embed_positions = nn.Embedding.from_pretrained(position_table(decoder.embed_positions))
         self.layernorm_embedding = decoder.layernorm_embedding or nn.Identity()
         self.layers = nn.ModuleList(DecoderLayer(layer) for layer in decoder.layers)
         self.output_projection = model.decoder.output_projection
@@ -278,7 +278,7 @@ class DecoderStep(nn.Module):
         return self.output_projection(hidden_states), *present
 
 
-def _position_table(positions: nn.Module) -> Tensor:
+def position_table(positions: nn.Module) -> Tensor:
     """The position embedding [max_position_embeddings, D]: row p for the token after p tokens.
 
     Hugging Face has unused rows before it: two of learned, padding_idx + 1 of sinusoidal positions.

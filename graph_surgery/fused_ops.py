@@ -209,29 +209,32 @@ CROSS_ATTENTION = FusedOp(
     inputs=("query", "key", "value"),
     outputs=("context",),
     attributes=(Attribute("num_heads", int),),
+    # Rows r * n to r * n + n - 1 of B = I * n rows share the keys and values of image r.
     body="""
         num_heads = Constant <value_int: int = @num_heads> ()
         first_axis = Constant <value_ints = [0]> ()
         heads_dim = Unsqueeze (num_heads, first_axis)
-        same = Constant <value_ints = [0]> ()
-        one_row = Constant <value_ints = [1, -1]> ()
-        heads_shape = Concat <axis = 0> (same, heads_dim, one_row)
-        rows_shape = Constant <value_ints = [0, 1, -1]> ()
+        images = Shape <start = 0, end = 1> (key)
+        head_dim = Shape <start = -1> (key)
+        rest = Constant <value_ints = [-1]> ()
+        split_shape = Concat <axis = 0> (images, rest, heads_dim, head_dim)
+        rows_shape = Shape (query)
 
         wide_query = Cast <to = 1> (query)
         wide_key = Cast <to = 1> (key)
         wide_value = Cast <to = 1> (value)
-        query_heads = Reshape (wide_query, heads_shape)                     # [B, H, 1, d]
-        key_t = Transpose <perm = [0, 1, 3, 2]> (wide_key)                  # [B, H, d, S]
+        split_query = Reshape (wide_query, split_shape)                     # [I, n, H, d]
+        query_heads = Transpose <perm = [0, 2, 1, 3]> (split_query)         # [I, H, n, d]
+        key_t = Transpose <perm = [0, 1, 3, 2]> (wide_key)                  # [I, H, d, S]
 
-        head_dim = Shape <start = -1> (query_heads)
         head_dim_f = Cast <to = 1> (head_dim)
         root = Sqrt (head_dim_f)
         scaled = Div (query_heads, root)
-        scores = MatMul (scaled, key_t)                                     # [B, H, 1, S]
+        scores = MatMul (scaled, key_t)                                     # [I, H, n, S]
         probs = Softmax <axis = -1> (scores)
-        mixed = MatMul (probs, wide_value)                                  # [B, H, 1, d]
-        wide_context = Reshape (mixed, rows_shape)
+        mixed = MatMul (probs, wide_value)                                  # [I, H, n, d]
+        by_row = Transpose <perm = [0, 2, 1, 3]> (mixed)                    # [I, n, H, d]
+        wide_context = Reshape (by_row, rows_shape)
         context = CastLike (wide_context, query)
     """,
 )

@@ -10,6 +10,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bias_activation/kernel.h"
+#include "cache_reorder/kernel.h"
 #include "cross_attention/kernel.h"
 #include "decoder_self_attention/kernel.h"
 #include "encoder_attention/kernel.h"
@@ -162,13 +163,22 @@ void bindDecoderSelfAttention(uintptr_t qkv, uintptr_t pastKey, uintptr_t pastVa
 }
 
 void bindCrossAttention(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t context, int32_t batch,
-    int32_t sequenceLength, int32_t numHeads, int32_t headDim, std::string const& dtype, uintptr_t stream)
+    int32_t images, int32_t sequenceLength, int32_t numHeads, int32_t headDim, std::string const& dtype, uintptr_t stream)
 {
     std::string const op = "cross_attention";
-    CrossAttentionParams const params{input(query), input(key), input(value), output(context), batch, sequenceLength,
-        numHeads, headDim, parseDataType(op, dtype)};
+    CrossAttentionParams const params{input(query), input(key), input(value), output(context), batch,
+        images == 0 ? batch : images, sequenceLength, numHeads, headDim, parseDataType(op, dtype)};
     enqueue(op, params, canImplementCrossAttention, crossAttention,
         {{"query", query}, {"key", key}, {"value", value}, {"context", context}}, stream);
+}
+
+void bindReorderCache(uintptr_t cache, uintptr_t rows, uintptr_t positionIds, int64_t tensorBytes, int32_t tensors,
+    int32_t batch, int32_t beams, int32_t numHeads, int32_t capacity, int32_t rowBytes, uintptr_t stream)
+{
+    CacheReorderParams const params{output(cache), reinterpret_cast<int64_t const*>(rows),
+        reinterpret_cast<int64_t const*>(positionIds), tensorBytes, tensors, batch, beams, numHeads, capacity, rowBytes};
+    enqueue("reorder_cache", params, canImplementCacheReorder, cacheReorder,
+        {{"cache", cache}, {"rows", rows, sizeof(int64_t)}, {"position_ids", positionIds, sizeof(int64_t)}}, stream);
 }
 
 void bindResidualLayerNorm(uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t normed,
@@ -256,8 +266,14 @@ PYBIND11_MODULE(trocr_kernels, module)
         "a zero context.");
 
     module.def("cross_attention", bindCrossAttention, "query"_a, "key"_a, "value"_a, "context"_a, py::kw_only(),
-        "batch"_a, "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,
-        "context [B, 1, H*d] of one query [B, 1, H*d] a row over key and value [B, H, S, d].");
+        "batch"_a, "images"_a = 0, "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,
+        "context [B, 1, H*d] of one query [B, 1, H*d] a row over key and value [I, H, S, d]; B / I neighbouring rows "
+        "share an image; images 0: one a row.");
+
+    module.def("reorder_cache", bindReorderCache, "cache"_a, "rows"_a, "position_ids"_a, py::kw_only(),
+        "tensor_bytes"_a, "tensors"_a, "batch"_a, "beams"_a, "num_heads"_a, "capacity"_a, "row_bytes"_a, "stream"_a = 0,
+        "In place, in each of the tensors [B, H, C, row_bytes]: row r becomes row rows[r] (int64 [B], of the same image's "
+        "beams) up to position_ids[r] (int64 [B]).");
 
     module.def("residual_layernorm", bindResidualLayerNorm, "x"_a, "residual"_a, "gamma"_a, "beta"_a, "normed"_a,
         "sum"_a, py::kw_only(), "rows"_a, "width"_a, "epsilon"_a, "dtype"_a, "stream"_a = 0,

@@ -80,14 +80,15 @@ class FusedOps:
     def cross_attention(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: torch.Tensor
     ) -> None:
-        """context [B, 1, D] from query [B, 1, D] and key, value [B, H, S, d]."""
-        batch, heads, tokens, head_dim = key.shape
+        """context [B, 1, D] from query [B, 1, D] and key, value [I, H, S, d], B a multiple of I."""
+        images, heads, tokens, head_dim = key.shape
         self.kernels.cross_attention(
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
             context.data_ptr(),
-            batch=batch,
+            batch=len(query),
+            images=images,
             sequence_length=tokens,
             num_heads=heads,
             head_dim=head_dim,

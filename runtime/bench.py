@@ -6,8 +6,9 @@
     nsys profile runtime/bench.py                     NVTX ranges are in the domain "trocr"
 
 Parts: encoder (pixel values to hidden states), decoder (all decode steps), end_to_end (pixel values on the
-host to token ids on the host), page (images of lines to texts), all. Every line gets the same number of
-tokens: end of text does not stop the search, except in a page. Input is random, except in a page.
+host to token ids on the host), page (labelled lines, decoded images in memory, to texts), all. Every line
+gets the same number of tokens: end of text does not stop the search, except in a page, whose lines end where
+their text does. Input is random, except in a page. With --num-beams all but the encoder is beam search.
 
 Engines: CUDA events around replays of CUDA graphs. PyTorch on a GPU: CUDA events around calls. CPU: wall
 clock.
@@ -34,6 +35,8 @@ import onnxruntime as ort
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutput
 
 from build import PRECISIONS, BuildError, build, default_folder
 from graph_surgery.checkpoint import DTYPES, CheckpointError, EncoderSpec, ModelSpec, load_model, load_spec
@@ -44,9 +47,12 @@ from profiling.records import PARTS, Record, environment, write
 from runtime.backends.base import Backend, BackendError
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tensorrt_backend import TensorRTBackend
+from runtime.beam_search import BeamSearch
 from runtime.engine import capture
-from runtime.generation import GenerationError, GreedySearch
+from runtime.generation import Decoder, GreedySearch
+from runtime.images import load_image
 from runtime.recognizer import Recognizer
+from runtime.search import GenerationError, SearchSettings
 from runtime.tensorrt_loader import TensorRTError
 
 ON_GPU = torch.cuda.is_available()
@@ -55,7 +61,7 @@ VARIANTS = ("stock", "fused", "torch", "compile", "onnxruntime")
 DEFAULT_VARIANTS = "stock,fused,torch" if ON_GPU else "onnxruntime,torch"
 DEFAULT_BATCHES = "1,8,16,64" if ON_GPU else "1"
 DEFAULT_PRECISION = "fp16" if ON_GPU else "fp32"
-PAGE_LINES = 64 if ON_GPU else 8
+PAGE_LINES = 100 if ON_GPU else 8
 REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
 WARMUPS = 3
 MIN_REPEATS, MAX_REPEATS, SECONDS = 10, 100, 0.5  # of one measurement
@@ -72,6 +78,9 @@ class Case:
     part: str
     batch: int
     tokens: int | None
+    num_beams: int = 1
+    lines: int | None = None
+    overlap: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class Measurement:
     """Times of one batch, in milliseconds, and what was computed.
 
     output: of the encoder float [B, S, D]; of the decoder and end to end the token ids [B, tokens]; of a page
-        the number of tokens of every line.
+        nothing.
     """
 
     times_ms: list[float]
@@ -144,20 +153,24 @@ class BackendVariant:
         self.folder = folder
 
     def check(self, case: Case) -> None:
-        limits = [("batch", case.batch, self.backend.max_batch)]
+        largest = (
+            self.backend.max_batch if case.part == "encoder" else self.backend.largest_batch(case.num_beams)
+        )
+        limits = [("batch", case.batch, largest)]
         if case.tokens is not None:
             limits.append(("tokens", case.tokens, self.backend.max_steps))
         for what, value, limit in limits:
             if limit is not None and value > limit:
-                raise Unavailable(f"{self.folder} is built for {what} up to {limit}")
+                beams = f" with {case.num_beams} beams" if case.num_beams > 1 else ""
+                raise Unavailable(f"{self.folder} is built for {what} up to {limit}{beams}")
 
-    def decoder(self, pixels: torch.Tensor, tokens: int) -> Measurement:
-        search, start, steps = self._search(pixels, tokens)
+    def decoder(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
+        search, start, steps = self._search(pixels, tokens, num_beams)
         times = measure(steps, start, self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
 
-    def end_to_end(self, pixels: torch.Tensor, tokens: int) -> Measurement:
-        search, start, steps = self._search(pixels.to(self.backend.device), tokens)
+    def end_to_end(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
+        search, start, steps = self._search(pixels.to(self.backend.device), tokens, num_beams)
 
         def run() -> None:
             start()
@@ -167,21 +180,26 @@ class BackendVariant:
         times = measure(run, device=self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
 
-    def page(self, lines: Sequence[Path], batch: int) -> Measurement:
-        return _measure_page(Recognizer(self.folder, backend=self.backend.name, batch_size=batch), lines)
+    def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int, overlap: bool) -> Measurement:
+        recognizer = Recognizer(self.folder, backend=self.backend.name, batch_size=batch, num_beams=num_beams)
+        if not overlap:
+            recognizer.backend.encodings = 1
+        return _measure_page(recognizer.recognize, lines)
 
-    def _search(self, pixels: torch.Tensor, tokens: int) -> tuple[GreedySearch, Callable, Callable]:
+    def _search(
+        self, pixels: torch.Tensor, tokens: int, num_beams: int
+    ) -> tuple[GreedySearch | BeamSearch, Callable, Callable]:
         """A search, a function that puts it at the start of a line, and one that runs all steps."""
-        search = GreedySearch(self.backend, len(pixels), tokens)
+        search = Decoder(self.backend, tokens, SearchSettings(num_beams)).search(len(pixels))
 
         def start() -> None:
-            search.state = self.backend.start(pixels)
+            search.state = self.backend.start(pixels, num_beams)
             search.reset()
 
         start()
-        advance = self.backend.capture(search.state, search.step)
 
         def steps() -> None:
+            advance = self.backend.capture(search.state, search.step)
             for _ in range(tokens):
                 advance()
 
@@ -243,30 +261,58 @@ class TorchVariant:
         times = measure(run)
         return Measurement(times, hidden[0].clone())
 
-    def decoder(self, pixels: torch.Tensor, tokens: int) -> Measurement:
-        encoded = self.model.encoder(pixel_values=pixels.to(DEVICE, self.model.dtype))
-        times = measure(lambda: self.generate(tokens, stop=False, encoder_outputs=encoded))
-        return Measurement(times, self.generate(tokens, encoder_outputs=encoded))
+    def decoder(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
+        hidden = self.model.encoder(pixel_values=pixels.to(DEVICE, self.model.dtype)).last_hidden_state
 
-    def end_to_end(self, pixels: torch.Tensor, tokens: int) -> Measurement:
+        def decode(stop: bool) -> torch.Tensor:  # `generate` expands what it is given for its beams
+            return self.generate(tokens, num_beams, stop, encoder_outputs=BaseModelOutput(hidden))
+
+        return Measurement(measure(lambda: decode(stop=False)), decode(stop=True))
+
+    def end_to_end(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
         pixels = pixels.to(DEVICE)
 
         def run() -> None:
-            self.generate(tokens, stop=False, pixel_values=pixels.to(self.model.dtype)).tolist()
+            self.generate(tokens, num_beams, stop=False, pixel_values=pixels.to(self.model.dtype)).tolist()
 
-        return Measurement(measure(run), self.generate(tokens, pixel_values=pixels.to(self.model.dtype)))
+        found = self.generate(tokens, num_beams, pixel_values=pixels.to(self.model.dtype))
+        return Measurement(measure(run), found)
 
-    def page(self, lines: Sequence[Path], batch: int) -> Measurement:
-        recognizer = Recognizer(self.spec.source, backend="torch", precision=self.precision, batch_size=batch)
-        return _measure_page(recognizer, lines)
+    def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int, overlap: bool) -> Measurement:
+        return _measure_page(GeneratePage(self, batch, num_beams), lines)
 
-    def generate(self, tokens: int, stop: bool = True, **inputs) -> torch.Tensor:
-        """Greedy token ids [B, tokens], padded after the end of text; without `stop` there is none."""
+    def generate(self, tokens: int, num_beams: int = 1, stop: bool = True, **inputs) -> torch.Tensor:
+        """Token ids [B, tokens], padded after the end of text; without `stop` there is none."""
         least = 0 if stop else tokens
-        settings = {"num_beams": 1, "do_sample": False, "use_cache": True}
+        settings = {"num_beams": num_beams, "do_sample": False, "use_cache": True}
         ids = self.model.generate(**inputs, **settings, min_new_tokens=least, max_new_tokens=tokens)[:, 1:]
         padding = self.model.generation_config.pad_token_id
         return torch.nn.functional.pad(ids, (0, tokens - ids.shape[1]), value=padding)
+
+
+class GeneratePage:
+    """Hugging Face's own way from images to texts: its processor, `generate` a batch, its tokenizer."""
+
+    def __init__(self, variant: TorchVariant, batch: int, num_beams: int):
+        source = variant.spec.source
+        self.model, self.batch, self.num_beams = variant.model, batch, num_beams
+        self.tokens = variant.spec.max_new_tokens
+        self.processor = AutoImageProcessor.from_pretrained(source)
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def __call__(self, lines: Sequence[np.ndarray]) -> list[str]:
+        texts: list[str] = []
+        for first in range(0, len(lines), self.batch):
+            inputs = self.processor(list(lines[first : first + self.batch]), return_tensors="pt")
+            ids = self.model.generate(
+                pixel_values=inputs.pixel_values.to(DEVICE, self.model.dtype),
+                num_beams=self.num_beams,
+                do_sample=False,
+                use_cache=True,
+                max_new_tokens=self.tokens,
+            )
+            texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
 
 
 class CompileVariant(TorchVariant):
@@ -294,7 +340,7 @@ class Reference:
         if case.part == "encoder":
             expected = self._torch.model.encoder(pixel_values=rows).last_hidden_state
             return {"rel_error": ((output.float() - expected).abs().max() / expected.abs().max()).item()}
-        expected = self._torch.generate(case.tokens, pixel_values=rows)
+        expected = self._torch.generate(case.tokens, case.num_beams, pixel_values=rows)
         return {"same_tokens": (output == expected).float().mean().item()}
 
 
@@ -318,9 +364,8 @@ def open_variant(name: str, folder: Path, spec: ModelSpec, precision: str, engin
     return EngineVariant(target)
 
 
-def _measure_page(recognizer: Recognizer, lines: Sequence[Path]) -> Measurement:
-    tokens = [len(result.token_ids) for result in recognizer.recognize(lines)]
-    return Measurement(measure(lambda: recognizer.recognize(lines)), torch.tensor(tokens))
+def _measure_page(read: Callable[[Sequence[np.ndarray]], Any], lines: Sequence[np.ndarray]) -> Measurement:
+    return Measurement(measure(lambda: read(lines)), torch.empty(0))
 
 
 @torch.inference_mode()
@@ -374,19 +419,21 @@ def measure_case(variant, case: Case, spec: ModelSpec, reference: Reference) -> 
     """The fields of a record that the measurement itself decides."""
     if case.part == "page":
         try:
-            with line_images(most=PAGE_LINES) as lines:
-                measurement = variant.page(lines, case.batch)
+            with line_images(most=case.lines) as files:
+                lines = [np.array(load_image(file, file.name)) for file in files]
         except LinesError as error:
             raise Unavailable(str(error)) from None
-        return _times(case, measurement.times_ms, len(lines))
+        measurement = variant.page(lines, case.batch, case.num_beams, case.overlap)
+        fields = _times(case, measurement.times_ms, len(lines))
+        return fields | {"lines": len(lines), "page_s": fields["median_ms"] / 1e3}
 
     pixels = random_pixels(spec, case.batch)
     if case.part == "encoder":
         measurement = variant.encoder(pixels)
     elif case.part == "decoder":
-        measurement = variant.decoder(pixels, case.tokens)
+        measurement = variant.decoder(pixels, case.tokens, case.num_beams)
     else:
-        measurement = variant.end_to_end(pixels, case.tokens)
+        measurement = variant.end_to_end(pixels, case.tokens, case.num_beams)
     fields = _times(case, measurement.times_ms, case.batch)
     if case.part == "encoder":
         fields["images_per_s"] = fields["lines_per_s"]
@@ -402,6 +449,7 @@ def _times(case: Case, times_ms: Sequence[float], lines: int) -> dict[str, Any]:
         "part": case.part,
         "batch": case.batch,
         "tokens": case.tokens,
+        "num_beams": case.num_beams,
         "median_ms": median,
         "p99_ms": float(np.percentile(times_ms, 99)),
         "lines_per_s": 1e3 * lines / median,
@@ -409,7 +457,17 @@ def _times(case: Case, times_ms: Sequence[float], lines: int) -> dict[str, Any]:
 
 
 def _table(records: Sequence[Record]) -> str:
-    columns = ("part", "variant", "batch", "tokens", "median_ms", "p99_ms", "lines_per_s")
+    columns = (
+        "part",
+        "variant",
+        "batch",
+        "num_beams",
+        "tokens",
+        "median_ms",
+        "p99_ms",
+        "lines_per_s",
+        "page_s",
+    )
     columns += ("us_per_token", "tflops", "rel_error", "same_tokens")
     rows = [[getattr(record, column) for column in columns] for record in records]
     return tabulate(rows, columns, floatfmt=".4g", missingval="-")
@@ -442,6 +500,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
     parser.add_argument("--batch", type=_numbers, default=DEFAULT_BATCHES, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=20, help="decode steps a line (default: %(default)s)")
+    parser.add_argument("--num-beams", type=int, default=1, help="beams (default: 1, greedy)")
+    parser.add_argument("--lines", type=int, default=PAGE_LINES, help="lines a page (default: %(default)s)")
+    parser.add_argument(
+        "--no-overlap",
+        dest="overlap",
+        action="store_false",
+        help="page: encode a batch only after the one before is decoded",
+    )
     parser.add_argument("--variants", type=_variants, default=DEFAULT_VARIANTS, help="default: %(default)s")
     parser.add_argument("--precision", choices=PRECISIONS, default=DEFAULT_PRECISION)
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="where build.py's folders are")
@@ -453,7 +519,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}, all")
     parts = PARTS if "all" in parts else parts
     cases = [
-        Case(part, batch, options.tokens if part in ("decoder", "end_to_end") else None)
+        Case(
+            part,
+            batch,
+            options.tokens if part in ("decoder", "end_to_end") else None,
+            1 if part == "encoder" else options.num_beams,
+            options.lines if part == "page" else None,
+            options.overlap,
+        )
         for part in parts
         for batch in options.batch
     ]

@@ -52,6 +52,23 @@ UNUSABLE = (
 )
 
 
+SEARCH_OPTIONS = ("num_beams", "length_penalty", "no_repeat_ngram_size", "early_stopping")
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Options named as `generate`'s, with its defaults."""
+    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams (default: 1, greedy)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="default: 1.0")
+    parser.add_argument("--no-repeat-ngram-size", type=int, default=0, metavar="N", help="default: 0, off")
+    parser.add_argument(
+        "--early-stopping",
+        type=lambda text: {"false": False, "true": True}.get(text.lower(), text),
+        default=False,
+        metavar="true|false|never",
+        help="when a line's beam search ends (default: false)",
+    )
+
+
 class Labels:
     """The texts of a TSV file: file, text, and further columns that do not count.
 
@@ -151,10 +168,11 @@ def recognize(options: argparse.Namespace) -> int:
         precision=options.precision,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
+        **{name: getattr(options, name) for name in SEARCH_OPTIONS},
     )
     print(f"backend: {recognizer.backend_choice}", file=sys.stderr)
-    for setting in unsupported_settings(recognizer.spec):
-        warn(f"{recognizer.spec.source}: generation_config.json asks for {setting}; greedy search ignores it")
+    for setting in unsupported_settings(recognizer.spec, recognizer.settings):
+        warn(f"{recognizer.spec.source}: generation_config.json asks for {setting}, which is ignored")
 
     records = [Record(argument, None, None, error) for argument, error in errors.items()]
     for record in records:
@@ -265,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write accuracy, speed and records")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens a line")
+    add_search_options(parser)
     try:
         return recognize(parser.parse_args(arguments))
     except UNUSABLE as error:

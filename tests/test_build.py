@@ -15,6 +15,7 @@ import build as build_module
 from build import BuildError, NoEngines, build, default_folder, main
 from graph_surgery.fused_ops import DOMAIN, SurgeryError
 from runtime.gpu import current_gpu
+from runtime.greedy_weights import FILE_NAME as GREEDY_WEIGHTS
 from runtime.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,3 +241,20 @@ def test_manifest_is_plain_json(model: str, tmp_path: Path):
     build(model, "none", "fp32", out=tmp_path / "engines", onnx_only=True)
     content = json.loads((tmp_path / "engines" / "manifest.json").read_text())
     assert content["format"] == 1 and content["batch"] == [1, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("plugins", "precision", "packed"),
+    [
+        ("fused", "fp16", True),
+        ("fused", "bf16", True),
+        ("fused", "fp32", False),
+        ("attention", "fp16", False),
+    ],
+)
+def test_weights_of_the_cuda_greedy_decoder(
+    model: str, tmp_path: Path, plugins: str, precision: str, packed: bool
+):
+    folder = build(model, plugins, precision, out=tmp_path / "engines", onnx_only=True)
+    assert (folder / GREEDY_WEIGHTS).is_file() == packed
+    assert (GREEDY_WEIGHTS in Manifest.read(folder).files) == packed

@@ -154,19 +154,21 @@ def test_decoder_self_attention(dtype):
 
 
 @every_dtype
-def test_cross_attention(dtype):
+@pytest.mark.parametrize("beams", [1, 4])
+def test_cross_attention(dtype, beams):
     torch.manual_seed(0)
     batch, length, num_heads, head_dim = 3, 59, 3, 32
     inputs = rounded(
         {
-            "query": torch.randn(batch, 1, num_heads * head_dim),
+            "query": torch.randn(batch * beams, 1, num_heads * head_dim),
             "key": torch.randn(batch, num_heads, length, head_dim),
             "value": torch.randn(batch, num_heads, length, head_dim),
         },
         dtype,
     )
     (found,) = run_op(CROSS_ATTENTION, inputs, dtype, {"num_heads": num_heads})
-    check(found, rows(attend(heads(inputs["query"], num_heads), inputs["key"], inputs["value"])), dtype)
+    key, value = (inputs[name].repeat_interleave(beams, dim=0) for name in ("key", "value"))
+    check(found, rows(attend(heads(inputs["query"], num_heads), key, value)), dtype)
 
 
 @every_dtype

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from graph_surgery.checkpoint import ModelSpec
-from runtime.backends.base import Backend, BackendError
+from runtime.backends.base import Backend, BackendError, image_rows
 
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -23,7 +23,9 @@ class OrtState:
     They are ONNX Runtime's own tensors, handed from one session to the next without a copy.
     """
 
+    cross: dict[str, ort.OrtValue]
     past: dict[str, ort.OrtValue]
+    beams: int
 
 
 class OnnxRuntimeBackend(Backend):
@@ -55,23 +57,37 @@ class OnnxRuntimeBackend(Backend):
         capacity = max_new_tokens if cache == "fixed" else 0
         self._empty_cache = (decoder.num_attention_heads, capacity, decoder.head_dim)
         self.max_steps = max_new_tokens if cache == "fixed" else None
+        # Fused cross-attention takes the keys and values of an image once for all its rows.
+        cross = next(value for value in self._decoder.get_inputs() if value.name.endswith("encoder.key"))
+        self._beams_share_images = cross.shape[0] == "images"
 
-    def start(self, pixel_values: torch.Tensor) -> OrtState:
+    def encode(self, pixel_values: torch.Tensor) -> dict[str, ort.OrtValue]:
         pixels = pixel_values.cpu().numpy().astype(self._dtype, copy=False)
         (states,) = self._encoder.run_with_ort_values(None, {"pixel_values": _value(pixels)})
         cross = self._cross_kv.run_with_ort_values(None, {"encoder_hidden_states": states})
+        return dict(zip(map(_past_name, self._cross_kv_outputs), cross, strict=True))
 
-        past = dict(zip(map(_past_name, self._cross_kv_outputs), cross, strict=True))
-        empty = np.zeros((len(pixels), *self._empty_cache), self._dtype)
-        for name in self._decoder_outputs[1:]:
-            past[_past_name(name)] = _value(empty)
-        return OrtState(past)
+    def begin(self, encoding: dict[str, ort.OrtValue], beams: int = 1) -> OrtState:
+        images = next(iter(encoding.values())).shape()[0]
+        empty = np.zeros((images * beams, *self._empty_cache), self._dtype)
+        past = {_past_name(name): _value(empty) for name in self._decoder_outputs[1:]}
+        if beams > 1 and not self._beams_share_images:
+            encoding = _take(encoding, np.arange(images).repeat(beams))
+        return OrtState(encoding, past, beams)
 
     def step(self, state: OrtState, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         token = {"input_ids": _value(input_ids.numpy()), "position_ids": _value(position_ids.numpy())}
-        logits, *present = self._decoder.run_with_ort_values(None, token | state.past)
-        state.past.update(zip(map(_past_name, self._decoder_outputs[1:]), present, strict=True))
+        logits, *present = self._decoder.run_with_ort_values(None, token | state.cross | state.past)
+        state.past = dict(zip(state.past, present, strict=True))
         return torch.from_numpy(logits.numpy())[:, 0]
+
+    def reorder(self, state: OrtState, rows: torch.Tensor, position_ids: torch.Tensor) -> None:
+        state.past = _take(state.past, rows.numpy())
+
+    def select(self, state: OrtState, images: torch.Tensor) -> OrtState:
+        rows = image_rows(images, state.beams).numpy()
+        cross = _take(state.cross, images.numpy() if self._beams_share_images else rows)
+        return OrtState(cross, _take(state.past, rows), state.beams)
 
 
 def _session(file: Path) -> ort.InferenceSession:
@@ -91,6 +107,10 @@ def _session(file: Path) -> ort.InferenceSession:
 
 def _value(array: np.ndarray) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _take(tensors: dict[str, ort.OrtValue], rows: np.ndarray) -> dict[str, ort.OrtValue]:
+    return {name: _value(tensor.numpy()[rows]) for name, tensor in tensors.items()}
 
 
 def _past_name(present: str) -> str:
