@@ -65,7 +65,7 @@ class LayersError(RuntimeError):
     """Engines or a raw file that cannot be compared; the message names the file, the value and the remedy."""
 
 
-# --- measuring (needs a GPU) ------------------------------------------------------------------------------
+# --- measuring (needs a GPU) ---
 
 
 def measure(
@@ -193,7 +193,7 @@ def _graph_content(file: Path) -> dict[str, Any]:
     }
 
 
-# --- comparing (a pure function of the measurements) -------------------------------------------------------
+# --- comparing (a pure function of the measurements) ---
 
 
 def compare(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,7 +369,7 @@ def _ratio(stock: float, fused: float) -> float | None:
     return stock / fused if stock > 0 and fused > 0 else None
 
 
-# --- showing ----------------------------------------------------------------------------------------------
+# --- showing ---
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
@@ -577,7 +577,7 @@ def _html_table(table: str) -> list[list[str]]:
     return [rows[0], *rows[2:]]
 
 
-# --- command line -----------------------------------------------------------------------------------------
+# --- command line ---
 
 
 def write(path: Path, text: str) -> None:

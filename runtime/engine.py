@@ -187,7 +187,7 @@ class BoundEngine:
         self.tensors[name] = tensor  # keeps the memory
 
     def report_layers(self, report: Callable[[str, float], None]) -> None:
-        """From now on every call waits for its end, and calls `report` with each layer's name and milliseconds.
+        """From now on every call waits for its end, and reports each layer's name and milliseconds.
 
         TensorRT puts an event between any two layers: they run one after the other, and no CUDA graph can be
         captured.
@@ -205,7 +205,7 @@ class BoundEngine:
         self._context.profiler = self._profiler
 
     def layer_information(self) -> str:
-        """TensorRT's own description of the layers with these shapes: JSON, as its engine inspector writes it."""
+        """TensorRT's description of the layers with these shapes: the JSON of its engine inspector."""
         inspector = self.engine._engine.create_engine_inspector()
         inspector.execution_context = self._context
         return inspector.get_engine_information(self.engine._trt.LayerInformationFormat.JSON)

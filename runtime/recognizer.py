@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import nvtx
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
@@ -21,6 +20,7 @@ from runtime.backends.base import BackendError
 from runtime.backends.choice import open_backend
 from runtime.generation import GreedyDecoder, new_token_limit
 from runtime.images import ImageError, ImageSource, load_image
+from runtime.ranges import stage, staged
 
 DEFAULT_BATCH = {"cpu": 8, "cuda": 64}
 
@@ -136,7 +136,7 @@ class Recognizer:
                 yield from self._recognize_batch([future.result() for future in batch])
                 batch = following
 
-    @nvtx.annotate("preprocess", domain="trocr")
+    @staged("preprocess", (1,))
     def _prepare(self, number: int, source: ImageSource) -> _Prepared:
         """Read one image and scale it with the checkpoint's own processor."""
         path = str(source) if isinstance(source, str | Path) else None
@@ -159,19 +159,22 @@ class Recognizer:
         # The rest of the processor's work on the whole batch, where the backend is: uint8 travels there in a
         # quarter of the bytes, and normalising takes most of the processor's time on a CPU.
         pixels = torch.stack([item.pixels for item in batch]).to(self.backend.device)
-        inputs = self._processor(pixels, do_resize=False, return_tensors="pt")
+        with stage("preprocess", pixels.shape):
+            inputs = self._processor(pixels, do_resize=False, return_tensors="pt")
         generation = self._decode(inputs.pixel_values)
         recognize_ms = 1e3 * (time.perf_counter() - begin)
+        with stage("detokenise", (len(batch),)):
+            texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in generation.token_ids]
         return [
             Result(
                 item.path,
-                self._tokenizer.decode(token_ids, skip_special_tokens=True),
+                text,
                 token_ids,
                 mean_log_prob,
                 timing=Timing(item.preprocess_ms, recognize_ms, len(batch)),
             )
-            for item, token_ids, mean_log_prob in zip(
-                batch, generation.token_ids, generation.mean_log_probs, strict=True
+            for item, text, token_ids, mean_log_prob in zip(
+                batch, texts, generation.token_ids, generation.mean_log_probs, strict=True
             )
         ]
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from graph_surgery.checkpoint import ModelSpec
 from runtime.backends.base import Backend, BackendError
+from runtime.ranges import stage, staged
 
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -56,10 +57,13 @@ class OnnxRuntimeBackend(Backend):
         self._empty_cache = (decoder.num_attention_heads, capacity, decoder.head_dim)
         self.max_steps = max_new_tokens if cache == "fixed" else None
 
+    @staged("encode")
     def start(self, pixel_values: torch.Tensor) -> OrtState:
         pixels = pixel_values.cpu().numpy().astype(self._dtype, copy=False)
-        (states,) = self._encoder.run_with_ort_values(None, {"pixel_values": _value(pixels)})
-        cross = self._cross_kv.run_with_ort_values(None, {"encoder_hidden_states": states})
+        with stage("encoder", pixels.shape):
+            (states,) = self._encoder.run_with_ort_values(None, {"pixel_values": _value(pixels)})
+        with stage("cross_kv", states.shape()):
+            cross = self._cross_kv.run_with_ort_values(None, {"encoder_hidden_states": states})
 
         past = dict(zip(map(_past_name, self._cross_kv_outputs), cross, strict=True))
         empty = np.zeros((len(pixels), *self._empty_cache), self._dtype)
@@ -67,6 +71,7 @@ class OnnxRuntimeBackend(Backend):
             past[_past_name(name)] = _value(empty)
         return OrtState(past)
 
+    @staged("decode step")
     def step(self, state: OrtState, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         token = {"input_ids": _value(input_ids.numpy()), "position_ids": _value(position_ids.numpy())}
         logits, *present = self._decoder.run_with_ort_values(None, token | state.past)

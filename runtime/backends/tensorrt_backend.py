@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import nvtx
 import torch
 
 from graph_surgery.checkpoint import load_spec
 from runtime.backends.base import Backend
 from runtime.engine import ALIGNMENT, BoundEngine, Engine, capture
 from runtime.manifest import Manifest
+from runtime.ranges import stage, staged
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class TensorRTBackend(Backend):
         self._graphs: LeastRecentlyUsed[tuple[torch.cuda.CUDAGraph, object]] = LeastRecentlyUsed(256)
         self._pool = torch.cuda.graph_pool_handle()
 
-    @nvtx.annotate("encode", domain="trocr")
+    @staged("encode")
     def start(self, pixel_values: torch.Tensor) -> State:
         batch = len(pixel_values)
         self.encoder.check_batch(batch)
@@ -159,7 +159,7 @@ class TensorRTBackend(Backend):
         if not self.cuda_graphs:
             return step
 
-        @nvtx.annotate("decode step", domain="trocr")
+        @staged("decode step", (state.rows, 1))
         def advance() -> None:
             past = self._past(state)
             captured = self._graphs.use((advance, past))
@@ -187,9 +187,9 @@ class TensorRTBackend(Backend):
             cross_kv = self.cross_kv.bind({"encoder_hidden_states": hidden} | cross)
             bound = self._encoders.add(rows, (encoder, cross_kv))
         encoder, cross_kv = bound
-        with nvtx.annotate("encoder", domain="trocr"):
+        with stage("encoder", (rows, *self._pixels.shape[1:])):
             encoder()
-        with nvtx.annotate("cross_kv", domain="trocr"):
+        with stage("cross_kv", (rows, *self._hidden.shape[1:])):
             cross_kv()
 
     def _decoder_tensors(self, rows: int, past: int | None) -> dict[str, torch.Tensor]:

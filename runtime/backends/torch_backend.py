@@ -9,6 +9,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from graph_surgery.checkpoint import DTYPES, ModelSpec, load_model
 from runtime.backends.base import Backend
+from runtime.ranges import staged
 
 
 @dataclass
@@ -35,6 +36,7 @@ class TorchBackend(Backend):
         self.model = load_model(spec, DTYPES[precision]).to(self.device)
 
     @torch.inference_mode()
+    @staged("encoder")
     def start(self, pixel_values: torch.Tensor) -> TorchState:
         pixel_values = pixel_values.to(self.device, self.model.dtype)
         states = self.model.encoder(pixel_values=pixel_values).last_hidden_state
@@ -43,6 +45,7 @@ class TorchBackend(Backend):
         return TorchState(states, EncoderDecoderCache(DynamicCache(), DynamicCache()))
 
     @torch.inference_mode()
+    @staged("decode step")
     def step(self, state: TorchState, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         # Hugging Face's decoder counts positions by the length of its cache.
         output = self.model.decoder(
