@@ -1,5 +1,6 @@
 """Stock against fused layer by layer: times are put down to the right ops, and add up."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from profiling import layers
 from profiling.layers import NOT_ATTRIBUTED, OUTSIDE, RAW, LayersError, compare, main, measure_into
 from tests.conftest import BUNDLED_MODEL
 
+needs_plotly = pytest.mark.skipif(not importlib.util.find_spec("plotly"), reason="no plotly here: make setup")
 ENVIRONMENT = {
     "command": "test",
     "commit": "abc",
@@ -173,6 +175,7 @@ def test_a_failure_keeps_what_was_measured(content, tmp_path: Path):
     )  # of runs 1, 1 and 9: not within 5 %
 
 
+@needs_plotly
 def test_files(content, tmp_path: Path, capsys):
     steady = node_by_node(content, "encoder")
     for measurement in steady["measurements"]:
@@ -188,6 +191,7 @@ def test_files(content, tmp_path: Path, capsys):
     assert not re.search(r"<script[^>]*\ssrc=|<link[^>]*\shref=", page)  # self-contained
 
 
+@needs_plotly
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here to draw the page with")
 def test_page_is_drawn_by_a_browser(content, tmp_path: Path):
     (tmp_path / "page.html").write_text(layers.html(compare(node_by_node(content, "encoder"))))
