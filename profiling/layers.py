@@ -40,19 +40,8 @@ from graph_surgery.fused_ops import DOMAIN
 VARIANTS = ("stock", "fused")
 GRAPHS = ("encoder", "cross_kv", "decoder")
 PRODUCTS = {"MatMul", "Gemm", "Conv"}
-MOVEMENTS = {
-    "Cast",
-    "Concat",
-    "Constant",
-    "Expand",
-    "Flatten",
-    "Gather",
-    "Identity",
-    "Pad",
-    "Reshape",
-    "Shape",
-}
-MOVEMENTS |= {"Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+MOVEMENTS = {"Cast", "Concat", "Constant", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape"}
+MOVEMENTS |= {"Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 NOT_ATTRIBUTED = "not attributed"
 OUTSIDE = "outside of the layers"
 TOLERANCE = 0.05  # of the parts' sum against the profiled whole
@@ -133,8 +122,10 @@ def _tensors(engine, folder: Path, batch: int, position: int) -> dict[str, Any]:
         elif name == "input_ids":
             vocabulary = load_spec(folder).decoder.vocab_size
             inputs[name] = torch.randint(vocabulary, shape, generator=generator, device="cuda", dtype=dtype)
-        else:
+        elif dtype.is_floating_point:
             inputs[name] = torch.randn(shape, generator=generator, device="cuda").to(dtype)
+        else:  # numbers of something: 0 is one that always is there
+            inputs[name] = torch.zeros(shape, dtype=dtype, device="cuda")
     outputs = engine.empty_outputs(inputs)
     if Manifest.read(folder).cache == "fixed":
         for name in outputs:
