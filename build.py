@@ -225,7 +225,7 @@ def _build_folder(
             manifest.plugin_library_sha256 = inputs["plugin library"]
             # Of a growing cache: empty at the first step; all tokens but the last two at the last one.
             past = (0, min(CACHE_MULTIPLE, max_length - 2), max_length - 2)
-            manifest.engines = _build_engines(
+            manifest.engines = build_engines(
                 trt,
                 graphs,
                 folder,
@@ -299,7 +299,7 @@ def _count_fused_ops(graphs: Mapping[str, onnx.ModelProto]) -> list[FusedOp]:
     return [FusedOp(op.name, VERSION, nodes.count(op.name)) for op in FUSED_OPS.values() if op.name in nodes]
 
 
-def _build_engines(
+def build_engines(
     trt: Any,
     graphs: Mapping[str, onnx.ModelProto],
     folder: Path,

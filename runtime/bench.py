@@ -3,7 +3,11 @@
 
     runtime/bench.py                                  end to end on the bundled checkpoint
     python -m runtime.bench encoder --model small --batch 1,8,16,64 --variants stock,fused,torch --json FILE
-    nsys profile runtime/bench.py                     NVTX ranges are in the domain "trocr"
+    nsys profile -t nvtx,cuda --cuda-graph-trace=node runtime/bench.py
+    nsys profile -t nvtx,cuda runtime/bench.py --no-cuda-graphs
+
+Under nsys there are NVTX ranges, in the domain "trocr"; without CUDA graphs also TensorRT's own, one a layer:
+a graph is replayed without them. `python -m profiling.nsys` makes tables of the recording.
 
 Parts: encoder (pixel values to hidden states), decoder (all decode steps), end_to_end (pixel values on the
 host to token ids on the host), page (labelled lines, decoded images in memory, to texts), all. Every line
@@ -209,8 +213,8 @@ class BackendVariant:
 class EngineVariant(BackendVariant):
     """The engines of a folder."""
 
-    def __init__(self, folder: Path):
-        super().__init__(TensorRTBackend(folder), folder)
+    def __init__(self, folder: Path, cuda_graphs: bool):
+        super().__init__(TensorRTBackend(folder, cuda_graphs), folder)
 
     def encoder(self, pixels: torch.Tensor) -> Measurement:
         engine = self.backend.encoder
@@ -218,7 +222,8 @@ class EngineVariant(BackendVariant):
         outputs = engine.empty_outputs(inputs)
         bound = engine.bind(inputs | outputs)
         bound()
-        return Measurement(measure(capture(bound).replay), outputs["last_hidden_state"])
+        run = capture(bound).replay if self.backend.cuda_graphs else bound
+        return Measurement(measure(run), outputs["last_hidden_state"])
 
 
 class OnnxVariant(BackendVariant):
@@ -344,7 +349,9 @@ class Reference:
         return {"same_tokens": (output == expected).float().mean().item()}
 
 
-def open_variant(name: str, folder: Path, spec: ModelSpec, precision: str, engines: Path):
+def open_variant(
+    name: str, folder: Path, spec: ModelSpec, precision: str, engines: Path, cuda_graphs: bool = True
+):
     """Raises Unavailable, or an error whose message says what to do."""
     if name == "torch":
         return TorchVariant(spec, precision)
@@ -361,7 +368,7 @@ def open_variant(name: str, folder: Path, spec: ModelSpec, precision: str, engin
             f"{target} does not exist; build it: python build.py --model {folder} --plugins {plugins} "
             f"--precision {precision} --batch 1,16,64 --out {target}"
         )
-    return EngineVariant(target)
+    return EngineVariant(target, cuda_graphs)
 
 
 def _measure_page(read: Callable[[Sequence[np.ndarray]], Any], lines: Sequence[np.ndarray]) -> Measurement:
@@ -377,6 +384,7 @@ def run(
     engines: Path,
     command: str,
     json: Path | None = None,
+    cuda_graphs: bool = True,
 ) -> tuple[list[Record], list[str]]:
     """Measure every case with every variant; the file `json` is written anew after each variant.
 
@@ -391,7 +399,7 @@ def run(
     with tqdm(total=len(cases) * len(variants), unit="measurement", disable=None) as bar:
         for name in variants:
             try:
-                variant = open_variant(name, folder, spec, precision, engines)
+                variant = open_variant(name, folder, spec, precision, engines, cuda_graphs)
             except Unavailable as reason:
                 skipped.append(f"{name}: {reason}")
                 bar.update(len(cases))
@@ -511,6 +519,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", type=_variants, default=DEFAULT_VARIANTS, help="default: %(default)s")
     parser.add_argument("--precision", choices=PRECISIONS, default=DEFAULT_PRECISION)
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="where build.py's folders are")
+    parser.add_argument(
+        "--no-cuda-graphs", action="store_true", help="enqueue engines, so that nsys shows their layers"
+    )
     parser.add_argument("--json", type=Path, help="write the records to this file")
     options = parser.parse_args(arguments)
 
@@ -536,7 +547,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder = find_model(options.model)
         records, skipped = run(
-            cases, options.variants, folder, options.precision, options.engines, command, options.json
+            cases,
+            options.variants,
+            folder,
+            options.precision,
+            options.engines,
+            command,
+            options.json,
+            cuda_graphs=not options.no_cuda_graphs,
         )
     except (BackendError, BuildError, CheckpointError, GenerationError, SurgeryError, TensorRTError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import nvtx
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
@@ -22,6 +21,7 @@ from runtime.backends.base import BackendError, Encoding
 from runtime.backends.choice import open_backend
 from runtime.generation import Decoder, new_token_limit
 from runtime.images import ImageError, ImageSource, load_image
+from runtime.ranges import stage, staged
 from runtime.search import SearchSettings
 
 DEFAULT_BATCH = {"cpu": 8, "cuda": 64}
@@ -173,7 +173,7 @@ class Recognizer:
                 else:
                     return
 
-    @nvtx.annotate("preprocess", domain="trocr")
+    @staged("preprocess", (1,))
     def _prepare(self, number: int, source: ImageSource) -> _Prepared:
         """Read one image and scale it with the checkpoint's own processor."""
         path = str(source) if isinstance(source, str | Path) else None
@@ -194,7 +194,8 @@ class Recognizer:
         # The rest of the processor's work on the whole batch, where the backend is: uint8 travels there in a
         # quarter of the bytes, and normalising takes most of the processor's time on a CPU.
         pixels = torch.stack([item.pixels for item in usable]).to(self.backend.device)
-        inputs = self._processor(pixels, do_resize=False, return_tensors="pt")
+        with stage("preprocess", pixels.shape):
+            inputs = self._processor(pixels, do_resize=False, return_tensors="pt")
         return _Encoded(batch, self.backend.encode(inputs.pixel_values), begin)
 
     def _decode(self, encoded: _Encoded) -> Iterator[Result]:
@@ -203,16 +204,19 @@ class Recognizer:
         found = iter(())
         if images:
             generation = self._decoder.decode(encoded.encoding, images)
-            found = zip(generation.token_ids, generation.mean_log_probs, strict=True)
-        recognize_ms = 1e3 * (time.perf_counter() - encoded.begin)
+            recognize_ms = 1e3 * (time.perf_counter() - encoded.begin)
+            with stage("detokenise", (images,)):
+                ids = generation.token_ids
+                texts = [self._tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+            found = zip(texts, ids, generation.mean_log_probs, strict=True)
         for item in encoded.batch:
             if item.error is not None:
                 yield Result(item.path, error=item.error)
                 continue
-            token_ids, mean_log_prob = next(found)
+            text, token_ids, mean_log_prob = next(found)
             yield Result(
                 item.path,
-                self._tokenizer.decode(token_ids, skip_special_tokens=True),
+                text,
                 token_ids,
                 mean_log_prob,
                 timing=Timing(item.preprocess_ms, recognize_ms, images),

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from graph_surgery.checkpoint import ModelSpec
 from runtime.backends.base import Backend, BackendError, image_rows
+from runtime.ranges import stage, staged
 
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -61,10 +62,13 @@ class OnnxRuntimeBackend(Backend):
         cross = next(value for value in self._decoder.get_inputs() if value.name.endswith("encoder.key"))
         self._beams_share_images = cross.shape[0] == "images"
 
+    @staged("encode")
     def encode(self, pixel_values: torch.Tensor) -> dict[str, ort.OrtValue]:
         pixels = pixel_values.cpu().numpy().astype(self._dtype, copy=False)
-        (states,) = self._encoder.run_with_ort_values(None, {"pixel_values": _value(pixels)})
-        cross = self._cross_kv.run_with_ort_values(None, {"encoder_hidden_states": states})
+        with stage("encoder", pixels.shape):
+            (states,) = self._encoder.run_with_ort_values(None, {"pixel_values": _value(pixels)})
+        with stage("cross_kv", states.shape()):
+            cross = self._cross_kv.run_with_ort_values(None, {"encoder_hidden_states": states})
         return dict(zip(map(_past_name, self._cross_kv_outputs), cross, strict=True))
 
     def begin(self, encoding: dict[str, ort.OrtValue], beams: int = 1) -> OrtState:
@@ -75,6 +79,7 @@ class OnnxRuntimeBackend(Backend):
             encoding = _take(encoding, np.arange(images).repeat(beams))
         return OrtState(encoding, past, beams)
 
+    @staged("decode step")
     def step(self, state: OrtState, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         token = {"input_ids": _value(input_ids.numpy()), "position_ids": _value(position_ids.numpy())}
         logits, *present = self._decoder.run_with_ort_values(None, token | state.cross | state.past)

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-import nvtx
 import torch
 
 from graph_surgery.checkpoint import load_spec
@@ -20,6 +19,7 @@ from runtime.backends.base import Backend, GreedyResult, image_rows
 from runtime.engine import ALIGNMENT, BoundEngine, Engine, EngineError, capture
 from runtime.greedy_weights import FILE_NAME, GreedyWeightsError, load_decoder
 from runtime.manifest import Manifest, ManifestError
+from runtime.ranges import stage, staged
 
 T = TypeVar("T")
 
@@ -189,7 +189,7 @@ class TensorRTBackend(Backend):
             for layer, kind in self._tensors
         }
 
-    @nvtx.annotate("encode", domain="trocr")
+    @staged("encode")
     def encode(self, pixel_values: torch.Tensor) -> Encoding:
         batch = len(pixel_values)
         self.encoder.check_batch(batch)
@@ -286,7 +286,8 @@ class TensorRTBackend(Backend):
         if self._greedy is None:
             return None
         torch.cuda.current_stream().wait_event(encoding.ready)
-        return self._greedy(self._cross[encoding.slot], encoding.images, max_new_tokens)
+        with stage("greedy search", (encoding.images, max_new_tokens)):
+            return self._greedy(self._cross[encoding.slot], encoding.images, max_new_tokens)
 
     def capture(self, state: State, step: Callable[[], None]) -> Callable[[], None]:
         """One CUDA graph a state; with a growing cache, whose shapes change, one a position.
@@ -294,10 +295,11 @@ class TensorRTBackend(Backend):
         A graph is captured when it is first needed: the step runs once as it is, which also is the enqueue
         that TensorRT wants before a capture, and is recorded after that for the next time.
         """
+        ranged = staged("decode step", (state.rows, 1))
         if not self.cuda_graphs:
-            return step
+            return ranged(step)
 
-        @nvtx.annotate("decode step", domain="trocr")
+        @ranged
         def advance() -> None:
             past = self._past(state)
             captured = self._graphs.use((state, step, past))
@@ -329,9 +331,9 @@ class TensorRTBackend(Backend):
             cross_kv = self.cross_kv.bind({"encoder_hidden_states": hidden} | cross)
             bound = self._encoders.add((rows, slot), (encoder, cross_kv))
         encoder, cross_kv = bound
-        with nvtx.annotate("encoder", domain="trocr"):
+        with stage("encoder", (rows, *self._pixels.shape[1:])):
             encoder()
-        with nvtx.annotate("cross_kv", domain="trocr"):
+        with stage("cross_kv", (rows, *self._hidden.shape[1:])):
             cross_kv()
 
     def _decoder_tensors(self, state: State, past: int | None) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from graph_surgery.checkpoint import DTYPES, ModelSpec, load_model
 from runtime.backends.base import Backend, image_rows
+from runtime.ranges import staged
 
 
 @dataclass
@@ -36,6 +37,7 @@ class TorchBackend(Backend):
         self.model = load_model(spec, DTYPES[precision]).to(self.device)
 
     @torch.inference_mode()
+    @staged("encoder")
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         pixel_values = pixel_values.to(self.device, self.model.dtype)
         states = self.model.encoder(pixel_values=pixel_values).last_hidden_state
@@ -48,6 +50,7 @@ class TorchBackend(Backend):
         return TorchState(encoding.repeat_interleave(beams, dim=0), cache, beams)
 
     @torch.inference_mode()
+    @staged("decode step")
     def step(self, state: TorchState, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         # Hugging Face's decoder counts positions by the length of its cache.
         output = self.model.decoder(
