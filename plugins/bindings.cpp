@@ -14,6 +14,7 @@
 #include "decoder_self_attention/kernel.h"
 #include "encoder_attention/kernel.h"
 #include "linear/kernel.h"
+#include "patch_embedding/kernel.h"
 #include "residual_layernorm/kernel.h"
 
 namespace py = pybind11;
@@ -235,6 +236,35 @@ void bindRowStatistics(
         {{"x", x, 2 * sizeOf(params.dataType)}, {"statistics", statistics, 8}}, stream);
 }
 
+PatchEmbeddingPath parsePatchEmbeddingPath(std::string const& op, std::string const& name)
+{
+    if (name == "auto")
+    {
+        return PatchEmbeddingPath::kAUTO;
+    }
+    if (name == "mma")
+    {
+        return PatchEmbeddingPath::kGENERAL;
+    }
+    if (name == "hopper")
+    {
+        return PatchEmbeddingPath::kHOPPER;
+    }
+    fail(op, "path '" + name + "' is none of 'auto', 'mma', 'hopper'");
+}
+
+void bindPatchEmbedding(uintptr_t pixels, uintptr_t weight, uintptr_t bias, uintptr_t positions, uintptr_t y,
+    uintptr_t statistics, float scale, int32_t batch, int32_t height, int32_t width, int32_t specialTokens,
+    int32_t outputs, std::string const& dtype, bool overlapPredecessor, std::string const& path, uintptr_t stream)
+{
+    std::string const op = "patch_embedding";
+    PatchEmbeddingParams const params{input(pixels), input(weight), reinterpret_cast<float const*>(bias),
+        input(positions), output(y), reinterpret_cast<float*>(statistics), scale, batch, height, width, specialTokens,
+        outputs, parseDataType(op, dtype), parsePatchEmbeddingPath(op, path), overlapPredecessor};
+    enqueue(op, params, canImplementPatchEmbedding, patchEmbedding,
+        {{"pixels", pixels}, {"weight", weight}, {"bias", bias, 8}, {"positions", positions}, {"y", y}}, stream);
+}
+
 } // namespace
 
 PYBIND11_MODULE(trocr_kernels, module)
@@ -284,6 +314,14 @@ PYBIND11_MODULE(trocr_kernels, module)
         "dtype"_a, "stream"_a = 0,
         "statistics float32 [R, K / 64, 2]: mean, and sum of squared distances from it, of each 64 columns of x "
         "[R, K].");
+
+    module.def("patch_embedding", bindPatchEmbedding, "pixels"_a, "weight"_a, "bias"_a, "positions"_a, "y"_a,
+        py::kw_only(), "statistics"_a = 0, "scale"_a, "batch"_a, "height"_a, "width"_a, "special_tokens"_a, "outputs"_a,
+        "dtype"_a, "overlap_predecessor"_a = false, "path"_a = "auto", "stream"_a = 0,
+        "y [B, S, N]: the special tokens, which are the first rows of positions [S, N], then scale * (pixels - 128) "
+        "weight^T + bias + positions for each patch of 16 x 16 of pixels uint8 [B, 3, height, width]. weight [N, 768] "
+        "in the order of channel, y / 4, x / 4, x / 2 % 2, y % 4, x % 2; bias float32 [N]; statistics of y as in "
+        "row_statistics (0: not wanted). path 'mma' (mma.sync) or 'hopper' (wgmma) forces an implementation.");
 }
 
 } // namespace trocr
