@@ -173,16 +173,28 @@ void bindCrossAttention(uintptr_t query, uintptr_t key, uintptr_t value, uintptr
 }
 
 void bindResidualLayerNorm(uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t normed,
-    uintptr_t sum, int64_t rows, int32_t width, float epsilon, std::string const& dtype, uintptr_t stream)
+    uintptr_t sum, int64_t rows, int32_t width, float epsilon, std::string const& dtype, bool overlapPredecessor,
+    uintptr_t stream)
 {
     std::string const op = "residual_layernorm";
     ResidualLayerNormParams const params{input(x), input(residual), input(gamma), input(beta), output(normed),
-        output(sum), rows, width, epsilon, parseDataType(op, dtype)};
+        output(sum), rows, width, epsilon, parseDataType(op, dtype), overlapPredecessor};
     size_t const size = sizeOf(params.dataType);
     enqueue(op, params, canImplementResidualLayerNorm, residualLayerNorm,
         {{"x", x, size}, {"residual", residual, size}, {"gamma", gamma, size}, {"beta", beta, size},
             {"normed", normed, size}},
         stream);
+}
+
+void bindLayerNorm(uintptr_t x, uintptr_t gamma, uintptr_t beta, uintptr_t normed, int64_t rows, int32_t width,
+    float epsilon, std::string const& dtype, bool overlapPredecessor, uintptr_t stream)
+{
+    std::string const op = "layernorm";
+    ResidualLayerNormParams const params{input(x), nullptr, input(gamma), input(beta), output(normed), nullptr, rows,
+        width, epsilon, parseDataType(op, dtype), overlapPredecessor};
+    size_t const size = sizeOf(params.dataType);
+    enqueue(op, params, canImplementResidualLayerNorm, residualLayerNorm,
+        {{"x", x, size}, {"gamma", gamma, size}, {"beta", beta, size}, {"normed", normed, size}}, stream);
 }
 
 void bindBiasActivation(uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows, int32_t width,
@@ -290,9 +302,14 @@ PYBIND11_MODULE(trocr_kernels, module)
         "context [B, 1, H*d] of one query [B, 1, H*d] a row over key and value [B, H, S, d].");
 
     module.def("residual_layernorm", bindResidualLayerNorm, "x"_a, "residual"_a, "gamma"_a, "beta"_a, "normed"_a,
-        "sum"_a, py::kw_only(), "rows"_a, "width"_a, "epsilon"_a, "dtype"_a, "stream"_a = 0,
+        "sum"_a, py::kw_only(), "rows"_a, "width"_a, "epsilon"_a, "dtype"_a, "overlap_predecessor"_a = false,
+        "stream"_a = 0,
         "sum [R, N] = x + residual, rounded to dtype (0 for sum: not wanted); normed [R, N] = LayerNorm(sum) * gamma + "
         "beta.");
+
+    module.def("layernorm", bindLayerNorm, "x"_a, "gamma"_a, "beta"_a, "normed"_a, py::kw_only(), "rows"_a, "width"_a,
+        "epsilon"_a, "dtype"_a, "overlap_predecessor"_a = false, "stream"_a = 0,
+        "normed [R, N] = LayerNorm(x [R, N]) * gamma + beta.");
 
     module.def("bias_activation", bindBiasActivation, "x"_a, "bias"_a, "y"_a, py::kw_only(), "rows"_a, "width"_a,
         "activation"_a, "dtype"_a, "stream"_a = 0,

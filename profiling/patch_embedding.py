@@ -44,8 +44,8 @@ class PatchEmbedding:
     """One problem: inputs on the GPU, and references.
 
     pixels: uint8 [B, 3, height, width]; kernel, conv_bias: T [N, 3, 16, 16] and [N], a convolution of
-    normalised pixels; positions: T [S, N], the special tokens complete in its first rows. Outputs y T [B, S, N]
-    and statistics float32 [B, S, N / 64, 2], with guard rows behind.
+    normalised pixels; positions: T [S, N], the special tokens complete in its first rows. Outputs y T [B, S,
+    N] and statistics float32 [B, S, N / 64, 2], with guard rows behind.
     """
 
     batch: int

@@ -127,7 +127,7 @@ def test_matches(variation: dict, normalization: Normalization) -> None:
         ({"preprocessed": True}, "does not read the graph's input"),
         ({"again": "pixels"}, "should have one consumer"),
         ({"patch": 8}, "its kernel_shape is [8, 8]"),
-        ({"pads": (0, 2, 0, 0, 0, 1)}, "not before the tokens only"),
+        ({"pads": (0, 1, 0, 0, 1, 0)}, "not before the tokens only"),
         ({"pads": (0, 0, 0, 0, 2, 0)}, "not before the tokens only"),
         ({"fill": 1.0}, "something else than 0"),
         ({"mode": "edge"}, "with a constant"),
@@ -146,7 +146,7 @@ def test_does_not_match(variation: dict, reason: str) -> None:
     fused, report = run_pass(model, EQUAL)
     assert (report.fused, report.replaced) == ([], {})
     assert any(reason in found for found in report.rejected.values()), report.rejected
-    assert [node.name for node in fused.graph.node] == [node.name for node in model.graph.node]
+    assert sorted(node.name for node in fused.graph.node) == sorted(node.name for node in model.graph.node)
     assert fused.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 

@@ -158,6 +158,7 @@ PluginField const kGELU{"activation", "gelu", PluginFieldType::kCHAR, 4};
 PluginField const kNO_ACTIVATION{"activation", "none", PluginFieldType::kCHAR, 4};
 PluginField const kWITHOUT_STATISTICS{"emit_statistics", &kZERO, PluginFieldType::kINT32, 1};
 PluginField const kWITH_STATISTICS{"emit_statistics", &kONE, PluginFieldType::kINT32, 1};
+PluginField const kSCALE{"scale", &kEPSILON, PluginFieldType::kFLOAT32, 1};
 PluginField const kRELU{"activation", "relu", PluginFieldType::kCHAR, 4};
 
 std::vector<Case> const kCASES{
@@ -176,6 +177,7 @@ std::vector<Case> const kCASES{
      {kWITH_SUM, kEPSILON_FIELD},
      {{2, 577, 768}, {2, 577, 768}, {768}, {768}},
      {{2, 577, 768}, {2, 577, 768}}},
+    {"TrOCRLayerNorm", {kEPSILON_FIELD}, {{2, 577, 768}, {768}, {768}}, {{2, 577, 768}}},
     {"TrOCRBiasActivation", {kGELU}, {{2, 577, 3072}, {3072}}, {{2, 577, 3072}}},
     {"TrOCRBiasActivation", {kRELU}, {{16, 1024}, {1024}}, {{16, 1024}}},
     {"TrOCRRowStatistics", {}, {{2, 577, 768}}, {{2, 577, 12, 2}}, {{1, DataType::kFLOAT}}},
@@ -199,6 +201,16 @@ std::vector<Case> const kCASES{
      {{2, 577, 3072}, {768, 3072}, {768}, {2, 577, 768}},
      {{2, 577, 768}, {2, 577, 12, 2}},
      {{2, DataType::kFLOAT}, {5, DataType::kFLOAT}}},
+    {"TrOCRPatchEmbedding",
+     {kSCALE, kWITH_STATISTICS},
+     {{3, 3, 384, 96}, {384, 768}, {384}, {578, 384}},
+     {{3, 578, 384}, {3, 578, 6, 2}},
+     {{0, DataType::kINT32}, {2, DataType::kFLOAT}, {5, DataType::kFLOAT}}},
+    {"TrOCRPatchEmbedding",
+     {kWITHOUT_STATISTICS, kSCALE},
+     {{1, 3, 32, 24}, {64, 768}, {64}, {13, 64}},
+     {{1, 13, 64}},
+     {{0, DataType::kINT32}, {2, DataType::kFLOAT}}},
 };
 
 nvinfer1::IPluginCreatorV3One& creatorOf(std::string const& op)
@@ -603,6 +615,12 @@ TEST_F(Plugins, BadFieldsGiveAMessageAndNoPlugin)
         {"TrOCRLayerNormLinear",
          {kEPSILON_FIELD, {"activation", "tanh", PluginFieldType::kCHAR, 4}},
          "'activation' is 'tanh', expected 'none', 'gelu' or 'relu'"},
+        {"TrOCRLayerNorm", {{"epsilon", &zero, PluginFieldType::kFLOAT32, 1}}, "'epsilon' is 0"},
+        {"TrOCRPatchEmbedding", {kWITH_STATISTICS}, "'scale' (FLOAT32) is missing"},
+        {"TrOCRPatchEmbedding", {{"scale", &nan, PluginFieldType::kFLOAT32, 1}, kWITH_STATISTICS}, "'scale' is nan"},
+        {"TrOCRPatchEmbedding",
+         {kSCALE, {"emit_statistics", &kHEADS_6, PluginFieldType::kINT32, 1}},
+         "'emit_statistics' is 6, expected 0 or 1"},
         {"TrOCRLinearResidual", {}, "'emit_statistics' (INT32) is missing"},
         {"TrOCRLinearResidual",
          {{"emit_statistics", &minusOne, PluginFieldType::kINT32, 1}},
@@ -686,6 +704,25 @@ TEST_F(Plugins, RefusedShapesAreNamed)
           {{int64_t{1} << 31, 64}},
           {{2, DataType::kFLOAT}}},
          "rows at most 2^30"},
+        {{"TrOCRLayerNorm", {kEPSILON_FIELD}, {{4, 64}, {64}, {1}}, {{4, 64}}}, "beta has shape [1], expected [64]"},
+        {{"TrOCRPatchEmbedding",
+          {kSCALE, kWITHOUT_STATISTICS},
+          {{1, 3, 32, 10}, {64, 768}, {64}, {13, 64}},
+          {{1, 13, 64}},
+          {{0, DataType::kINT32}, {2, DataType::kFLOAT}}},
+         "height and width must be multiples of 16"},
+        {{"TrOCRPatchEmbedding",
+          {kSCALE, kWITHOUT_STATISTICS},
+          {{1, 3, 32, 24}, {64, 768}, {64}, {11, 64}},
+          {{1, 11, 64}},
+          {{0, DataType::kINT32}, {2, DataType::kFLOAT}}},
+         "special tokens at least 0"},
+        {{"TrOCRPatchEmbedding",
+          {kSCALE, kWITHOUT_STATISTICS},
+          {{1, 1, 32, 24}, {64, 768}, {64}, {13, 64}},
+          {{1, 13, 64}},
+          {{0, DataType::kINT32}, {2, DataType::kFLOAT}}},
+         "pixels has shape [1, 1, 32, 24], expected [1, 3, 32, 24]"},
     };
     for (Bad const& b : bad)
     {
