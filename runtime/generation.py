@@ -111,7 +111,7 @@ class GreedySearch:
 
     @torch.inference_mode()
     def run(self, pixel_values: torch.Tensor) -> Generation:
-        """Recognise a batch of exactly B images, pixel_values float32 [B, 3, height, width]."""
+        """Recognise a batch of exactly B images, pixel_values as `Backend.start` takes them."""
         self.state = self.backend.start(pixel_values)
         self.reset()
         if self._advance is None:
@@ -188,7 +188,7 @@ class GreedyDecoder:
         self._searches: dict[int, GreedySearch] = {}
 
     def __call__(self, pixel_values: torch.Tensor) -> Generation:
-        """Recognise pixel_values float32 [B, 3, height, width]."""
+        """Recognise pixel_values [B, 3, height, width], as `Backend.start` takes them."""
         batch = len(pixel_values)
         if batch not in self._searches:
             self._searches[batch] = GreedySearch(self.backend, batch, self.max_new_tokens)

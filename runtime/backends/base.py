@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from graph_surgery.checkpoint import ModelSpec
+    from graph_surgery.checkpoint import ModelSpec, Normalization
 
 DecoderState = Any
 """A batch under way: cross-attention keys and values, self-attention cache. Each backend has its own kind."""
@@ -21,6 +21,20 @@ DecoderState = Any
 
 class BackendError(RuntimeError):
     """A backend cannot be used here; the message says why, and what to do."""
+
+
+def normalised(pixel_values: torch.Tensor, normalization: Normalization) -> torch.Tensor:
+    """What a graph that wants normalised values gets for the argument of `Backend.start`."""
+    return pixel_values if pixel_values.is_floating_point() else normalization(pixel_values)
+
+
+def check_bytes(pixel_values: torch.Tensor) -> None:
+    """Raise BackendError for pixels that a graph of uint8 pixels cannot take."""
+    if pixel_values.dtype != torch.uint8:
+        raise BackendError(
+            f"pixel_values are {pixel_values.dtype}, and this encoder takes uint8, scaled but not "
+            "normalised; give these, or build without patch_embedding in --plugins"
+        )
 
 
 class Backend(ABC):
@@ -45,7 +59,8 @@ class Backend(ABC):
         """Encode a batch and begin its decoding with an empty self-attention cache.
 
         Args:
-            pixel_values: float32 [B, 3, height, width], on any device; the backend converts to its own type.
+            pixel_values: uint8 [B, 3, height, width], scaled but not normalised, on any device. The backend
+                normalises where its graph wants that; then it also takes floats, as normalised already.
 
         Returns:
             The state to pass to `step`. It is valid until the next `start`: a backend may (and one that

@@ -10,10 +10,10 @@ import onnxruntime as ort
 import torch
 from tqdm import tqdm
 
-from graph_surgery.checkpoint import ModelSpec
-from runtime.backends.base import Backend, BackendError
+from graph_surgery.checkpoint import ModelSpec, load_normalization
+from runtime.backends.base import Backend, BackendError, check_bytes, normalised
 
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
 @dataclass
@@ -46,7 +46,9 @@ class OnnxRuntimeBackend(Backend):
         files = [folder / f"{name}.onnx" for name in ("encoder", "cross_kv", "decoder")]
         progress = tqdm(files, desc=f"load {folder.name}", unit="graph", delay=2, disable=None)
         self._encoder, self._cross_kv, self._decoder = map(_session, progress)
-        self._dtype = NUMPY_TYPES[self._encoder.get_inputs()[0].type]
+        self._dtype = NUMPY_TYPES[self._encoder.get_outputs()[0].type]
+        self._pixel_type = NUMPY_TYPES[self._encoder.get_inputs()[0].type]
+        self._normalization = load_normalization(spec)
 
         decoder = spec.decoder
         self._cross_kv_outputs = [output.name for output in self._cross_kv.get_outputs()]
@@ -57,7 +59,7 @@ class OnnxRuntimeBackend(Backend):
         self.max_steps = max_new_tokens if cache == "fixed" else None
 
     def start(self, pixel_values: torch.Tensor) -> OrtState:
-        pixels = pixel_values.cpu().numpy().astype(self._dtype, copy=False)
+        pixels = self.encoder_input(pixel_values)
         (states,) = self._encoder.run_with_ort_values(None, {"pixel_values": _value(pixels)})
         cross = self._cross_kv.run_with_ort_values(None, {"encoder_hidden_states": states})
 
@@ -66,6 +68,15 @@ class OnnxRuntimeBackend(Backend):
         for name in self._decoder_outputs[1:]:
             past[_past_name(name)] = _value(empty)
         return OrtState(past)
+
+    def encoder_input(self, pixel_values: torch.Tensor) -> np.ndarray:
+        """The argument of `start` as the encoder's graph takes it."""
+        pixels = pixel_values.cpu()
+        if self._pixel_type == np.uint8:
+            check_bytes(pixels)
+        else:
+            pixels = normalised(pixels, self._normalization)
+        return np.ascontiguousarray(pixels.numpy().astype(self._pixel_type, copy=False))
 
     def step(self, state: OrtState, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         token = {"input_ids": _value(input_ids.numpy()), "position_ids": _value(position_ids.numpy())}

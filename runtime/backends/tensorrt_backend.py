@@ -12,8 +12,8 @@ from typing import TypeVar
 import nvtx
 import torch
 
-from graph_surgery.checkpoint import load_spec
-from runtime.backends.base import Backend
+from graph_surgery.checkpoint import load_normalization, load_spec
+from runtime.backends.base import Backend, check_bytes, normalised
 from runtime.engine import ALIGNMENT, BoundEngine, Engine, capture
 from runtime.manifest import Manifest
 
@@ -85,14 +85,17 @@ class TensorRTBackend(Backend):
         self.max_batch = self.encoder.max_batch
         self.max_steps = self.manifest.cache_capacity or self.manifest.max_length - 1
 
-        dtype = self.encoder.dtypes["pixel_values"]
+        self.normalization = load_normalization(self.spec)
+
+        dtype = self.encoder.dtypes["last_hidden_state"]
         encoder, decoder, rows = self.spec.encoder, self.spec.decoder, self.max_batch
         self._heads, self._head_dim = decoder.num_attention_heads, decoder.head_dim
 
         def buffer(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self._pixels = buffer(rows, 3, encoder.image_height, encoder.image_width)
+        _, _, pixels_shape = self.encoder.profile("pixel_values")
+        self._pixels = buffer(*pixels_shape).to(self.encoder.dtypes["pixel_values"])
         self._hidden = buffer(rows, encoder.num_tokens, encoder.hidden_size)
         self._logits = buffer(rows, 1, decoder.vocab_size)
         tensors = [(layer, kind) for layer in range(decoder.num_hidden_layers) for kind in ("key", "value")]
@@ -122,8 +125,7 @@ class TensorRTBackend(Backend):
         self.encoder.check_batch(batch)
         state = self._states.setdefault(batch, State(batch, max(batch, self.encoder.min_batch)))
         state.length = 0
-        # Moved first, so that the conversion happens on the GPU.
-        self._pixels[:batch].copy_(pixel_values.to(self.device, non_blocking=True))
+        self._pixels[:batch].copy_(self.encoder_input(pixel_values))
         captured = self._graphs.use(("encode", state.rows))
         if captured:
             captured[0].replay()
@@ -133,6 +135,15 @@ class TensorRTBackend(Backend):
                 graph = capture(lambda: self._encode(state.rows), self._pool)
                 self._graphs.add(("encode", state.rows), (graph, self._encoders[state.rows]))
         return state
+
+    def encoder_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The argument of `start` as the encoder's engine takes it, on the GPU."""
+        pixels = pixel_values.to(self.device, non_blocking=True)  # first: the rest happens there
+        dtype = self.encoder.dtypes["pixel_values"]
+        if dtype.is_floating_point:
+            return normalised(pixels, self.normalization).to(dtype)
+        check_bytes(pixels)
+        return pixels.contiguous().view(dtype)  # words of four pixels, see fuse.strip_functions
 
     def step(self, state: State, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         ids = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from graph_surgery.checkpoint import DTYPES, ModelSpec, load_model
-from runtime.backends.base import Backend
+from graph_surgery.checkpoint import DTYPES, ModelSpec, load_model, load_normalization
+from runtime.backends.base import Backend, normalised
 
 
 @dataclass
@@ -33,10 +33,11 @@ class TorchBackend(Backend):
         self.spec = spec
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(spec, DTYPES[precision]).to(self.device)
+        self.normalization = load_normalization(spec)
 
     @torch.inference_mode()
     def start(self, pixel_values: torch.Tensor) -> TorchState:
-        pixel_values = pixel_values.to(self.device, self.model.dtype)
+        pixel_values = normalised(pixel_values.to(self.device), self.normalization).to(self.model.dtype)
         states = self.model.encoder(pixel_values=pixel_values).last_hidden_state
         if hasattr(self.model, "enc_to_dec_proj"):
             states = self.model.enc_to_dec_proj(states)
