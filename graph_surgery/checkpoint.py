@@ -17,7 +17,12 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+from transformers import (
+    AutoImageProcessor,
+    GenerationConfig,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
 from transformers.utils import logging as transformers_logging
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -126,6 +131,23 @@ class ModelSpec:
         return self.max_length - 1
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """What the image processor does with scaled pixels: (v * rescale_factor - mean) / std, by channel."""
+
+    rescale_factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [..., 3, height, width] -> float32 on the same device, bit for bit as the image processor."""
+
+        def of_channels(values: tuple[float, ...]) -> torch.Tensor:
+            return (torch.tensor(values, device=pixels.device) * (1 / self.rescale_factor))[:, None, None]
+
+        return (pixels.float() - of_channels(self.mean)).div_(of_channels(self.std))
+
+
 def load_spec(model: str | Path) -> ModelSpec:
     """Describes the checkpoint in the folder `model`, or of that id on the Hugging Face hub.
 
@@ -208,6 +230,31 @@ def load_spec(model: str | Path) -> ModelSpec:
         # The last token is not fed back, so it needs no position.
         max_length=min(_max_length(generation), decoder.max_position_embeddings + 1),
     )
+
+
+def load_normalization(spec: ModelSpec) -> Normalization:
+    """How the checkpoint's image processor normalises pixels.
+
+    Raises CheckpointError where there is no image processor, or one that does not treat three channels.
+    """
+    file = spec.source / "preprocessor_config.json"
+    try:
+        processor = AutoImageProcessor.from_pretrained(spec.source)
+        mean, std = (
+            [float(value)] * 3 if isinstance(value, int | float) else [float(part) for part in value]
+            for value in (
+                (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+            )
+        )
+        factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
+    except Exception as error:  # missing and malformed files end in a variety of exceptions
+        raise CheckpointError(f"{file}: no usable image processor ({error}); fetch it again") from error
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or factor <= 0:
+        raise CheckpointError(
+            f"{file}: image_mean {mean}, image_std {std}, rescale_factor {factor}; expected three "
+            "numbers each, deviations and factor above 0: fetch it again"
+        )
+    return Normalization(factor, tuple(mean), tuple(std))
 
 
 def load_model(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> VisionEncoderDecoderModel:

@@ -259,6 +259,22 @@ RESIDUAL_LAYER_NORM = FusedOp(
     """,
 )
 
+LAYER_NORM = FusedOp(
+    name="TrOCRLayerNorm",
+    plugin="layernorm",
+    inputs=("x", "gamma", "beta"),
+    outputs=("normed",),
+    attributes=(Attribute("epsilon", float),),
+    body="""
+        wide_x = Cast <to = 1> (x)
+        wide_gamma = Cast <to = 1> (gamma)
+        wide_beta = Cast <to = 1> (beta)
+        wide_normed =
+            LayerNormalization <axis = -1, epsilon: float = @epsilon> (wide_x, wide_gamma, wide_beta)
+        normed = CastLike (wide_normed, x)
+    """,
+)
+
 # Statements that choose among `none`, `gelu`, `relu`: `biased` -> `activated`, both float32. Opset 17 cannot
 # compare strings; but two that are equal have one distinct element. GELU is x * Phi(x), with the cumulative
 # normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2. The branches are chosen when a graph is loaded.
@@ -410,6 +426,55 @@ LINEAR_RESIDUAL = FusedOp(
     """,
 )
 
+# Pixels of a patch's side, and what they are counted from: v - 128 is exact in every type.
+PATCH_SIZE = 16
+PIXEL_CENTRE = 128
+
+PATCH_EMBEDDING = FusedOp(
+    name="TrOCRPatchEmbedding",
+    plugin="patch_embedding",
+    inputs=("pixels", "weight", "bias", "positions"),
+    outputs=("y", "statistics"),
+    attributes=(Attribute("scale", float), Attribute("emit_statistics", int, 0, (0, 1))),
+    # A row of the weight has a patch's pixels in the order channel, y / 4, x / 4, x / 2 % 2, y % 4, x % 2,
+    # the last fastest: as the kernels read them. SpaceToDepth leaves y, x, channel. The positions' first rows
+    # are the special tokens, complete.
+    body=f"""
+        wide_pixels = Cast <to = 1> (pixels)
+        centre = Constant <value_float = {PIXEL_CENTRE}.0> ()
+        centred = Sub (wide_pixels, centre)
+        deep = SpaceToDepth <blocksize = {PATCH_SIZE}> (centred)            # [B, 768, rows, columns]
+        lines_shape = Constant <value_ints = [0, 4, 4, 4, 2, 2, 3, -1]> ()
+        lines = Reshape (deep, lines_shape)
+        ordered = Transpose <perm = [0, 7, 6, 1, 3, 4, 2, 5]> (lines)
+        patches_shape = Constant <value_ints = [0, -1, {3 * PATCH_SIZE * PATCH_SIZE}]> ()
+        patches = Reshape (ordered, patches_shape)                          # [B, P, 768]
+        wide_weight = Cast <to = 1> (weight)
+        weight_t = Transpose <perm = [1, 0]> (wide_weight)
+        product = MatMul (patches, weight_t)
+        scale = Constant <value_float: float = @scale> ()
+        scaled = Mul (product, scale)
+        biased = Add (scaled, bias)
+
+        wide_positions = Cast <to = 1> (positions)
+        first = Constant <value_ints = [0]> ()
+        num_tokens = Shape <start = 0, end = 1> (positions)
+        num_patches = Shape <start = 1, end = 2> (patches)
+        num_special = Sub (num_tokens, num_patches)
+        special = Slice (wide_positions, first, num_special, first)
+        patch_positions = Slice (wide_positions, num_special, num_tokens, first)
+        batch = Shape <start = 0, end = 1> (pixels)
+        outputs = Shape <start = 1, end = 2> (positions)
+        special_shape = Concat <axis = 0> (batch, num_special, outputs)
+        special_rows = Expand (special, special_shape)
+        patch_rows = Add (biased, patch_positions)
+        wide_y = Concat <axis = 1> (special_rows, patch_rows)
+        y = CastLike (wide_y, weight)
+        rounded = Cast <to = 1> (y)
+        {_TAKE_STATISTICS}
+    """,
+)
+
 FUSED_OPS: Mapping[str, FusedOp] = {
     op.name: op
     for op in (
@@ -417,10 +482,12 @@ FUSED_OPS: Mapping[str, FusedOp] = {
         DECODER_SELF_ATTENTION,
         CROSS_ATTENTION,
         RESIDUAL_LAYER_NORM,
+        LAYER_NORM,
         BIAS_ACTIVATION,
         ROW_STATISTICS,
         LAYER_NORM_LINEAR,
         LINEAR_RESIDUAL,
+        PATCH_EMBEDDING,
     )
 }
 

@@ -15,6 +15,7 @@
 #include "decoder_self_attention/kernel.h"
 #include "encoder_attention/kernel.h"
 #include "linear/kernel.h"
+#include "patch_embedding/kernel.h"
 #include "residual_layernorm/kernel.h"
 
 namespace py = pybind11;
@@ -182,16 +183,28 @@ void bindReorderCache(uintptr_t cache, uintptr_t rows, uintptr_t positionIds, in
 }
 
 void bindResidualLayerNorm(uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t normed,
-    uintptr_t sum, int64_t rows, int32_t width, float epsilon, std::string const& dtype, uintptr_t stream)
+    uintptr_t sum, int64_t rows, int32_t width, float epsilon, std::string const& dtype, bool overlapPredecessor,
+    uintptr_t stream)
 {
     std::string const op = "residual_layernorm";
     ResidualLayerNormParams const params{input(x), input(residual), input(gamma), input(beta), output(normed),
-        output(sum), rows, width, epsilon, parseDataType(op, dtype)};
+        output(sum), rows, width, epsilon, parseDataType(op, dtype), overlapPredecessor};
     size_t const size = sizeOf(params.dataType);
     enqueue(op, params, canImplementResidualLayerNorm, residualLayerNorm,
         {{"x", x, size}, {"residual", residual, size}, {"gamma", gamma, size}, {"beta", beta, size},
             {"normed", normed, size}},
         stream);
+}
+
+void bindLayerNorm(uintptr_t x, uintptr_t gamma, uintptr_t beta, uintptr_t normed, int64_t rows, int32_t width,
+    float epsilon, std::string const& dtype, bool overlapPredecessor, uintptr_t stream)
+{
+    std::string const op = "layernorm";
+    ResidualLayerNormParams const params{input(x), nullptr, input(gamma), input(beta), output(normed), nullptr, rows,
+        width, epsilon, parseDataType(op, dtype), overlapPredecessor};
+    size_t const size = sizeOf(params.dataType);
+    enqueue(op, params, canImplementResidualLayerNorm, residualLayerNorm,
+        {{"x", x, size}, {"gamma", gamma, size}, {"beta", beta, size}, {"normed", normed, size}}, stream);
 }
 
 void bindBiasActivation(uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows, int32_t width,
@@ -245,6 +258,35 @@ void bindRowStatistics(
         {{"x", x, 2 * sizeOf(params.dataType)}, {"statistics", statistics, 8}}, stream);
 }
 
+PatchEmbeddingPath parsePatchEmbeddingPath(std::string const& op, std::string const& name)
+{
+    if (name == "auto")
+    {
+        return PatchEmbeddingPath::kAUTO;
+    }
+    if (name == "mma")
+    {
+        return PatchEmbeddingPath::kGENERAL;
+    }
+    if (name == "hopper")
+    {
+        return PatchEmbeddingPath::kHOPPER;
+    }
+    fail(op, "path '" + name + "' is none of 'auto', 'mma', 'hopper'");
+}
+
+void bindPatchEmbedding(uintptr_t pixels, uintptr_t weight, uintptr_t bias, uintptr_t positions, uintptr_t y,
+    uintptr_t statistics, float scale, int32_t batch, int32_t height, int32_t width, int32_t specialTokens,
+    int32_t outputs, std::string const& dtype, bool overlapPredecessor, std::string const& path, uintptr_t stream)
+{
+    std::string const op = "patch_embedding";
+    PatchEmbeddingParams const params{input(pixels), input(weight), reinterpret_cast<float const*>(bias),
+        input(positions), output(y), reinterpret_cast<float*>(statistics), scale, batch, height, width, specialTokens,
+        outputs, parseDataType(op, dtype), parsePatchEmbeddingPath(op, path), overlapPredecessor};
+    enqueue(op, params, canImplementPatchEmbedding, patchEmbedding,
+        {{"pixels", pixels}, {"weight", weight}, {"bias", bias, 8}, {"positions", positions}, {"y", y}}, stream);
+}
+
 } // namespace
 
 PYBIND11_MODULE(trocr_kernels, module)
@@ -276,9 +318,14 @@ PYBIND11_MODULE(trocr_kernels, module)
         "beams) up to position_ids[r] (int64 [B]).");
 
     module.def("residual_layernorm", bindResidualLayerNorm, "x"_a, "residual"_a, "gamma"_a, "beta"_a, "normed"_a,
-        "sum"_a, py::kw_only(), "rows"_a, "width"_a, "epsilon"_a, "dtype"_a, "stream"_a = 0,
+        "sum"_a, py::kw_only(), "rows"_a, "width"_a, "epsilon"_a, "dtype"_a, "overlap_predecessor"_a = false,
+        "stream"_a = 0,
         "sum [R, N] = x + residual, rounded to dtype (0 for sum: not wanted); normed [R, N] = LayerNorm(sum) * gamma + "
         "beta.");
+
+    module.def("layernorm", bindLayerNorm, "x"_a, "gamma"_a, "beta"_a, "normed"_a, py::kw_only(), "rows"_a, "width"_a,
+        "epsilon"_a, "dtype"_a, "overlap_predecessor"_a = false, "stream"_a = 0,
+        "normed [R, N] = LayerNorm(x [R, N]) * gamma + beta.");
 
     module.def("bias_activation", bindBiasActivation, "x"_a, "bias"_a, "y"_a, py::kw_only(), "rows"_a, "width"_a,
         "activation"_a, "dtype"_a, "stream"_a = 0,
@@ -300,6 +347,14 @@ PYBIND11_MODULE(trocr_kernels, module)
         "dtype"_a, "stream"_a = 0,
         "statistics float32 [R, K / 64, 2]: mean, and sum of squared distances from it, of each 64 columns of x "
         "[R, K].");
+
+    module.def("patch_embedding", bindPatchEmbedding, "pixels"_a, "weight"_a, "bias"_a, "positions"_a, "y"_a,
+        py::kw_only(), "statistics"_a = 0, "scale"_a, "batch"_a, "height"_a, "width"_a, "special_tokens"_a, "outputs"_a,
+        "dtype"_a, "overlap_predecessor"_a = false, "path"_a = "auto", "stream"_a = 0,
+        "y [B, S, N]: the special tokens, which are the first rows of positions [S, N], then scale * (pixels - 128) "
+        "weight^T + bias + positions for each patch of 16 x 16 of pixels uint8 [B, 3, height, width]. weight [N, 768] "
+        "in the order of channel, y / 4, x / 4, x / 2 % 2, y % 4, x % 2; bias float32 [N]; statistics of y as in "
+        "row_statistics (0: not wanted). path 'mma' (mma.sync) or 'hopper' (wgmma) forces an implementation.");
 }
 
 } // namespace trocr

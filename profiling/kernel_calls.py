@@ -119,6 +119,28 @@ class FusedOps:
             **_common(x),
         )
 
+    def layernorm(
+        self,
+        x: torch.Tensor,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+        normed: torch.Tensor,
+        epsilon: float = LAYERNORM_EPSILON,
+        overlap: bool = False,
+    ) -> None:
+        """normed [..., N] from x [..., N], gamma and beta [N]; `overlap` asks for a dependent launch."""
+        self.kernels.layernorm(
+            x.data_ptr(),
+            gamma.data_ptr(),
+            beta.data_ptr(),
+            normed.data_ptr(),
+            rows=x.numel() // x.shape[-1],
+            width=x.shape[-1],
+            epsilon=epsilon,
+            overlap_predecessor=overlap,
+            **_common(x),
+        )
+
     def bias_activation(self, x: torch.Tensor, bias: torch.Tensor, y: torch.Tensor, activation: str) -> None:
         """y [..., N] from x [..., N] and bias [N]; activation 'gelu' or 'relu'."""
         self.kernels.bias_activation(

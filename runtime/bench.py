@@ -9,10 +9,14 @@
 Under nsys there are NVTX ranges, in the domain "trocr"; without CUDA graphs also TensorRT's own, one a layer:
 a graph is replayed without them. `python -m profiling.nsys` makes tables of the recording.
 
-Parts: encoder (pixel values to hidden states), decoder (all decode steps), end_to_end (pixel values on the
-host to token ids on the host), page (labelled lines, decoded images in memory, to texts), all. Every line
+Parts: encoder (pixel values to hidden states), decoder (all decode steps), end_to_end (pixels on the
+device to token ids on the host), page (labelled lines, decoded images in memory, to texts), all. Every line
 gets the same number of tokens: end of text does not stop the search, except in a page, whose lines end where
 their text does. Input is random, except in a page. With --num-beams all but the encoder is beam search.
+
+Every variant gets the same uint8 pixels. The encoder's time begins with them on the device in the form that
+the variant's encoder takes, normalised beforehand where that is normalised; end to end begins with uint8
+pixels on the device, and includes normalising in every variant that needs it.
 
 Engines: CUDA events around replays of CUDA graphs. PyTorch on a GPU: CUDA events around calls. CPU: wall
 clock.
@@ -43,7 +47,15 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from build import PRECISIONS, BuildError, build, default_folder
-from graph_surgery.checkpoint import DTYPES, CheckpointError, EncoderSpec, ModelSpec, load_model, load_spec
+from graph_surgery.checkpoint import (
+    DTYPES,
+    CheckpointError,
+    EncoderSpec,
+    ModelSpec,
+    load_model,
+    load_normalization,
+    load_spec,
+)
 from graph_surgery.fused_ops import SurgeryError
 from profiling.accuracy import LinesError, line_images
 from profiling.models import find_model
@@ -143,10 +155,10 @@ def _time_on_cpu(run: Callable[[], None]) -> float:
 
 
 def random_pixels(spec: ModelSpec, batch: int) -> torch.Tensor:
-    """float32 [B, 3, height, width] on the host: the same values for the same batch."""
+    """uint8 [B, 3, height, width] on the host: the same values for the same batch."""
     generator = torch.Generator().manual_seed(batch)
     shape = (batch, 3, spec.encoder.image_height, spec.encoder.image_width)
-    return torch.randn(shape, generator=generator).clamp_(-1, 1)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 class BackendVariant:
@@ -218,7 +230,7 @@ class EngineVariant(BackendVariant):
 
     def encoder(self, pixels: torch.Tensor) -> Measurement:
         engine = self.backend.encoder
-        inputs = {"pixel_values": pixels.to(DEVICE, engine.dtypes["pixel_values"])}
+        inputs = {"pixel_values": self.backend.encoder_input(pixels)}
         outputs = engine.empty_outputs(inputs)
         bound = engine.bind(inputs | outputs)
         bound()
@@ -235,8 +247,7 @@ class OnnxVariant(BackendVariant):
 
     def encoder(self, pixels: torch.Tensor) -> Measurement:
         session = ort.InferenceSession(self.folder / "encoder.onnx", providers=["CPUExecutionProvider"])
-        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[session.get_inputs()[0].type]
-        inputs = {"pixel_values": pixels.numpy().astype(dtype)}
+        inputs = {"pixel_values": self.backend.encoder_input(pixels)}
         (hidden,) = session.run(None, inputs)
         times = measure(lambda: session.run(None, inputs), device=self.backend.device)
         return Measurement(times, torch.from_numpy(hidden))
@@ -249,6 +260,7 @@ class TorchVariant:
         self.spec, self.precision = spec, precision
         self.model = load_model(spec, DTYPES[precision]).to(DEVICE)
         self.model.encoder.set_attn_implementation("sdpa")
+        self.normalization = load_normalization(spec)
 
     def check(self, case: Case) -> None:
         pass
@@ -257,7 +269,7 @@ class TorchVariant:
         return self._encoder(self.model.encoder, pixels)
 
     def _encoder(self, encoder: torch.nn.Module, pixels: torch.Tensor) -> Measurement:
-        pixels = pixels.to(DEVICE, self.model.dtype)
+        pixels = self.normalise(pixels)
         hidden: list[torch.Tensor] = []
 
         def run() -> None:
@@ -267,7 +279,7 @@ class TorchVariant:
         return Measurement(times, hidden[0].clone())
 
     def decoder(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
-        hidden = self.model.encoder(pixel_values=pixels.to(DEVICE, self.model.dtype)).last_hidden_state
+        hidden = self.model.encoder(pixel_values=self.normalise(pixels)).last_hidden_state
 
         def decode(stop: bool) -> torch.Tensor:  # `generate` expands what it is given for its beams
             return self.generate(tokens, num_beams, stop, encoder_outputs=BaseModelOutput(hidden))
@@ -278,10 +290,14 @@ class TorchVariant:
         pixels = pixels.to(DEVICE)
 
         def run() -> None:
-            self.generate(tokens, num_beams, stop=False, pixel_values=pixels.to(self.model.dtype)).tolist()
+            self.generate(tokens, num_beams, stop=False, pixel_values=self.normalise(pixels)).tolist()
 
-        found = self.generate(tokens, num_beams, pixel_values=pixels.to(self.model.dtype))
+        found = self.generate(tokens, num_beams, pixel_values=self.normalise(pixels))
         return Measurement(measure(run), found)
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels as the model takes them."""
+        return self.normalization(pixels.to(DEVICE)).to(self.model.dtype)
 
     def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int, overlap: bool) -> Measurement:
         return _measure_page(GeneratePage(self, batch, num_beams), lines)
@@ -340,7 +356,7 @@ class Reference:
 
     def accuracy(self, case: Case, pixels: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
         """The accuracy fields of a record."""
-        rows = pixels[:REFERENCE_ROWS].to(DEVICE)
+        rows = self._torch.normalise(pixels[:REFERENCE_ROWS])
         output = output[:REFERENCE_ROWS].to(DEVICE)
         if case.part == "encoder":
             expected = self._torch.model.encoder(pixel_values=rows).last_hidden_state

@@ -51,6 +51,7 @@ class Engine:
             trt.float32: torch.float32,
             trt.float16: torch.float16,
             trt.bfloat16: torch.bfloat16,
+            trt.int32: torch.int32,
             trt.int64: torch.int64,
         }
         self.dtypes = {name: to_torch[self._engine.get_tensor_dtype(name)] for name in names}

@@ -145,7 +145,7 @@ class Decoder:
         self._searches: dict[int, Search] = {}
 
     def __call__(self, pixel_values: torch.Tensor) -> Generation:
-        """Recognise pixel_values float32 [B, 3, height, width]."""
+        """Recognise pixel_values [B, 3, height, width], as `Backend.encode` takes them."""
         return self.decode(self.backend.encode(pixel_values), len(pixel_values))
 
     @torch.inference_mode()

@@ -44,10 +44,11 @@ def test_bundled_checkpoint(tmp_path: Path):
         "TrOCRDecoderSelfAttention": 6,
         "TrOCRCrossAttention": 6,
         "TrOCRResidualLayerNorm": 19,
+        "TrOCRLayerNorm": 1,
         "TrOCRBiasActivation": 6,
-        "TrOCRRowStatistics": 1,
         "TrOCRLayerNormLinear": 24,
         "TrOCRLinearResidual": 24,
+        "TrOCRPatchEmbedding": 1,
     }
     assert (manifest.cache, manifest.cache_capacity, manifest.max_length) == ("fixed", 96, 97)
     assert (manifest.precision, manifest.batch, manifest.engines) == ("fp16", (1, 8, 16), {})

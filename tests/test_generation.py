@@ -12,7 +12,7 @@ import torch
 from transformers import VisionEncoderDecoderModel
 
 from build import build
-from graph_surgery.checkpoint import ModelSpec, load_model, load_spec
+from graph_surgery.checkpoint import ModelSpec, Normalization, load_model, load_spec
 from runtime.backends.base import Backend, BackendError
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.torch_backend import TorchBackend
@@ -25,11 +25,14 @@ from runtime.generation import (
 from tests.checkpoints import CASES
 
 NEW_TOKENS = 16
+NORMALIZATION = Normalization(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # of every checkpoint here
 
 
 def pixel_values(spec: ModelSpec, batch: int = 3) -> torch.Tensor:
-    shape = (batch, 3, spec.encoder.image_height, spec.encoder.image_width)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    """uint8 images of black and white blocks of 8 x 8: noise looks too much alike to a random encoder."""
+    shape = (batch, 3, spec.encoder.image_height // 8, spec.encoder.image_width // 8)
+    blocks = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(1)).mul(255).to(torch.uint8)
+    return blocks.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
 
 def open_backend(name: str, spec: ModelSpec, graphs: Callable[[Path, str], Path]) -> Backend:
@@ -40,9 +43,9 @@ def open_backend(name: str, spec: ModelSpec, graphs: Callable[[Path, str], Path]
 
 
 def generate(model: VisionEncoderDecoderModel, pixels: torch.Tensor, eos_token_id: int | list[int]):
-    """Hugging Face's greedy search."""
+    """Hugging Face's greedy search, on normalised pixels."""
     return model.generate(
-        pixels,
+        NORMALIZATION(pixels),
         eos_token_id=eos_token_id,
         pad_token_id=1,
         max_new_tokens=NEW_TOKENS,

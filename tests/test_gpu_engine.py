@@ -11,6 +11,7 @@ import torch
 
 from build import build
 from graph_surgery.checkpoint import load_spec
+from runtime.backends.base import BackendError
 from runtime.backends.tensorrt_backend import TensorRTBackend
 from runtime.backends.torch_backend import TorchBackend
 from runtime.engine import Engine, EngineError
@@ -48,7 +49,8 @@ def reference(checkpoint: Callable[[str], Path]) -> TorchBackend:
 def pixels(backend, batch: int) -> torch.Tensor:
     encoder = backend.spec.encoder
     generator = torch.Generator().manual_seed(batch)
-    return torch.randn((batch, 3, encoder.image_height, encoder.image_width), generator=generator)
+    shape = (batch, 3, encoder.image_height, encoder.image_width)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 def forced_logits(backend, images: torch.Tensor) -> torch.Tensor:
@@ -191,6 +193,17 @@ def test_batch_above_the_profile(engines):
     backend = TensorRTBackend(engines("fused"))
     with pytest.raises(EngineError, match=r"encoder.engine: a batch of 5 is above 4.*--batch"):
         backend.start(pixels(backend, 5))
+
+
+def test_pixels_on_the_gpu_and_normalised_ones(engines):
+    """uint8 from the GPU as from the host; floats are normalised, which fused does not take."""
+    stock, fused = (TensorRTBackend(engines(plugins)) for plugins in FOLDERS)
+    images = pixels(stock, 2)
+    for backend in (stock, fused):
+        assert torch.equal(forced_logits(backend, images.cuda()), forced_logits(backend, images))
+    assert torch.equal(forced_logits(stock, stock.normalization(images)), forced_logits(stock, images))
+    with pytest.raises(BackendError, match=r"torch\.float32, and this encoder takes uint8"):
+        fused.start(stock.normalization(images))
 
 
 def test_more_tokens_than_the_cache(engines):

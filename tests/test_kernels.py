@@ -363,6 +363,23 @@ def test_residual_layernorm_unaligned(ops, dtype):
     guarded.check()
 
 
+@pytest.mark.gpu
+@all_dtypes
+@pytest.mark.parametrize("width", [1, 59, 192, 384, 768, 1024, 1536])
+@pytest.mark.parametrize("rows", [1, 5, 577])
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
+def test_layernorm(ops, dtype, width, rows, overlap):
+    guarded = Guarded(dtype)
+    x, gamma, beta = guarded.random(rows, width).add_(8), guarded.random(width), guarded.random(width)
+    normed = guarded.poisoned(rows, width)
+    ops.layernorm(x, gamma, beta, normed, 1e-12, overlap)
+    wide = F.layer_norm(x.double(), (width,), gamma.double(), beta.double(), 1e-12)
+    assert_close(normed, F.layer_norm(x, (width,), gamma, beta, 1e-12), wide)
+    ops.layernorm(x, gamma, beta, x, 1e-12, overlap)
+    assert same_bits(x, normed)
+    guarded.check()
+
+
 # --- bias + activation --------------------------------------------------------------------------------------
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}

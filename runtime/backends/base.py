@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from graph_surgery.checkpoint import ModelSpec
+    from graph_surgery.checkpoint import ModelSpec, Normalization
 
 Encoding = Any
 """Images that are encoded: what the decoder's cross-attention reads. Each backend has its own kind."""
@@ -45,6 +45,20 @@ class GreedyResult:
     tokens: torch.Tensor
     log_probs: torch.Tensor
     lengths: torch.Tensor
+
+
+def normalised(pixel_values: torch.Tensor, normalization: Normalization) -> torch.Tensor:
+    """What a graph that wants normalised values gets for the argument of `Backend.encode`."""
+    return pixel_values if pixel_values.is_floating_point() else normalization(pixel_values)
+
+
+def check_bytes(pixel_values: torch.Tensor) -> None:
+    """Raise BackendError for pixels that a graph of uint8 pixels cannot take."""
+    if pixel_values.dtype != torch.uint8:
+        raise BackendError(
+            f"pixel_values are {pixel_values.dtype}, and this encoder takes uint8, scaled but not "
+            "normalised; give these, or build without patch_embedding in --plugins"
+        )
 
 
 class Backend(ABC):
@@ -87,7 +101,8 @@ class Backend(ABC):
         """Encode a batch.
 
         Args:
-            pixel_values: float32 [B, 3, height, width], on any device; the backend converts to its own type.
+            pixel_values: uint8 [B, 3, height, width], scaled but not normalised, on any device. The backend
+                normalises where its graph wants that; then it also takes floats, as normalised already.
 
         Returns:
             What `begin` takes. It is valid until `encodings` more were made. The decoding of one that it

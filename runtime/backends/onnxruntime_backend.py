@@ -10,11 +10,11 @@ import onnxruntime as ort
 import torch
 from tqdm import tqdm
 
-from graph_surgery.checkpoint import ModelSpec
-from runtime.backends.base import Backend, BackendError, image_rows
+from graph_surgery.checkpoint import ModelSpec, load_normalization
+from runtime.backends.base import Backend, BackendError, check_bytes, image_rows, normalised
 from runtime.ranges import stage, staged
 
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
 @dataclass
@@ -49,7 +49,9 @@ class OnnxRuntimeBackend(Backend):
         files = [folder / f"{name}.onnx" for name in ("encoder", "cross_kv", "decoder")]
         progress = tqdm(files, desc=f"load {folder.name}", unit="graph", delay=2, disable=None)
         self._encoder, self._cross_kv, self._decoder = map(_session, progress)
-        self._dtype = NUMPY_TYPES[self._encoder.get_inputs()[0].type]
+        self._dtype = NUMPY_TYPES[self._encoder.get_outputs()[0].type]
+        self._pixel_type = NUMPY_TYPES[self._encoder.get_inputs()[0].type]
+        self._normalization = load_normalization(spec)
 
         decoder = spec.decoder
         self._cross_kv_outputs = [output.name for output in self._cross_kv.get_outputs()]
@@ -64,12 +66,21 @@ class OnnxRuntimeBackend(Backend):
 
     @staged("encode")
     def encode(self, pixel_values: torch.Tensor) -> dict[str, ort.OrtValue]:
-        pixels = pixel_values.cpu().numpy().astype(self._dtype, copy=False)
+        pixels = self.encoder_input(pixel_values)
         with stage("encoder", pixels.shape):
             (states,) = self._encoder.run_with_ort_values(None, {"pixel_values": _value(pixels)})
         with stage("cross_kv", states.shape()):
             cross = self._cross_kv.run_with_ort_values(None, {"encoder_hidden_states": states})
         return dict(zip(map(_past_name, self._cross_kv_outputs), cross, strict=True))
+
+    def encoder_input(self, pixel_values: torch.Tensor) -> np.ndarray:
+        """The argument of `encode` as the encoder's graph takes it."""
+        pixels = pixel_values.cpu()
+        if self._pixel_type == np.uint8:
+            check_bytes(pixels)
+        else:
+            pixels = normalised(pixels, self._normalization)
+        return np.ascontiguousarray(pixels.numpy().astype(self._pixel_type, copy=False))
 
     def begin(self, encoding: dict[str, ort.OrtValue], beams: int = 1) -> OrtState:
         images = next(iter(encoding.values())).shape()[0]

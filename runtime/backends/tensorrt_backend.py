@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from graph_surgery.checkpoint import load_spec
+from graph_surgery.checkpoint import load_normalization, load_spec
 from graph_surgery.fused_ops import CROSS_ATTENTION
 from profiling.kernel_calls import load_kernels
-from runtime.backends.base import Backend, GreedyResult, image_rows
+from runtime.backends.base import Backend, GreedyResult, check_bytes, image_rows, normalised
 from runtime.engine import ALIGNMENT, BoundEngine, Engine, EngineError, capture
 from runtime.greedy_weights import FILE_NAME, GreedyWeightsError, load_decoder
 from runtime.manifest import Manifest, ManifestError
@@ -140,7 +140,8 @@ class TensorRTBackend(Backend):
         self.min_selection = 16 if self.fixed_cache else None
         self._beams_share_images = CROSS_ATTENTION.name in {op.op for op in self.manifest.fused_ops}
 
-        dtype = self.encoder.dtypes["pixel_values"]
+        self.normalization = load_normalization(self.spec)
+        dtype = self.encoder.dtypes["last_hidden_state"]
         encoder, decoder, images = self.spec.encoder, self.spec.decoder, self.max_batch
         self._heads, self._head_dim = decoder.num_attention_heads, decoder.head_dim
         self._tensors = [
@@ -150,7 +151,8 @@ class TensorRTBackend(Backend):
         def buffer(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self._pixels = buffer(images, 3, encoder.image_height, encoder.image_width)
+        _, _, pixels_shape = self.encoder.profile("pixel_values")
+        self._pixels = buffer(*pixels_shape).to(self.encoder.dtypes["pixel_values"])
         self._hidden = buffer(images, encoder.num_tokens, encoder.hidden_size)
         self._logits = buffer(self.max_rows, 1, decoder.vocab_size)
         self._cross = [self._cross_buffers(images) for _ in range(self.encodings)]
@@ -183,7 +185,7 @@ class TensorRTBackend(Backend):
 
     def _cross_buffers(self, rows: int) -> dict[str, torch.Tensor]:
         shape = (rows, self._heads, self.spec.encoder.num_tokens, self._head_dim)
-        dtype = self.encoder.dtypes["pixel_values"]
+        dtype = self.encoder.dtypes["last_hidden_state"]
         return {
             f"{layer}.encoder.{kind}": torch.zeros(shape, dtype=dtype, device=self.device)
             for layer, kind in self._tensors
@@ -201,8 +203,7 @@ class TensorRTBackend(Backend):
         with torch.cuda.stream(self._encoder_stream):
             if pixel_values.is_cuda:
                 pixel_values.record_stream(self._encoder_stream)
-            # Moved first, so that the conversion happens on the GPU.
-            self._pixels[:batch].copy_(pixel_values.to(self.device, non_blocking=True))
+            self._pixels[:batch].copy_(self.encoder_input(pixel_values))
             captured = self._graphs.use(("encode", rows, encoding.slot))
             if captured:
                 captured[0].replay()
@@ -233,6 +234,15 @@ class TensorRTBackend(Backend):
                 by_image = repeated.view(state.engine_images, beams, *repeated.shape[1:])
                 by_image.copy_(tensor[: state.engine_images, None].expand_as(by_image))
         return state
+
+    def encoder_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The argument of `encode` as the encoder's engine takes it, on the GPU."""
+        pixels = pixel_values.to(self.device, non_blocking=True)  # first: the rest happens there
+        dtype = self.encoder.dtypes["pixel_values"]
+        if dtype.is_floating_point:
+            return normalised(pixels, self.normalization).to(dtype)
+        check_bytes(pixels)
+        return pixels.contiguous().view(dtype)  # words of four pixels, see fuse.strip_functions
 
     def step(self, state: State, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         ids = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from graph_surgery.checkpoint import DTYPES, ModelSpec, load_model
-from runtime.backends.base import Backend, image_rows
+from graph_surgery.checkpoint import DTYPES, ModelSpec, load_model, load_normalization
+from runtime.backends.base import Backend, image_rows, normalised
 from runtime.ranges import staged
 
 
@@ -35,11 +35,12 @@ class TorchBackend(Backend):
         self.spec = spec
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(spec, DTYPES[precision]).to(self.device)
+        self.normalization = load_normalization(spec)
 
     @torch.inference_mode()
     @staged("encoder")
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        pixel_values = pixel_values.to(self.device, self.model.dtype)
+        pixel_values = normalised(pixel_values.to(self.device), self.normalization).to(self.model.dtype)
         states = self.model.encoder(pixel_values=pixel_values).last_hidden_state
         if hasattr(self.model, "enc_to_dec_proj"):
             states = self.model.enc_to_dec_proj(states)
