@@ -27,9 +27,9 @@ class Tokenizer(Protocol):
 class CharacterTokenizer:
     """A vocabulary of characters, where a text is its tokens one after another.
 
-    Checkpoints of trocr-chinese keep such a vocabulary in RoBERTa's vocab.json. RoBERTa's tokenizer would take
-    its entries for bytes in disguise, and turn every character between U+00A1 and U+017F that stands for one
-    (the middle dot, the degree sign, accented letters) into a replacement character.
+    Checkpoints of trocr-chinese keep such a vocabulary in RoBERTa's vocab.json. RoBERTa's tokenizer takes its
+    entries for bytes in disguise, and turns every character that stands for one (the middle dot, the degree
+    sign, accented letters) into a replacement character.
 
     Args:
         vocabulary: token -> id, special tokens among them.
@@ -64,8 +64,8 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
 def _character_vocabulary(folder: Path) -> dict[str, int] | None:
     """vocab.json, where it is one of characters.
 
-    It is a byte-level BPE's if it has a token for each of the 256 bytes. trocr-chinese's own script replaces
-    only vocab.json: a byte-level tokenizer.json beside it is left from the checkpoint that training began with.
+    It is a byte-level BPE's if it has a token for each of the 256 bytes. trocr-chinese's script replaces only
+    vocab.json: a byte-level tokenizer.json beside it is left from the checkpoint that training began with.
     """
     file = folder / "vocab.json"
     if not file.is_file() or not _is_byte_level(folder / "tokenizer.json"):
