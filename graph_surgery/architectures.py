@@ -228,12 +228,12 @@ def _write_tokenizer(vocab_size: int, folder: Path) -> None:
 def _write_character_vocabulary(vocab_size: int, folder: Path) -> None:
     """The files of trocr-chinese's tokenizer: vocab.json of characters under RoBERTa's name, no merges.
 
-    The characters are those of ASCII and of GB 2312 (hanzi and their punctuation), then further hanzi in
+    The characters are those of Latin-1 and of GB 2312 (hanzi and their punctuation), then further hanzi in
     Unicode's order.
     """
-    entries = [*TEXT_TOKENS.values(), "<mask>", *PRINTABLE_ASCII]
+    entries = [*TEXT_TOKENS.values(), "<mask>", *PRINTABLE_ASCII, *map(chr, range(0xA1, 0x100))]
     for row in range(0xA1, 0xF8):
-        cells = (bytes((row, cell)).decode("gb2312", "ignore") for cell in range(0xA1, 0xFF))
+        cells = (bytes((row, cell)).decode("gbk", "ignore") for cell in range(0xA1, 0xFF))
         entries += [cell for cell in cells if cell]
     entries += [chr(code) for code in range(0x4E00, 0xA000)]
     vocabulary = {entry: index for index, entry in enumerate(list(dict.fromkeys(entries))[:vocab_size])}

@@ -7,13 +7,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, RobertaTokenizer, XLMRobertaTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from graph_surgery.checkpoint import CheckpointError, ModelSpec
 
 # Of a character vocabulary, by the names that they have in trocr-chinese.
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+# The tokenizers of the published checkpoints, small's and the others', and the files that they are read from.
+TOKENIZER_FILES = {
+    XLMRobertaTokenizer: ("sentencepiece.bpe.model",),
+    RobertaTokenizer: ("vocab.json", "merges.txt"),
+}
 
 
 class Tokenizer(Protocol):
@@ -54,11 +60,26 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     if vocabulary is not None:
         return CharacterTokenizer(vocabulary)
     try:
-        return AutoTokenizer.from_pretrained(spec.source)
+        return _tokenizer_class(spec.source).from_pretrained(spec.source)
     except Exception as error:  # missing and malformed files end in a variety of exceptions
         raise CheckpointError(
             f"{spec.source}: no usable tokenizer ({error}); fetch the tokenizer's files again"
         ) from error
+
+
+def _tokenizer_class(folder: Path) -> type:
+    """AutoTokenizer where there is a tokenizer.json; else the class whose files these are.
+
+    Many TrOCR checkpoints have only the files from before tokenizer.json. For them AutoTokenizer of
+    transformers 5 fails: beside a config.json of a vision-encoder-decoder it disregards the class that
+    tokenizer_config.json names.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return AutoTokenizer
+    return next(
+        (kind for kind, files in TOKENIZER_FILES.items() if all((folder / name).is_file() for name in files)),
+        AutoTokenizer,
+    )
 
 
 def _character_vocabulary(folder: Path) -> dict[str, int] | None:
