@@ -206,6 +206,7 @@ def _load_image_processor(spec: ModelSpec):
     if shape != expected:
         raise CheckpointError(
             f"{spec.source / 'preprocessor_config.json'}: makes images of {list(shape)}, config.json asks "
-            f"for {list(expected)}; take both files from the same checkpoint"
+            f"for {list(expected)}; take both files from the same checkpoint "
+            "(scripts/interpolate_positions.py if it was trained with interpolate_pos_encoding=True)"
         )
     return processor
