@@ -32,6 +32,9 @@ SAMPLES = BUNDLED_MODEL.parent.parent / "samples"
 LINES = [SAMPLES / name for name in ("000135.jpg", "000296.jpg", "000514.jpg")]
 NEW_TOKENS = 10
 
+# Where the checkpoint's number among the ten, as the seed, gives one token whatever there is to see.
+SEEDS = {"microsoft/trocr-small-stage1": 22}
+
 # Nodes of the fused ops in all graphs, counted by hand: 12 encoder and 6 decoder layers, and else 2 and 2.
 SMALL = {
     "TrOCREncoderAttention": 12,
@@ -77,7 +80,7 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[
         decoder,
         tmp_path / name.split("/")[1],
         torch.float32,
-        seed=list(PUBLISHED).index(name),
+        seed=SEEDS.get(name, list(PUBLISHED).index(name)),
         characters=architecture == "chinese",
     )
     sharpen(folder)
