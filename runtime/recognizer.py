@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor
 
 from graph_surgery.checkpoint import CheckpointError, ModelSpec
 from runtime.backends.base import BackendError, Encoding
@@ -23,6 +23,7 @@ from runtime.generation import Decoder, new_token_limit
 from runtime.images import ImageError, ImageSource, load_image
 from runtime.ranges import stage, staged
 from runtime.search import SearchSettings
+from runtime.tokenizer import load_tokenizer
 
 DEFAULT_BATCH = {"cpu": 8, "cuda": 64}
 
@@ -131,7 +132,8 @@ class Recognizer:
         limit = new_token_limit(self.spec, max_new_tokens)
         self._decoder = Decoder(self.backend, limit, self.settings)
         self.batch_size = self._check_batch_size(batch_size)
-        self._processor, self._tokenizer = _load_processors(self.spec)
+        self._processor = _load_image_processor(self.spec)
+        self._tokenizer = load_tokenizer(self.spec)
 
     def recognize(self, images: ImageSource | Iterable[ImageSource]) -> list[Result]:
         """Read the text of each image: a list of results in the order of the images.
@@ -237,15 +239,13 @@ class Recognizer:
         return batch_size
 
 
-def _load_processors(spec: ModelSpec):
-    """The checkpoint's own image processor and tokenizer."""
+def _load_image_processor(spec: ModelSpec):
+    """The checkpoint's own image processor, which must make images of the encoder's size."""
     try:
         processor = AutoImageProcessor.from_pretrained(spec.source)
-        tokenizer = AutoTokenizer.from_pretrained(spec.source)
     except Exception as error:  # missing and malformed files end in a variety of exceptions
         raise CheckpointError(
-            f"{spec.source}: no usable image processor and tokenizer ({error}); "
-            "fetch preprocessor_config.json and the tokenizer's files again"
+            f"{spec.source}: no usable image processor ({error}); fetch preprocessor_config.json again"
         ) from error
 
     shape = tuple(processor(Image.new("RGB", (64, 16)), return_tensors="pt").pixel_values.shape[1:])
@@ -253,6 +253,7 @@ def _load_processors(spec: ModelSpec):
     if shape != expected:
         raise CheckpointError(
             f"{spec.source / 'preprocessor_config.json'}: makes images of {list(shape)}, config.json asks "
-            f"for {list(expected)}; take both files from the same checkpoint"
+            f"for {list(expected)}; take both files from the same checkpoint "
+            "(scripts/interpolate_positions.py if it was trained with interpolate_pos_encoding=True)"
         )
-    return processor, tokenizer
+    return processor
