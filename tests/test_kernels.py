@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from profiling.kernel_calls import FusedOps, attention, load_kernels, merge_heads, split_qkv
+from profiling.kernel_calls import FusedOps, attention, merge_heads, split_qkv
+from runtime.kernels import load_kernels
 
 DEVICE = "cuda"
 TOKENS = (1, 59, 97, 257, 577, 578, 1025)

@@ -14,10 +14,10 @@ import torch
 
 from graph_surgery.checkpoint import load_normalization, load_spec
 from graph_surgery.fused_ops import CROSS_ATTENTION
-from profiling.kernel_calls import load_kernels
 from runtime.backends.base import Backend, GreedyResult, check_bytes, image_rows, normalised
 from runtime.engine import ALIGNMENT, BoundEngine, Engine, EngineError, capture
 from runtime.greedy_weights import FILE_NAME, GreedyWeightsError, load_decoder
+from runtime.kernels import load_kernels
 from runtime.manifest import Manifest, ManifestError
 from runtime.ranges import stage, staged
 
