@@ -2,8 +2,8 @@
 
     python -m profiling.charts
 
-A chart shows the variants that were measured; one for which nothing was measured is not drawn. The same
-records give the same bytes: no dates, no random names.
+A chart is of greedy search, and shows the variants that were measured; one for which nothing was measured is
+not drawn. The same records give the same bytes: no dates, no random names.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def charts(results: Path) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     models: list[list[Record]] = []
     for file in sorted(results.glob("*/*/bench.json")):
-        records = read(file)
+        records = [record for record in read(file) if record.num_beams == 1]
         if not records:
             continue
         models.append(records)

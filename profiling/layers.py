@@ -122,6 +122,9 @@ def _tensors(engine, folder: Path, batch: int, position: int) -> dict[str, Any]:
         elif name == "input_ids":
             vocabulary = load_spec(folder).decoder.vocab_size
             inputs[name] = torch.randint(vocabulary, shape, generator=generator, device="cuda", dtype=dtype)
+        elif name == "pixel_values" and dtype == torch.int32:  # words of four uint8 pixels
+            words = (-(2**31), 2**31, shape)
+            inputs[name] = torch.randint(*words, generator=generator, device="cuda", dtype=dtype)
         elif dtype.is_floating_point:
             inputs[name] = torch.randn(shape, generator=generator, device="cuda").to(dtype)
         else:  # numbers of something: 0 is one that always is there

@@ -34,7 +34,14 @@ from tabulate import tabulate
 from transformers import AutoImageProcessor
 
 from build import CACHE_MULTIPLE, GRAPHS, PRECISIONS, BuildError, build, build_engines
-from graph_surgery.checkpoint import DTYPES, CheckpointError, ModelSpec, load_model, load_spec
+from graph_surgery.checkpoint import (
+    DTYPES,
+    CheckpointError,
+    ModelSpec,
+    load_model,
+    load_normalization,
+    load_spec,
+)
 from graph_surgery.fused_ops import DOMAIN, SurgeryError
 from profiling.accuracy import LINES, LinesError, line_images
 from profiling.layers import write
@@ -105,10 +112,16 @@ def _spread(errors: np.ndarray) -> Spread:
 
 
 def torch_tensors(spec: ModelSpec, precision: str, pixels: torch.Tensor, tokens: torch.Tensor) -> Tensors:
-    """The named tensors of Hugging Face's model, given the decoder's inputs tokens int64 [B, steps]."""
+    """The named tensors of Hugging Face's model.
+
+    Args:
+        pixels: uint8 [B, 3, height, width], scaled but not normalised.
+        tokens: int64 [B, steps], the decoder's inputs.
+    """
     model = load_model(spec, DTYPES[precision]).to(pixels.device)
+    normalised = load_normalization(spec)(pixels).to(model.dtype)
     with torch.inference_mode():
-        encoded = model.encoder(pixel_values=pixels.to(model.dtype), output_hidden_states=True)
+        encoded = model.encoder(pixel_values=normalised, output_hidden_states=True)
         states = encoded.last_hidden_state
         tensors = {f"encoder layer {i}": layer for i, layer in enumerate(encoded.hidden_states[1:])}
         tensors["encoder states"] = states
@@ -131,7 +144,7 @@ def torch_tensors(spec: ModelSpec, precision: str, pixels: torch.Tensor, tokens:
 
 def graph_tensors(runner: Runner, pixels: torch.Tensor, tokens: torch.Tensor) -> Tensors:
     """The same tensors of three graphs, step by step."""
-    encoded = runner("encoder", {"pixel_values": pixels})
+    encoded = runner("encoder", {"pixel_values": runner.encoder_input(pixels)})
     tensors = {f"encoder layer {i}": encoded[name] for i, name in enumerate(runner.layers["encoder"])}
     tensors["encoder states"] = encoded["last_hidden_state"]
     cross = runner("cross_kv", {"encoder_hidden_states": encoded["last_hidden_state"]})
@@ -176,6 +189,12 @@ class Runner:
         metadata = {entry.key: entry.value for entry in self.graphs["decoder"].metadata_props}
         self.fixed_cache = metadata.get("trocr.cache") == "fixed"
         self.capacity = -(-steps // CACHE_MULTIPLE) * CACHE_MULTIPLE
+        self._normalization = load_normalization(spec)
+
+    def encoder_input(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels as the encoder's graph takes them."""
+        wanted = self.graphs["encoder"].graph.input[0].type.tensor_type.elem_type
+        return pixels if wanted == onnx.TensorProto.UINT8 else self._normalization(pixels)
 
     def empty_cache(self, batch: int) -> Tensors:
         """Of self-attention, before the first step."""
@@ -271,7 +290,7 @@ class TensorRTRunner(Runner):
     def __call__(self, graph: str, inputs: Tensors) -> Tensors:
         engine = self._engines[graph]
         with torch.cuda.stream(torch.cuda.Stream()):
-            typed = {name: tensor.to("cuda", engine.dtypes[name]) for name, tensor in inputs.items()}
+            typed = {name: self._typed(tensor.cuda(), engine.dtypes[name]) for name, tensor in inputs.items()}
             outputs = engine.empty_outputs(typed)
             if graph == "decoder" and self.fixed_cache:  # read and written in place
                 in_place = {name: name.replace("present", "past_key_values") for name in outputs}
@@ -280,6 +299,11 @@ class TensorRTRunner(Runner):
             torch.cuda.synchronize()
         return outputs
 
+    @staticmethod
+    def _typed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        # uint8 pixels are words of four to TensorRT, see fuse.strip_functions.
+        return tensor.contiguous().view(dtype) if tensor.dtype == torch.uint8 else tensor.to(dtype)
+
 
 # --- all variants ---
 
@@ -287,16 +311,17 @@ class TensorRTRunner(Runner):
 def greedy_tokens(spec: ModelSpec, pixels: torch.Tensor, steps: int) -> torch.Tensor:
     """The decoder's inputs int64 [B, steps]: the start token, and what PyTorch in float32 chooses."""
     model = load_model(spec, torch.float32).to(pixels.device)
+    pixels = load_normalization(spec)(pixels)
     ids = model.generate(pixel_values=pixels, num_beams=1, do_sample=False, max_new_tokens=steps)[:, :steps]
     padding = model.generation_config.pad_token_id
     return torch.nn.functional.pad(ids, (0, steps - ids.shape[1]), value=padding)
 
 
 def line_pixels(spec: ModelSpec, images: Sequence[Path]) -> torch.Tensor:
-    """float32 [B, 3, height, width], by the checkpoint's own processor."""
+    """uint8 [B, 3, height, width], scaled by the checkpoint's own processor."""
     processor = AutoImageProcessor.from_pretrained(spec.source)
     loaded = [load_image(path, str(path)) for path in images]
-    return processor(loaded, return_tensors="pt").pixel_values
+    return processor(loaded, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
 
 
 def errors(

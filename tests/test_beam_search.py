@@ -20,7 +20,14 @@ from runtime.images import load_image
 from runtime.search import Generation, GenerationError, SearchSettings, ban_repeated_ngrams
 from tests.checkpoints import CASES
 from tests.conftest import BUNDLED_MODEL
-from tests.test_generation import NEW_TOKENS, ending_tokens, generate, open_backend, pixel_values
+from tests.test_generation import (
+    NEW_TOKENS,
+    NORMALIZATION,
+    ending_tokens,
+    generate,
+    open_backend,
+    pixel_values,
+)
 
 SAMPLES = sorted((BUNDLED_MODEL.parent.parent / "samples").glob("*.jpg"))
 GRID = [
@@ -39,7 +46,7 @@ def expected_generation(
 ) -> tuple[list[list[int]], list[float] | None]:
     """Hugging Face's tokens a row; and in beam search the mean log-probabilities."""
     found = model.generate(
-        pixels,
+        None if pixels is None else NORMALIZATION(pixels),
         eos_token_id=list(spec.eos_token_ids),
         pad_token_id=spec.pad_token_id,
         max_new_tokens=NEW_TOKENS,
@@ -124,9 +131,9 @@ def bundled(graphs: Callable[[Path, str], Path]):
     model, backend = load_model(spec), open_backend("all", spec, graphs)
     processor = AutoImageProcessor.from_pretrained(BUNDLED_MODEL)
     images = [load_image(path, path.name) for path in SAMPLES[:6]]
-    pixels = processor(images, return_tensors="pt").pixel_values
+    pixels = processor(images, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
     with torch.inference_mode():
-        hidden = model.encoder(pixel_values=pixels).last_hidden_state
+        hidden = model.encoder(pixel_values=NORMALIZATION(pixels)).last_hidden_state
         return spec, model, backend, hidden, backend.encode(pixels)
 
 

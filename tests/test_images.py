@@ -349,15 +349,15 @@ def with_processor(model: Path, folder: Path, content: dict, nested: bool = Fals
 def encoder_inputs(
     recognizer: Recognizer, sources: list, monkeypatch: pytest.MonkeyPatch
 ) -> list[torch.Tensor]:
-    """The pixel values that the backend gets for these images, one batch after another, on the CPU."""
+    """What the torch backend makes of the pixels it gets, one batch after another: float32, on the CPU."""
     batches = []
-    start = recognizer.backend.start
+    encode = recognizer.backend.encode
 
     def recording(pixel_values: torch.Tensor):
-        batches.append(pixel_values.float().cpu().clone())
-        return start(pixel_values)
+        batches.append(recognizer.backend.normalization(pixel_values.cpu()))
+        return encode(pixel_values)
 
-    monkeypatch.setattr(recognizer.backend, "start", recording)
+    monkeypatch.setattr(recognizer.backend, "encode", recording)
     assert all(result.error is None for result in recognizer.recognize(sources))
     return batches
 
@@ -407,9 +407,11 @@ def test_preprocessing_of_the_labelled_lines(
     folder = with_processor(BUNDLED_MODEL, tmp_path / "model", content)
     processor = AutoImageProcessor.from_pretrained(folder)
     recognizer = Recognizer(folder, backend="torch", max_new_tokens=1)
-    monkeypatch.setattr(recognizer.backend, "start", lambda pixel_values: pixel_values)
-    prepared = []
-    monkeypatch.setattr(recognizer, "_decode", lambda pixel_values: record(pixel_values, prepared))
+    normalization, prepared = recognizer.backend.normalization, []
+    monkeypatch.setattr(recognizer.backend, "encode", lambda pixels: prepared.append(normalization(pixels)))
+    monkeypatch.setattr(
+        recognizer._decoder, "decode", lambda _, images: Generation([[2]] * images, [0.0] * images)
+    )
     with tarfile.open(LABELLED_LINES) as archive:
         names = sorted(name for name in archive.getnames() if name.endswith(".jpg"))[::8]
         images = [Image.open(io.BytesIO(archive.extractfile(name).read())) for name in names]
@@ -422,11 +424,6 @@ def test_preprocessing_of_the_labelled_lines(
         expected = processor(image.convert("RGB"), return_tensors="pt").pixel_values[0]
         quantised = [torch.round((pixels * 0.5 + 0.5) * 255) for pixels in (found, expected)]
         assert (quantised[0] - quantised[1]).abs().max() <= 1
-
-
-def record(pixel_values: torch.Tensor, batches: list[torch.Tensor]) -> Generation:
-    batches.append(pixel_values.float().cpu().clone())
-    return Generation([[2]] * len(pixel_values), [0.0] * len(pixel_values))
 
 
 @pytest.mark.gpu

@@ -49,7 +49,7 @@ def case(checkpoint):
     def make(name: str):
         spec = load_spec(checkpoint(name))
         shape = (2, 3, spec.encoder.image_height, spec.encoder.image_width)
-        pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 0.5
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         tokens = greedy_tokens(spec, pixels, STEPS)
         return spec, pixels, tokens, torch_tensors(spec, "fp32", pixels, tokens)
 
