@@ -320,7 +320,8 @@ def build_engines(
         network = builder.create_network(_network_flags(trt))
         network.name = f"{folder.name}/{name}"
         parser = trt.OnnxParser(network, tensorrt_logger())
-        if not parser.parse(strip_functions(graphs[name]).SerializeToString()):
+        graph = strip_functions(graphs[name])
+        if not parser.parse(graph.SerializeToString()):
             errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
             raise BuildError(f"{name}.onnx: TensorRT {trt.__version__} cannot parse it: {errors}")
         config = builder.create_builder_config()
@@ -328,7 +329,7 @@ def build_engines(
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
         low, opt, high = sizes["batch"]
         rows = (low, opt * num_beams, high * num_beams) if name == "decoder" else sizes["batch"]
-        _add_profile(builder, network, config, graphs[name], {**sizes, "batch": rows})
+        _add_profile(builder, network, config, graph, {**sizes, "batch": rows})
         _use_timing_cache(config, timing_cache)
         progress = _progress_monitor(trt, network.name)
         config.progress_monitor = progress

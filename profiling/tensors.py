@@ -261,7 +261,7 @@ class TensorRTRunner(Runner):
 
         super().__init__(folder, spec, precision, steps)
         trt = load_tensorrt()
-        sizes = {"batch": (batch,) * 3, "capacity": (self.capacity,) * 3}
+        sizes = {name: (batch,) * 3 for name in ("batch", "images")} | {"capacity": (self.capacity,) * 3}
         sizes["past_length"] = (0, steps // 2, max(1, steps - 1))
         fused = {
             node.op_type
@@ -270,7 +270,7 @@ class TensorRTRunner(Runner):
             if node.domain == DOMAIN
         }
         with tempfile.TemporaryDirectory() as scratch:
-            build_engines(trt, self.graphs, Path(scratch), sizes, sorted(fused), timing_cache)
+            build_engines(trt, self.graphs, Path(scratch), sizes, 1, sorted(fused), timing_cache)
             self._engines = {}
             for name in GRAPHS:
                 file = Path(scratch) / f"{name}.engine"
