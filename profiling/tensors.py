@@ -261,7 +261,7 @@ class TensorRTRunner(Runner):
 
         super().__init__(folder, spec, precision, steps)
         trt = load_tensorrt()
-        sizes = {name: (batch,) * 3 for name in ("batch", "images")} | {"capacity": (self.capacity,) * 3}
+        sizes = dict.fromkeys(("batch", "images"), (batch,) * 3) | {"capacity": (self.capacity,) * 3}
         sizes["past_length"] = (0, steps // 2, max(1, steps - 1))
         fused = {
             node.op_type
