@@ -73,6 +73,7 @@ def build(
     out: Path | None = None,
     *,
     max_length: int | None = None,
+    num_beams: int = 1,
     timing_cache: Path | None = None,
     onnx_only: bool = False,
     force: bool = False,
@@ -85,7 +86,7 @@ def build(
     """
     chosen = sorted(parse_plugins(plugins))
     out = out or default_folder(model, plugins, precision)
-    command = _command(model, plugins, precision, batch, out, max_length)
+    command = _command(model, plugins, precision, batch, out, max_length, num_beams)
     gpu = None if onnx_only else current_gpu()
     trt, why_no_engines = None, "no NVIDIA GPU can be used here"
     if gpu:
@@ -95,7 +96,7 @@ def build(
             why_no_engines = str(error)
     library = find_plugin_library() if trt and chosen else None
 
-    inputs = _graph_inputs(model, chosen, precision, batch, max_length)
+    inputs = _graph_inputs(model, chosen, precision, batch, max_length) | {"num_beams": num_beams}
     if trt:
         inputs |= {
             "tensorrt": trt.__version__,
@@ -118,11 +119,18 @@ def default_folder(model: str, plugins: str, precision: str) -> Path:
 
 
 def _command(
-    model: str, plugins: str, precision: str, batch: Range, out: Path, max_length: int | None
+    model: str,
+    plugins: str,
+    precision: str,
+    batch: Range,
+    out: Path,
+    max_length: int | None,
+    num_beams: int,
 ) -> str:
     parts = ["python", "build.py", "--model", model, "--plugins", plugins, "--precision", precision]
     parts += ["--batch", ",".join(map(str, batch)), "--out", str(out)]
     parts += ["--max-length", str(max_length)] if max_length else []
+    parts += ["--num-beams", str(num_beams)] if num_beams > 1 else []
     return shlex.join(parts)
 
 
@@ -201,6 +209,7 @@ def _build_folder(
             cache=cache,
             cache_capacity=capacity,
             batch=batch,
+            num_beams=inputs["num_beams"],
             max_length=max_length,
             inputs=dict(inputs),
             command=command,
@@ -216,11 +225,12 @@ def _build_folder(
             manifest.plugin_library_sha256 = inputs["plugin library"]
             # Of a growing cache: empty at the first step; all tokens but the last two at the last one.
             past = (0, min(CACHE_MULTIPLE, max_length - 2), max_length - 2)
-            manifest.engines = _build_engines(
+            manifest.engines = build_engines(
                 trt,
                 graphs,
                 folder,
-                {"batch": batch, "past_length": past, "capacity": (capacity,) * 3},
+                {"batch": batch, "images": batch, "past_length": past, "capacity": (capacity,) * 3},
+                inputs["num_beams"],
                 [op.op for op in manifest.fused_ops],
                 timing_cache or out.parent / "timing.cache",
             )
@@ -289,11 +299,12 @@ def _count_fused_ops(graphs: Mapping[str, onnx.ModelProto]) -> list[FusedOp]:
     return [FusedOp(op.name, VERSION, nodes.count(op.name)) for op in FUSED_OPS.values() if op.name in nodes]
 
 
-def _build_engines(
+def build_engines(
     trt: Any,
     graphs: Mapping[str, onnx.ModelProto],
     folder: Path,
     sizes: Mapping[str, Range],
+    num_beams: int,
     fused_ops: Sequence[str],
     timing_cache: Path,
 ) -> dict[str, float]:
@@ -309,13 +320,16 @@ def _build_engines(
         network = builder.create_network(_network_flags(trt))
         network.name = f"{folder.name}/{name}"
         parser = trt.OnnxParser(network, tensorrt_logger())
-        if not parser.parse(strip_functions(graphs[name]).SerializeToString()):
+        graph = strip_functions(graphs[name])
+        if not parser.parse(graph.SerializeToString()):
             errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
             raise BuildError(f"{name}.onnx: TensorRT {trt.__version__} cannot parse it: {errors}")
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
-        _add_profile(builder, network, config, graphs[name], sizes)
+        low, opt, high = sizes["batch"]
+        rows = (low, opt * num_beams, high * num_beams) if name == "decoder" else sizes["batch"]
+        _add_profile(builder, network, config, graph, {**sizes, "batch": rows})
         _use_timing_cache(config, timing_cache)
         progress = _progress_monitor(trt, network.name)
         config.progress_monitor = progress
@@ -427,6 +441,14 @@ def _batch(text: str) -> Range:
     return sizes
 
 
+def _positive(text: str) -> int:
+    """Parse --num-beams."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Build the ONNX graphs and TensorRT engines of a TrOCR checkpoint."
@@ -452,6 +474,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=int,
         help="most tokens of a line, the start token included (default: the checkpoint's)",
     )
+    parser.add_argument(
+        "--num-beams",
+        type=_positive,
+        default=1,
+        help="beam search with so many beams is to work for the largest batch too (default: 1, greedy)",
+    )
     parser.add_argument("--timing-cache", type=Path, help="default: timing.cache beside the folder")
     parser.add_argument("--onnx-only", action="store_true", help="stop after the fused ONNX")
     parser.add_argument("--force", action="store_true", help="build even if up to date")
@@ -471,6 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.batch,
                 options.out,
                 max_length=options.max_length,
+                num_beams=options.num_beams,
                 timing_cache=options.timing_cache,
                 onnx_only=options.onnx_only,
                 force=options.force,

@@ -1,25 +1,23 @@
-"""The published TrOCR architectures, and checkpoints of them with random weights.
+"""The published TrOCR checkpoints' architectures, and checkpoints of them with random weights.
 
     python -m graph_surgery.architectures small --out DIR
+    python -m graph_surgery.architectures microsoft/trocr-large-printed --out DIR
 
 Times do not depend on the weights' values: random weights are enough to measure an architecture whose trained
 checkpoint is not at hand.
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import (
-    PreTrainedTokenizerFast,
-    VisionEncoderDecoderConfig,
-    VisionEncoderDecoderModel,
-    ViTImageProcessor,
-)
+from transformers import PreTrainedTokenizerFast, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 from graph_surgery.checkpoint import DTYPES
 
@@ -89,6 +87,10 @@ DECODER_RELU = DECODER_GELU | {
     "tie_word_embeddings": False,
 }
 
+# The encoder and the vocabulary are known: states [B, 578, 384], 11318 characters. The layers of the decoder
+# stand only in the checkpoint's own config.json; these are those of small, whose encoder it has.
+DECODER_CHINESE = DECODER_SMALL | {"vocab_size": 11318, "decoder_start_token_id": 0}
+
 # Encoder and decoder by name, in the words of config.json.
 ARCHITECTURES = {
     "small": (DEIT_SMALL, DECODER_SMALL),
@@ -96,6 +98,21 @@ ARCHITECTURES = {
     "base-stage1": (VIT_BASE, DECODER_RELU),
     "large": (VIT_LARGE, DECODER_GELU),
     "large-printed": (VIT_LARGE, DECODER_RELU),
+    "chinese": (DEIT_SMALL, DECODER_CHINESE),
+}
+
+# Every published checkpoint and its architecture. Those of one architecture differ in their training alone.
+PUBLISHED = {
+    "microsoft/trocr-small-printed": "small",
+    "microsoft/trocr-small-handwritten": "small",
+    "microsoft/trocr-small-stage1": "small",
+    "microsoft/trocr-base-printed": "base",
+    "microsoft/trocr-base-handwritten": "base",
+    "microsoft/trocr-base-stage1": "base-stage1",
+    "microsoft/trocr-large-printed": "large-printed",
+    "microsoft/trocr-large-handwritten": "large",
+    "microsoft/trocr-large-stage1": "large-printed",
+    "chineseocr/trocr-chinese": "chinese",
 }
 
 # Of the tokenizer, with ids 0 to 3.
@@ -104,16 +121,26 @@ PRINTABLE_ASCII = [chr(code) for code in range(ord(" "), ord("~") + 1)]
 
 
 def random_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
-    """Writes a full-size checkpoint of ARCHITECTURES[name] with random weights; returns `folder`."""
-    return write_random_checkpoint(*ARCHITECTURES[name], folder, dtype, seed)
+    """Writes a full-size checkpoint with random weights; returns `folder`. `name` is one of ARCHITECTURES or
+    of PUBLISHED."""
+    architecture = PUBLISHED.get(name, name)
+    return write_random_checkpoint(
+        *ARCHITECTURES[architecture], folder, dtype, seed, characters=architecture == "chinese"
+    )
 
 
 def write_random_checkpoint(
-    encoder: dict, decoder: dict, folder: Path, dtype: torch.dtype = torch.float16, seed: int = 0
+    encoder: dict,
+    decoder: dict,
+    folder: Path,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    characters: bool = False,
 ) -> Path:
     """Writes a complete checkpoint: configuration, random weights in `dtype`, image processor, tokenizer.
 
-    `encoder` and `decoder` are sections of config.json. The same arguments give the same weights.
+    `encoder` and `decoder` are sections of config.json. `characters` makes the vocabulary one of Chinese
+    characters in vocab.json, as trocr-chinese has it. The same arguments give the same weights.
     """
     config = VisionEncoderDecoderConfig.from_dict(
         {
@@ -124,7 +151,7 @@ def write_random_checkpoint(
                 "add_cross_attention": True,
                 **decoder,
             },
-            "decoder_start_token_id": 2,
+            "decoder_start_token_id": decoder.get("decoder_start_token_id", 2),
             "eos_token_id": 2,
             "pad_token_id": 1,
         }
@@ -133,8 +160,11 @@ def write_random_checkpoint(
     model.encoder.pooler = None
     _randomize(model, seed)
     model.to(dtype).save_pretrained(folder)
-    _write_image_processor(config.encoder.image_size, folder)
-    _write_tokenizer(config.decoder.vocab_size, folder)
+    write_image_processor(config.encoder.model_type, config.encoder.image_size, folder)
+    if characters:
+        _write_character_vocabulary(config.decoder.vocab_size, folder)
+    else:
+        _write_tokenizer(config.decoder.vocab_size, folder)
     return folder
 
 
@@ -156,11 +186,26 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
                 weight.normal_(0, 1 / math.sqrt(math.prod(weight.shape[1:])), generator=generator)
 
 
-def _write_image_processor(image_size: int | list[int], folder: Path) -> None:
+def write_image_processor(encoder_type: str, image_size: int | list[int], folder: Path) -> None:
+    """preprocessor_config.json as the published checkpoints have it: bicubic for DeiT, bilinear for ViT.
+
+    `image_size` is that of config.json, pixels: one number, or [height, width].
+    """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    ViTImageProcessor(
-        size={"height": height, "width": width}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    ).save_pretrained(folder)
+    content = {
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": {"deit": "DeiTFeatureExtractor", "vit": "ViTFeatureExtractor"}[
+            encoder_type
+        ],
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": int({"deit": Image.Resampling.BICUBIC, "vit": Image.Resampling.BILINEAR}[encoder_type]),
+        "size": height if height == width else {"height": height, "width": width},
+    }
+    if encoder_type == "deit":
+        content["do_center_crop"] = False  # which a DeiT processor does by default
+    _write_json(folder / "preprocessor_config.json", content)
 
 
 def _write_tokenizer(vocab_size: int, folder: Path) -> None:
@@ -180,9 +225,31 @@ def _write_tokenizer(vocab_size: int, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def _write_character_vocabulary(vocab_size: int, folder: Path) -> None:
+    """The files of trocr-chinese's tokenizer: vocab.json of characters under RoBERTa's name, no merges.
+
+    The characters are those of Latin-1 and of GB 2312 (hanzi and their punctuation), then further hanzi in
+    Unicode's order.
+    """
+    entries = [*TEXT_TOKENS.values(), "<mask>", *PRINTABLE_ASCII, *map(chr, range(0xA1, 0x100))]
+    for row in range(0xA1, 0xF8):
+        cells = (bytes((row, cell)).decode("gbk", "ignore") for cell in range(0xA1, 0xFF))
+        entries += [cell for cell in cells if cell]
+    entries += [chr(code) for code in range(0x4E00, 0xA000)]
+    vocabulary = {entry: index for index, entry in enumerate(list(dict.fromkeys(entries))[:vocab_size])}
+    _write_json(folder / "vocab.json", vocabulary)
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "RobertaTokenizer"})
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
+    names = [*ARCHITECTURES, *PUBLISHED]
     parser = argparse.ArgumentParser(description="Write a TrOCR checkpoint with random weights.")
-    parser.add_argument("name", choices=ARCHITECTURES)
+    parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--precision", choices=DTYPES, default="fp16")
     parser.add_argument("--seed", type=int, default=0)

@@ -6,6 +6,7 @@ A checkpoint is a folder in Hugging Face's format, or the id of one on the Huggi
 """
 
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,12 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+from transformers import (
+    AutoImageProcessor,
+    GenerationConfig,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
 from transformers.utils import logging as transformers_logging
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,11 +45,20 @@ PROCESSOR_FILES = (
     "spiece.model",
     "tokenizer.model",
 )
+# In the order in which they are taken: one file, or the index of several. Pickled weights are read by
+# torch.load(weights_only=True), which runs no code of the file.
 WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+WEIGHT_FILES = (WEIGHTS, f"{WEIGHTS}.index.json", PICKLED_WEIGHTS, f"{PICKLED_WEIGHTS}.index.json")
+
+ACTIVATIONS = {"encoder.hidden_act": ("gelu",), "decoder.activation_function": ("gelu", "relu")}
 
 # Tokens before the patches: ViT has a class token, DeiT a distillation token as well.
 SPECIAL_TOKENS = {"vit": 1, "deit": 2}
+
+# A weight that no configuration may leave unused: of one layer of many, whatever naming the file has. Others
+# may be there (the encoder's pooler, tables that are computed).
+LAYER_WEIGHT = re.compile(r"\blayers?\.\d+\.")
 
 # What `generate` adds to the start token where neither checkpoint nor caller names a length.
 DEFAULT_NEW_TOKENS = 20
@@ -126,6 +141,23 @@ class ModelSpec:
         return self.max_length - 1
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """What the image processor does with scaled pixels: (v * rescale_factor - mean) / std, by channel."""
+
+    rescale_factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [..., 3, height, width] -> float32 on the same device, bit for bit as the image processor."""
+
+        def of_channels(values: tuple[float, ...]) -> torch.Tensor:
+            return (torch.tensor(values, device=pixels.device) * (1 / self.rescale_factor))[:, None, None]
+
+        return (pixels.float() - of_channels(self.mean)).div_(of_channels(self.std))
+
+
 def load_spec(model: str | Path) -> ModelSpec:
     """Describes the checkpoint in the folder `model`, or of that id on the Hugging Face hub.
 
@@ -145,6 +177,7 @@ def load_spec(model: str | Path) -> ModelSpec:
 
     encoder = config.encoder
     decoder = config.decoder
+    _check_fields(config, config_file)
     for part, hidden_size, heads in (
         ("encoder", encoder.hidden_size, encoder.num_attention_heads),
         ("decoder", decoder.d_model, decoder.decoder_attention_heads),
@@ -154,11 +187,6 @@ def load_spec(model: str | Path) -> ModelSpec:
                 f"{config_file}: {part} of width {hidden_size} cannot be split into {heads} attention heads; "
                 "the width must be a multiple of the number of heads"
             )
-    if encoder.num_channels != 3:
-        raise CheckpointError(
-            f"{config_file}: encoder.num_channels is {encoder.num_channels}; only 3 (RGB) can be used"
-        )
-
     image_height, image_width = _pair(encoder.image_size)
     patch_height, patch_width = _pair(encoder.patch_size)
     generation = _generation_config(folder)
@@ -210,6 +238,31 @@ def load_spec(model: str | Path) -> ModelSpec:
     )
 
 
+def load_normalization(spec: ModelSpec) -> Normalization:
+    """How the checkpoint's image processor normalises pixels.
+
+    Raises CheckpointError where there is no image processor, or one that does not treat three channels.
+    """
+    file = spec.source / "preprocessor_config.json"
+    try:
+        processor = AutoImageProcessor.from_pretrained(spec.source)
+        mean, std = (
+            [float(value)] * 3 if isinstance(value, int | float) else [float(part) for part in value]
+            for value in (
+                (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+            )
+        )
+        factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
+    except Exception as error:  # missing and malformed files end in a variety of exceptions
+        raise CheckpointError(f"{file}: no usable image processor ({error}); fetch it again") from error
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or factor <= 0:
+        raise CheckpointError(
+            f"{file}: image_mean {mean}, image_std {std}, rescale_factor {factor}; expected three "
+            "numbers each, deviations and factor above 0: fetch it again"
+        )
+    return Normalization(factor, tuple(mean), tuple(std))
+
+
 def load_model(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> VisionEncoderDecoderModel:
     """The checkpoint's PyTorch model on the CPU, for inference: weights in `dtype`, attention in plain form.
 
@@ -223,7 +276,8 @@ def load_model(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> VisionEnc
             spec.source,
             dtype=dtype,
             attn_implementation="eager",
-            use_safetensors=True,
+            use_safetensors=files[0].suffix == ".safetensors",
+            weights_only=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
@@ -239,6 +293,12 @@ def load_model(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> VisionEnc
         raise CheckpointError(
             f"{spec.source}: {len(missing)} weights are not in {files[0].name}, the first is {missing[0]}; "
             "take both files from the same checkpoint"
+        )
+    unused = sorted(key for key in info["unexpected_keys"] if LAYER_WEIGHT.search(key))
+    if unused:
+        raise CheckpointError(
+            f"{spec.source}: config.json has no place for {len(unused)} weights of {files[0].name}, the "
+            f"first is {unused[0]}; take both files from the same checkpoint"
         )
     model.encoder.pooler = None  # takes no part in TrOCR, and most checkpoints do not have it
     if not spec.decoder.use_learned_position_embeddings:
@@ -264,9 +324,12 @@ def _find_folder(model: str | Path) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         raise CheckpointError(f"{folder} does not exist: give a folder in Hugging Face's format, or a hub id")
     try:
-        return Path(
-            snapshot_download(str(model), allow_patterns=[*PROCESSOR_FILES, WEIGHTS_INDEX, "*.safetensors"])
+        folder = Path(
+            snapshot_download(str(model), allow_patterns=[*PROCESSOR_FILES, WEIGHT_FILES[1], "*.safetensors"])
         )
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(str(model), allow_patterns=[WEIGHT_FILES[3], "pytorch_model*.bin"])
+        return folder
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -299,6 +362,35 @@ def _check_architecture(raw: dict, file: Path) -> None:
             )
 
 
+def _check_fields(config: VisionEncoderDecoderConfig, file: Path) -> None:
+    """Refuses what the graphs have no place for, where Hugging Face's classes would take it."""
+    encoder, decoder = config.encoder, config.decoder
+    if encoder.num_channels != 3:
+        raise CheckpointError(
+            f"{file}: encoder.num_channels is {encoder.num_channels}; only 3 (RGB) can be used"
+        )
+    found = {
+        "encoder.hidden_act": encoder.hidden_act,
+        "decoder.activation_function": decoder.activation_function,
+    }
+    for field, allowed in ACTIVATIONS.items():
+        if found[field] not in allowed:
+            raise CheckpointError(
+                f"{file}: {field} is {found[field]!r}, not {' or '.join(map(repr, allowed))}; "
+                "no TrOCR checkpoint has another, so this one cannot be used"
+            )
+    if not decoder.is_decoder:
+        raise CheckpointError(
+            f"{file}: decoder.is_decoder is false, so the decoder would not look at the image; set it to true"
+        )
+    width = decoder.cross_attention_hidden_size
+    if width not in (None, encoder.hidden_size):
+        raise CheckpointError(
+            f"{file}: decoder.cross_attention_hidden_size is {width}, encoder.hidden_size is "
+            f"{encoder.hidden_size}; they must agree, or the former be null"
+        )
+
+
 def _pair(size: int | list[int]) -> tuple[int, int]:
     """(height, width) of a configuration's size, which is one number where both are equal."""
     height, width = (size, size) if isinstance(size, int) else size
@@ -324,30 +416,46 @@ def _max_length(generation: GenerationConfig) -> int:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / WEIGHTS_INDEX).is_file():
-        weight_map = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / WEIGHTS_INDEX} names no files in weight_map; fetch it again")
-        return [folder / name for name in sorted(set(weight_map.values()))]
-    if any(folder.glob("*.bin")):
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
         raise CheckpointError(
-            f"{folder} has its weights as .bin only, and {WEIGHTS} is needed: load it with transformers and "
-            "save it with save_pretrained, which writes safetensors"
+            f"{folder} has no weights: {WEIGHTS} or {PICKLED_WEIGHTS} is missing; fetch the checkpoint again"
         )
-    raise CheckpointError(f"{folder} has no weights: {WEIGHTS} is missing; fetch the checkpoint again")
+    if found.suffix != ".json":
+        return [found]
+    weight_map = _read_json(found).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{found} names no files in weight_map; fetch it again")
+    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 def _check_weights(file: Path) -> None:
-    """Opening a safetensors file checks its header, and that the file is as long as the header says."""
+    """Opens a file of weights without reading them: it must be whole, and hold nothing else."""
     try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):  # checks that the file is as long as its header says
+                return
+        content = torch.load(file, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file} is missing, truncated or damaged ({error}); fetch the checkpoint again"
+            f"{file} is damaged, or holds more than weights, and code of a checkpoint is never run; fetch "
+            f"the checkpoint again, or {WEIGHTS} instead"
         ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError) as error:
+        raise CheckpointError(
+            f"{file} is missing, truncated or damaged ({_first_line(error)}); fetch the checkpoint again"
+        ) from error
+    if not isinstance(content, dict) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
+        raise CheckpointError(
+            f"{file} holds something else than weights by name; give {PICKLED_WEIGHTS} as save_pretrained "
+            "writes it (scripts/convert_unilm.py converts the .pt files of TrOCR's authors)"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _restore_sinusoidal_positions(model: VisionEncoderDecoderModel, dtype: torch.dtype) -> None:

@@ -338,7 +338,7 @@ def export(
     out_dir.mkdir(parents=True, exist_ok=True)
     encoder_heads, decoder_heads = spec.encoder.num_attention_heads, spec.decoder.num_attention_heads
     graphs = {
-        "encoder": (Encoder(spec, model), encoder_tensors, encoder_heads, {}),
+        "encoder": (Encoder(spec, model), encoder_tensors, encoder_heads, {"trocr.pixels": "normalised"}),
         "cross_kv": (CrossKeyValue(spec, model), cross_kv_tensors, decoder_heads, {}),
         "decoder": (DecoderStep(model), decoder_tensors, decoder_heads, {"trocr.cache": "growing"}),
     }

@@ -8,6 +8,7 @@ function. TensorRT takes the copy that `strip_functions` makes. The graph's meta
     trocr.plugins    the `--plugins` names of the fused ops, separated by commas
     trocr.replaced   JSON, for every new node the names of the stock nodes whose work it does
     trocr.cache      "fixed" once decoder self-attention is fused, see docs/design.md
+    trocr.pixels     "uint8" once the patch embedding is fused, see docs/design.md
 """
 
 import argparse
@@ -37,6 +38,8 @@ FUNCTION_IR_VERSION = 9
 # Protocol buffers end at 2 GB; nodes and functions need little beside the weights.
 MAX_INLINE_BYTES = 2_000_000_000
 
+PIXELS_A_WORD = 4
+
 # Stand-ins for dynamic dimensions, (first, step) in each of two runs: see _infer_shapes.
 PROBES = ((1009, 10), (2003, 30))
 
@@ -65,8 +68,9 @@ def fuse_graph(
     graph = import_graph(model)
     fired: list[str] = []
     replaced: dict[str, list[str]] = {}
-    for plugin, fusion in PASSES.items():
-        expected = fusion.expected(spec, fired).get(name, 0) if plugin in plugins else 0
+    for plugin in (plugin for plugin in PASSES if plugin in plugins):
+        fusion = PASSES[plugin].for_model(spec)
+        expected = fusion.expected(spec, fired).get(name, 0)
         if expected:
             report = fusion.run(graph)
             _check_count(name, plugin, expected, report)
@@ -76,6 +80,8 @@ def fuse_graph(
     metadata = {"trocr.plugins": ",".join(fired), "trocr.replaced": json.dumps(replaced)}
     if "decoder_self_attention" in fired:
         metadata["trocr.cache"] = "fixed"
+    if "patch_embedding" in fired:
+        metadata["trocr.pixels"] = "uint8"
     fused = export_graph(graph, model, metadata)
     attach_functions(fused, fired)
     return fused
@@ -129,7 +135,8 @@ def strip_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     """The copy for TensorRT, without the local functions.
 
     TensorRT 10.6 would take a function rather than the plugin of the same name. Outputs that a function must
-    have and a plugin omits (nameless ones at the end) go too.
+    have and a plugin omits (nameless ones at the end) go too. Pixels uint8 [.., width] become int32
+    [.., width / 4], the same bytes four at a time: TensorRT's plugins have no uint8.
     """
     stripped = onnx.ModelProto()
     stripped.CopyFrom(model)
@@ -137,6 +144,10 @@ def strip_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in stripped.graph.node:
         while node.output[-1] == "":
             node.output.pop()
+    for value in stripped.graph.input:
+        if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
+            value.type.tensor_type.elem_type = onnx.TensorProto.INT32
+            value.type.tensor_type.shape.dim[-1].dim_value //= PIXELS_A_WORD
     return stripped
 
 

@@ -209,29 +209,32 @@ CROSS_ATTENTION = FusedOp(
     inputs=("query", "key", "value"),
     outputs=("context",),
     attributes=(Attribute("num_heads", int),),
+    # Rows r * n to r * n + n - 1 of B = I * n rows share the keys and values of image r.
     body="""
         num_heads = Constant <value_int: int = @num_heads> ()
         first_axis = Constant <value_ints = [0]> ()
         heads_dim = Unsqueeze (num_heads, first_axis)
-        same = Constant <value_ints = [0]> ()
-        one_row = Constant <value_ints = [1, -1]> ()
-        heads_shape = Concat <axis = 0> (same, heads_dim, one_row)
-        rows_shape = Constant <value_ints = [0, 1, -1]> ()
+        images = Shape <start = 0, end = 1> (key)
+        head_dim = Shape <start = -1> (key)
+        rest = Constant <value_ints = [-1]> ()
+        split_shape = Concat <axis = 0> (images, rest, heads_dim, head_dim)
+        rows_shape = Shape (query)
 
         wide_query = Cast <to = 1> (query)
         wide_key = Cast <to = 1> (key)
         wide_value = Cast <to = 1> (value)
-        query_heads = Reshape (wide_query, heads_shape)                     # [B, H, 1, d]
-        key_t = Transpose <perm = [0, 1, 3, 2]> (wide_key)                  # [B, H, d, S]
+        split_query = Reshape (wide_query, split_shape)                     # [I, n, H, d]
+        query_heads = Transpose <perm = [0, 2, 1, 3]> (split_query)         # [I, H, n, d]
+        key_t = Transpose <perm = [0, 1, 3, 2]> (wide_key)                  # [I, H, d, S]
 
-        head_dim = Shape <start = -1> (query_heads)
         head_dim_f = Cast <to = 1> (head_dim)
         root = Sqrt (head_dim_f)
         scaled = Div (query_heads, root)
-        scores = MatMul (scaled, key_t)                                     # [B, H, 1, S]
+        scores = MatMul (scaled, key_t)                                     # [I, H, n, S]
         probs = Softmax <axis = -1> (scores)
-        mixed = MatMul (probs, wide_value)                                  # [B, H, 1, d]
-        wide_context = Reshape (mixed, rows_shape)
+        mixed = MatMul (probs, wide_value)                                  # [I, H, n, d]
+        by_row = Transpose <perm = [0, 2, 1, 3]> (mixed)                    # [I, n, H, d]
+        wide_context = Reshape (by_row, rows_shape)
         context = CastLike (wide_context, query)
     """,
 )
@@ -253,6 +256,22 @@ RESIDUAL_LAYER_NORM = FusedOp(
             LayerNormalization <axis = -1, epsilon: float = @epsilon> (wide_sum, wide_gamma, wide_beta)
         normed = CastLike (wide_normed, x)
         sum = CastLike (wide_sum, x)
+    """,
+)
+
+LAYER_NORM = FusedOp(
+    name="TrOCRLayerNorm",
+    plugin="layernorm",
+    inputs=("x", "gamma", "beta"),
+    outputs=("normed",),
+    attributes=(Attribute("epsilon", float),),
+    body="""
+        wide_x = Cast <to = 1> (x)
+        wide_gamma = Cast <to = 1> (gamma)
+        wide_beta = Cast <to = 1> (beta)
+        wide_normed =
+            LayerNormalization <axis = -1, epsilon: float = @epsilon> (wide_x, wide_gamma, wide_beta)
+        normed = CastLike (wide_normed, x)
     """,
 )
 
@@ -407,6 +426,55 @@ LINEAR_RESIDUAL = FusedOp(
     """,
 )
 
+# Pixels of a patch's side, and what they are counted from: v - 128 is exact in every type.
+PATCH_SIZE = 16
+PIXEL_CENTRE = 128
+
+PATCH_EMBEDDING = FusedOp(
+    name="TrOCRPatchEmbedding",
+    plugin="patch_embedding",
+    inputs=("pixels", "weight", "bias", "positions"),
+    outputs=("y", "statistics"),
+    attributes=(Attribute("scale", float), Attribute("emit_statistics", int, 0, (0, 1))),
+    # A row of the weight has a patch's pixels in the order channel, y / 4, x / 4, x / 2 % 2, y % 4, x % 2,
+    # the last fastest: as the kernels read them. SpaceToDepth leaves y, x, channel. The positions' first rows
+    # are the special tokens, complete.
+    body=f"""
+        wide_pixels = Cast <to = 1> (pixels)
+        centre = Constant <value_float = {PIXEL_CENTRE}.0> ()
+        centred = Sub (wide_pixels, centre)
+        deep = SpaceToDepth <blocksize = {PATCH_SIZE}> (centred)            # [B, 768, rows, columns]
+        lines_shape = Constant <value_ints = [0, 4, 4, 4, 2, 2, 3, -1]> ()
+        lines = Reshape (deep, lines_shape)
+        ordered = Transpose <perm = [0, 7, 6, 1, 3, 4, 2, 5]> (lines)
+        patches_shape = Constant <value_ints = [0, -1, {3 * PATCH_SIZE * PATCH_SIZE}]> ()
+        patches = Reshape (ordered, patches_shape)                          # [B, P, 768]
+        wide_weight = Cast <to = 1> (weight)
+        weight_t = Transpose <perm = [1, 0]> (wide_weight)
+        product = MatMul (patches, weight_t)
+        scale = Constant <value_float: float = @scale> ()
+        scaled = Mul (product, scale)
+        biased = Add (scaled, bias)
+
+        wide_positions = Cast <to = 1> (positions)
+        first = Constant <value_ints = [0]> ()
+        num_tokens = Shape <start = 0, end = 1> (positions)
+        num_patches = Shape <start = 1, end = 2> (patches)
+        num_special = Sub (num_tokens, num_patches)
+        special = Slice (wide_positions, first, num_special, first)
+        patch_positions = Slice (wide_positions, num_special, num_tokens, first)
+        batch = Shape <start = 0, end = 1> (pixels)
+        outputs = Shape <start = 1, end = 2> (positions)
+        special_shape = Concat <axis = 0> (batch, num_special, outputs)
+        special_rows = Expand (special, special_shape)
+        patch_rows = Add (biased, patch_positions)
+        wide_y = Concat <axis = 1> (special_rows, patch_rows)
+        y = CastLike (wide_y, weight)
+        rounded = Cast <to = 1> (y)
+        {_TAKE_STATISTICS}
+    """,
+)
+
 FUSED_OPS: Mapping[str, FusedOp] = {
     op.name: op
     for op in (
@@ -414,10 +482,12 @@ FUSED_OPS: Mapping[str, FusedOp] = {
         DECODER_SELF_ATTENTION,
         CROSS_ATTENTION,
         RESIDUAL_LAYER_NORM,
+        LAYER_NORM,
         BIAS_ACTIVATION,
         ROW_STATISTICS,
         LAYER_NORM_LINEAR,
         LINEAR_RESIDUAL,
+        PATCH_EMBEDDING,
     )
 }
 

@@ -14,11 +14,13 @@
 
 #include "bias_activation/kernel.h"
 #include "common/launch.h"
+#include "cache_reorder/kernel.h"
 #include "cross_attention/kernel.h"
 #include "decoder_self_attention/kernel.h"
 #include "encoder_attention/kernel.h"
 #include "greedy_decoder/kernel.h"
 #include "linear/kernel.h"
+#include "patch_embedding/kernel.h"
 #include "residual_layernorm/kernel.h"
 
 namespace py = pybind11;
@@ -167,26 +169,47 @@ void bindDecoderSelfAttention(uintptr_t qkv, uintptr_t pastKey, uintptr_t pastVa
 }
 
 void bindCrossAttention(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t context, int32_t batch,
-    int32_t sequenceLength, int32_t numHeads, int32_t headDim, std::string const& dtype, uintptr_t stream)
+    int32_t images, int32_t sequenceLength, int32_t numHeads, int32_t headDim, std::string const& dtype, uintptr_t stream)
 {
     std::string const op = "cross_attention";
-    CrossAttentionParams const params{input(query), input(key), input(value), output(context), batch, sequenceLength,
-        numHeads, headDim, parseDataType(op, dtype)};
+    CrossAttentionParams const params{input(query), input(key), input(value), output(context), batch,
+        images == 0 ? batch : images, sequenceLength, numHeads, headDim, parseDataType(op, dtype)};
     enqueue(op, params, canImplementCrossAttention, crossAttention,
         {{"query", query}, {"key", key}, {"value", value}, {"context", context}}, stream);
 }
 
+void bindReorderCache(uintptr_t cache, uintptr_t rows, uintptr_t positionIds, int64_t tensorBytes, int32_t tensors,
+    int32_t batch, int32_t beams, int32_t numHeads, int32_t capacity, int32_t rowBytes, uintptr_t stream)
+{
+    CacheReorderParams const params{output(cache), reinterpret_cast<int64_t const*>(rows),
+        reinterpret_cast<int64_t const*>(positionIds), tensorBytes, tensors, batch, beams, numHeads, capacity, rowBytes};
+    enqueue("reorder_cache", params, canImplementCacheReorder, cacheReorder,
+        {{"cache", cache}, {"rows", rows, sizeof(int64_t)}, {"position_ids", positionIds, sizeof(int64_t)}}, stream);
+}
+
 void bindResidualLayerNorm(uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t normed,
-    uintptr_t sum, int64_t rows, int32_t width, float epsilon, std::string const& dtype, uintptr_t stream)
+    uintptr_t sum, int64_t rows, int32_t width, float epsilon, std::string const& dtype, bool overlapPredecessor,
+    uintptr_t stream)
 {
     std::string const op = "residual_layernorm";
     ResidualLayerNormParams const params{input(x), input(residual), input(gamma), input(beta), output(normed),
-        output(sum), rows, width, epsilon, parseDataType(op, dtype)};
+        output(sum), rows, width, epsilon, parseDataType(op, dtype), overlapPredecessor};
     size_t const size = sizeOf(params.dataType);
     enqueue(op, params, canImplementResidualLayerNorm, residualLayerNorm,
         {{"x", x, size}, {"residual", residual, size}, {"gamma", gamma, size}, {"beta", beta, size},
             {"normed", normed, size}},
         stream);
+}
+
+void bindLayerNorm(uintptr_t x, uintptr_t gamma, uintptr_t beta, uintptr_t normed, int64_t rows, int32_t width,
+    float epsilon, std::string const& dtype, bool overlapPredecessor, uintptr_t stream)
+{
+    std::string const op = "layernorm";
+    ResidualLayerNormParams const params{input(x), nullptr, input(gamma), input(beta), output(normed), nullptr, rows,
+        width, epsilon, parseDataType(op, dtype), overlapPredecessor};
+    size_t const size = sizeOf(params.dataType);
+    enqueue(op, params, canImplementResidualLayerNorm, residualLayerNorm,
+        {{"x", x, size}, {"gamma", gamma, size}, {"beta", beta, size}, {"normed", normed, size}}, stream);
 }
 
 void bindBiasActivation(uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows, int32_t width,
@@ -299,7 +322,7 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(
 
 void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std::vector<uintptr_t> const& crossKeys,
     std::vector<uintptr_t> const& crossValues, uintptr_t tokens, uintptr_t logProbs, uintptr_t lengths,
-    int32_t maxNewTokens, uintptr_t stream)
+    int32_t maxNewTokens, bool stops, uintptr_t stream)
 {
     std::string const op = "greedy_decoder";
     auto const layers = static_cast<size_t>(decoder.config().layers);
@@ -315,7 +338,7 @@ void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std:
     {
         fail(op, "there is not one tensor of cross keys and of cross values a layer");
     }
-    GreedyRequest request{lines, slots, maxNewTokens, {}, {}, static_cast<int32_t*>(output(tokens)),
+    GreedyRequest request{lines, slots, maxNewTokens, stops, {}, {}, static_cast<int32_t*>(output(tokens)),
         static_cast<float*>(output(logProbs)), static_cast<int32_t*>(output(lengths))};
     bool right = areAligned(4, request.tokens, request.logProbs, request.lengths);
     for (size_t layer = 0; layer < layers; ++layer)
@@ -333,6 +356,34 @@ void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std:
     {
         throw std::runtime_error(op + " failed: " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
     }
+
+PatchEmbeddingPath parsePatchEmbeddingPath(std::string const& op, std::string const& name)
+{
+    if (name == "auto")
+    {
+        return PatchEmbeddingPath::kAUTO;
+    }
+    if (name == "mma")
+    {
+        return PatchEmbeddingPath::kGENERAL;
+    }
+    if (name == "hopper")
+    {
+        return PatchEmbeddingPath::kHOPPER;
+    }
+    fail(op, "path '" + name + "' is none of 'auto', 'mma', 'hopper'");
+}
+
+void bindPatchEmbedding(uintptr_t pixels, uintptr_t weight, uintptr_t bias, uintptr_t positions, uintptr_t y,
+    uintptr_t statistics, float scale, int32_t batch, int32_t height, int32_t width, int32_t specialTokens,
+    int32_t outputs, std::string const& dtype, bool overlapPredecessor, std::string const& path, uintptr_t stream)
+{
+    std::string const op = "patch_embedding";
+    PatchEmbeddingParams const params{input(pixels), input(weight), reinterpret_cast<float const*>(bias),
+        input(positions), output(y), reinterpret_cast<float*>(statistics), scale, batch, height, width, specialTokens,
+        outputs, parseDataType(op, dtype), parsePatchEmbeddingPath(op, path), overlapPredecessor};
+    enqueue(op, params, canImplementPatchEmbedding, patchEmbedding,
+        {{"pixels", pixels}, {"weight", weight}, {"bias", bias, 8}, {"positions", positions}, {"y", y}}, stream);
 }
 
 } // namespace
@@ -356,13 +407,24 @@ PYBIND11_MODULE(trocr_kernels, module)
         "a zero context.");
 
     module.def("cross_attention", bindCrossAttention, "query"_a, "key"_a, "value"_a, "context"_a, py::kw_only(),
-        "batch"_a, "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,
-        "context [B, 1, H*d] of one query [B, 1, H*d] a row over key and value [B, H, S, d].");
+        "batch"_a, "images"_a = 0, "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,
+        "context [B, 1, H*d] of one query [B, 1, H*d] a row over key and value [I, H, S, d]; B / I neighbouring rows "
+        "share an image; images 0: one a row.");
+
+    module.def("reorder_cache", bindReorderCache, "cache"_a, "rows"_a, "position_ids"_a, py::kw_only(),
+        "tensor_bytes"_a, "tensors"_a, "batch"_a, "beams"_a, "num_heads"_a, "capacity"_a, "row_bytes"_a, "stream"_a = 0,
+        "In place, in each of the tensors [B, H, C, row_bytes]: row r becomes row rows[r] (int64 [B], of the same image's "
+        "beams) up to position_ids[r] (int64 [B]).");
 
     module.def("residual_layernorm", bindResidualLayerNorm, "x"_a, "residual"_a, "gamma"_a, "beta"_a, "normed"_a,
-        "sum"_a, py::kw_only(), "rows"_a, "width"_a, "epsilon"_a, "dtype"_a, "stream"_a = 0,
+        "sum"_a, py::kw_only(), "rows"_a, "width"_a, "epsilon"_a, "dtype"_a, "overlap_predecessor"_a = false,
+        "stream"_a = 0,
         "sum [R, N] = x + residual, rounded to dtype (0 for sum: not wanted); normed [R, N] = LayerNorm(sum) * gamma + "
         "beta.");
+
+    module.def("layernorm", bindLayerNorm, "x"_a, "gamma"_a, "beta"_a, "normed"_a, py::kw_only(), "rows"_a, "width"_a,
+        "epsilon"_a, "dtype"_a, "overlap_predecessor"_a = false, "stream"_a = 0,
+        "normed [R, N] = LayerNorm(x [R, N]) * gamma + beta.");
 
     module.def("bias_activation", bindBiasActivation, "x"_a, "bias"_a, "y"_a, py::kw_only(), "rows"_a, "width"_a,
         "activation"_a, "dtype"_a, "stream"_a = 0,
@@ -390,10 +452,10 @@ PYBIND11_MODULE(trocr_kernels, module)
         "addresses of what runtime.greedy_decoder.pack_blobs makes. Owns its caches: one run at a time.")
         .def(py::init(&makeGreedyDecoder), "config"_a, "weights"_a, py::kw_only(), "max_slots"_a, "capacity"_a)
         .def("run", &runGreedyDecoder, py::kw_only(), "lines"_a, "slots"_a, "cross_keys"_a, "cross_values"_a, "tokens"_a,
-            "log_probs"_a, "lengths"_a, "max_new_tokens"_a, "stream"_a,
+            "log_probs"_a, "lengths"_a, "max_new_tokens"_a, "stops"_a = true, "stream"_a,
             "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, d]; "
-            "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. A call "
-            "with other addresses or sizes than earlier ones captures a graph first.");
+            "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. Unless "
+            "it `stops`, every line gets max_new_tokens. A call with other addresses or sizes than earlier ones captures a graph first.");
     module.def(
         "greedy_decoder_obstacle",
         [](py::dict const& config) -> py::object {
@@ -409,6 +471,14 @@ PYBIND11_MODULE(trocr_kernels, module)
             return py::make_tuple(bytes.self, bytes.cross, bytes.feedForward);
         },
         "config"_a, "Bytes of a block's packed weights: self, cross, feed-forward.");
+
+    module.def("patch_embedding", bindPatchEmbedding, "pixels"_a, "weight"_a, "bias"_a, "positions"_a, "y"_a,
+        py::kw_only(), "statistics"_a = 0, "scale"_a, "batch"_a, "height"_a, "width"_a, "special_tokens"_a, "outputs"_a,
+        "dtype"_a, "overlap_predecessor"_a = false, "path"_a = "auto", "stream"_a = 0,
+        "y [B, S, N]: the special tokens, which are the first rows of positions [S, N], then scale * (pixels - 128) "
+        "weight^T + bias + positions for each patch of 16 x 16 of pixels uint8 [B, 3, height, width]. weight [N, 768] "
+        "in the order of channel, y / 4, x / 4, x / 2 % 2, y % 4, x % 2; bias float32 [N]; statistics of y as in "
+        "row_statistics (0: not wanted). path 'mma' (mma.sync) or 'hopper' (wgmma) forces an implementation.");
 }
 
 } // namespace trocr

@@ -9,6 +9,7 @@
 #include "decoder_self_attention/plugin.h"
 #include "encoder_attention/plugin.h"
 #include "linear/plugin.h"
+#include "patch_embedding/plugin.h"
 #include "residual_layernorm/plugin.h"
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
@@ -18,13 +19,15 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
     static trocr::TrOCRDecoderSelfAttentionPluginCreator decoderSelfAttention;
     static trocr::TrOCRCrossAttentionPluginCreator crossAttention;
     static trocr::TrOCRResidualLayerNormPluginCreator residualLayerNorm;
+    static trocr::TrOCRLayerNormPluginCreator layerNorm;
     static trocr::TrOCRBiasActivationPluginCreator biasActivation;
     static trocr::TrOCRRowStatisticsPluginCreator rowStatistics;
     static trocr::TrOCRLayerNormLinearPluginCreator layerNormLinear;
     static trocr::TrOCRLinearResidualPluginCreator linearResidual;
+    static trocr::TrOCRPatchEmbeddingPluginCreator patchEmbedding;
     static nvinfer1::IPluginCreatorInterface* const creators[]{
-        &encoderAttention, &decoderSelfAttention, &crossAttention,  &residualLayerNorm,
-        &biasActivation,   &rowStatistics,        &layerNormLinear, &linearResidual};
+        &encoderAttention, &decoderSelfAttention, &crossAttention,  &residualLayerNorm, &layerNorm,
+        &biasActivation,   &rowStatistics,        &layerNormLinear, &linearResidual,    &patchEmbedding};
     nbCreators = static_cast<int32_t>(std::size(creators));
     return creators;
 }

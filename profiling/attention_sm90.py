@@ -17,7 +17,7 @@ import torch
 from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from profiling.kernel_calls import load_kernels
+from runtime.kernels import load_kernels
 
 HEAD_DIM = 64
 HOPPER_PATHS = ("hopper2", "hopper3")

@@ -69,6 +69,11 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     accuracy = [*python, "-m", "profiling.accuracy", "--engines", str(fused), "--engines", str(stock)]
     accuracy += ["--json", str(out / "accuracy.json")]
     kernels = [*python, "-m", "profiling.kernels", "--out", str(out / "kernels.json")]
+    load = [*python, "-m", "profiling.load", "--engines", str(fused), "--seconds", "3"]
+    load += ["--model", name, "--backend", "tensorrt", "--json", str(out / "load.json")]
+    layers = [*python, "-m", "profiling.layers", "--stock", str(stock), "--fused", str(fused)]
+    layers += ["--batch", "1,64", "--out", str(out / "layers")]
+    page = [*bench("page.json", ("page",), "stock,fused", "32"), "--lines", "100"]
     build = "CMAKE_GENERATOR=Ninja cmake -S . -B build && cmake --build build --parallel"
     parts = ("encoder", "decoder", "end_to_end")
     return [
@@ -76,11 +81,18 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
         Stage("engines", engines, 30),
         # Random weights read nothing.
         *([Stage("accuracy", accuracy, 20)] if folder == BUNDLED else []),
-        Stage("bench", bench("bench.json", parts, "stock,fused,torch"), 30),
+        Stage("bench", bench("bench.json", parts, "stock,fused,fused_steps,torch"), 30),
         Stage("tests", [*python, "-m", "pytest", "-m", "gpu", "-q"], 60),
-        Stage("page", bench("page.json", ("page",), "stock,fused", "1,16,64"), 30),
+        Stage("page", page, 30),
+        *([Stage("load", load, 30)] if folder == BUNDLED else []),
+        Stage("layers", layers, 30),
         Stage("compile", bench("compile.json", ("encoder",), "compile"), 30),
         Stage("kernels", kernels, 30),
+        Stage(
+            "greedy decoder",
+            [*python, "-m", "profiling.greedy_decoder", "--out", str(out / "greedy_decoder.json")],
+            30,
+        ),
     ]
 
 
@@ -149,8 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)  # so that the recorded commands have no path of this machine
     out = parent / folder.resolve().name
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("bench.json", "accuracy.json", "kernels.json"):  # of an earlier run, with other code
+    for name in ("bench.json", "accuracy.json", "kernels.json", "load.json"):  # of an earlier run
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "layers", ignore_errors=True)
 
     scratch = Path("build") / "gpu-check"
     shutil.rmtree(scratch, ignore_errors=True)

@@ -21,9 +21,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from profiling.kernel_calls import load_kernels
+from profiling.greedy_reference import forced_logits
 from runtime.greedy_decoder import GreedyDecoder
-from tests.greedy_reference import forced_logits
+from runtime.kernels import load_kernels
 
 BANDWIDTH = 4.5e12  # bytes a second
 NO_END = 2**31 - 1  # a token id that no decoder has

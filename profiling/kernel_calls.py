@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from runtime.kernels import load_kernels
+
 LAYERNORM_EPSILON = 1e-5
-
-
-def load_kernels() -> ModuleType:
-    """The extension module `trocr_kernels` out of CMake's build folder (TROCR_BUILD_DIR, by default `build`).
-
-    Raises:
-        ImportError: it is not built there, or not for this Python; the message says where and what to do.
-    """
-    build = ROOT / os.environ.get("TROCR_BUILD_DIR", "build")
-    if str(build) not in sys.path:
-        sys.path.insert(0, str(build))
-    try:
-        return importlib.import_module("trocr_kernels")
-    except ImportError as error:
-        raise ImportError(
-            f"no trocr_kernels for this Python in {build} ({error}); "
-            "build it: cmake -S . -B build && cmake --build build"
-        ) from error
 
 
 class FusedOps:
@@ -80,14 +58,15 @@ class FusedOps:
     def cross_attention(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: torch.Tensor
     ) -> None:
-        """context [B, 1, D] from query [B, 1, D] and key, value [B, H, S, d]."""
-        batch, heads, tokens, head_dim = key.shape
+        """context [B, 1, D] from query [B, 1, D] and key, value [I, H, S, d], B a multiple of I."""
+        images, heads, tokens, head_dim = key.shape
         self.kernels.cross_attention(
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
             context.data_ptr(),
-            batch=batch,
+            batch=len(query),
+            images=images,
             sequence_length=tokens,
             num_heads=heads,
             head_dim=head_dim,
@@ -115,6 +94,28 @@ class FusedOps:
             rows=x.numel() // x.shape[-1],
             width=x.shape[-1],
             epsilon=epsilon,
+            **_common(x),
+        )
+
+    def layernorm(
+        self,
+        x: torch.Tensor,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+        normed: torch.Tensor,
+        epsilon: float = LAYERNORM_EPSILON,
+        overlap: bool = False,
+    ) -> None:
+        """normed [..., N] from x [..., N], gamma and beta [N]; `overlap` asks for a dependent launch."""
+        self.kernels.layernorm(
+            x.data_ptr(),
+            gamma.data_ptr(),
+            beta.data_ptr(),
+            normed.data_ptr(),
+            rows=x.numel() // x.shape[-1],
+            width=x.shape[-1],
+            epsilon=epsilon,
+            overlap_predecessor=overlap,
             **_common(x),
         )
 

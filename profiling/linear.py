@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from profiling.kernel_calls import load_kernels
+from runtime.kernels import load_kernels
 
 kernels = load_kernels()
 

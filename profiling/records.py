@@ -14,7 +14,7 @@ from runtime.gpu import current_gpu, driver_version
 from runtime.tensorrt_loader import TensorRTError, load_tensorrt
 
 PARTS = ("encoder", "decoder", "end_to_end", "page")
-VARIANTS = ("stock", "stock_naive", "fused", "torch", "compile", "onnxruntime", "tensorrt_rtx")
+VARIANTS = ("stock", "stock_naive", "fused", "fused_steps", "torch", "compile", "onnxruntime", "tensorrt_rtx")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -41,8 +41,11 @@ class Record(Environment):
 
     Attributes:
         part: of PARTS. "decoder" is all decode steps, "end_to_end" is pixel values on the device to token ids
-            on the host, "page" is image files to text.
+            on the host, "page" is images in memory to text.
         batch: images a batch.
+        num_beams: of beam search; 1 is greedy.
+        lines: of a page.
+        page_s: median seconds for all lines of a page.
         tokens: decode steps a line; None for the encoder, and for a page, whose lines end where their text
             does.
         variant: of VARIANTS.
@@ -68,6 +71,9 @@ class Record(Environment):
     tflops: float | None = None
     rel_error: float | None = None
     same_tokens: float | None = None
+    num_beams: int = 1
+    lines: int | None = None
+    page_s: float | None = None
 
 
 def environment(command: str) -> Environment:
@@ -108,9 +114,10 @@ def read(path: Path) -> list[Record]:
             f"{path}: unreadable ({error}); write it with `python -m runtime.bench --json`"
         ) from None
     known = {field.name for field in fields(Record)}
+    optional = {"num_beams", "lines", "page_s"}  # which older records do not have
     for number, entry in enumerate(content):
-        if entry.keys() != known:
-            wrong = ", ".join(sorted(known ^ entry.keys()))
+        if entry.keys() | optional != known:
+            wrong = ", ".join(sorted(known ^ (entry.keys() | optional)))
             raise RecordError(f"{path}: record {number}: fields missing or unknown: {wrong}")
         if entry["part"] not in PARTS or entry["variant"] not in VARIANTS:
             raise RecordError(

@@ -25,7 +25,7 @@ TITLES = {
     "encoder": "Encoder",
     "decoder": "Decoder",
     "end_to_end": "Pixel values on the device to token ids on the host",
-    "page": "Images of lines to texts",
+    "page": "Page: images of lines to texts",
 }
 
 
@@ -49,31 +49,40 @@ def summary(
 
 
 def part_table(records: Sequence[Record]) -> str:
-    """A row for each batch size: every variant's time, and how many times faster fused is than stock."""
+    """A row for each batch size: every variant's time, and how many times faster fused is than stock.
+
+    Beams are a column where there are any. A page's times are seconds for all of its lines.
+    """
     variants = [name for name in VARIANTS if any(record.variant == name for record in records)]
-    tokens = records[0].tokens
-    header = ["precision", "batch", *(f"{name} ms" for name in variants), "fused against stock"]
-    header += ["fused lines/s"] + (["fused us/token"] if records[0].part == "decoder" else [])
-    header += ["stock TFLOP/s", "fused TFLOP/s"] if records[0].part == "encoder" else []
+    part, tokens = records[0].part, records[0].tokens
+    with_beams = any(record.num_beams > 1 for record in records)
+    field, unit = ("page_s", "s") if part == "page" else ("median_ms", "ms")
+    header = ["precision", "batch"] + ["beams"] * with_beams + ["lines"] * (part == "page")
+    header += [*(f"{name} {unit}" for name in variants), "fused against stock"]
+    header += ["fused lines/s"] + (["fused us/token"] if part == "decoder" else [])
+    header += ["stock TFLOP/s", "fused TFLOP/s"] if part == "encoder" else []
     rows = []
-    for precision, batch in sorted({(record.precision, record.batch) for record in records}):
-        by_variant = {
-            record.variant: record
-            for record in records
-            if (record.precision, record.batch) == (precision, batch)
-        }
+    for key in sorted({_key(record) for record in records}):
+        by_variant = {record.variant: record for record in records if _key(record) == key}
         stock, fused = by_variant.get("stock"), by_variant.get("fused")
-        row = [precision, batch, *(_number(by_variant.get(name), "median_ms") for name in variants)]
+        precision, batch, beams, lines = key
+        row = [precision, batch] + [beams] * with_beams + [lines] * (part == "page")
+        row += [_number(by_variant.get(name), field) for name in variants]
         row.append(f"{stock.median_ms / fused.median_ms:.2f}x" if stock and fused else "-")
         row.append(_number(fused, "lines_per_s"))
-        if records[0].part == "decoder":
+        if part == "decoder":
             row.append(_number(fused, "us_per_token"))
-        if records[0].part == "encoder":
+        if part == "encoder":
             row += [_number(stock, "tflops"), _number(fused, "tflops")]
         rows.append(row)
     table = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=_align(header))
     table += f"\n\n{tokens} tokens a line." if tokens else ""
     return table + _correctness(records)
+
+
+def _key(record: Record) -> tuple[str, int, int, int]:
+    """What the variants are compared at: precision, batch, beams, lines of a page."""
+    return record.precision, record.batch, record.num_beams, record.lines or 0
 
 
 def accuracy_table(accuracies: Sequence[dict[str, Any]]) -> str:
@@ -140,15 +149,15 @@ def summarize(folder: Path) -> str:
 
 
 def headline(results: Path) -> str:
-    """The tables for README.md: of every results folder the encoder, the whole way, and the accuracy."""
+    """The tables for README.md: of every results folder encoder, whole way, pages and accuracy."""
     lines = []
     for bench in sorted(results.glob("*/*/bench.json")):
         folder, records = bench.parent, read(bench)
         link = folder.relative_to(results.parent).as_posix()
         lines += [f"### {records[0].model} on {records[0].gpu}", ""]
-        for part in ("encoder", "end_to_end"):
+        for part, unit in (("encoder", "ms a batch"), ("end_to_end", "ms a batch"), ("page", "s a page")):
             if rows := [record for record in records if record.part == part]:
-                lines += [f"{TITLES[part]}, median ms a batch:", "", part_table(rows), ""]
+                lines += [f"{TITLES[part]}, median {unit}:", "", part_table(rows), ""]
         if (folder / "accuracy.json").is_file():
             accuracies = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
             lines += ["Accuracy on the labelled lines:", "", accuracy_table(accuracies), ""]

@@ -3,11 +3,23 @@
 
     runtime/bench.py                                  end to end on the bundled checkpoint
     python -m runtime.bench encoder --model small --batch 1,8,16,64 --variants stock,fused,torch --json FILE
-    nsys profile runtime/bench.py                     NVTX ranges are in the domain "trocr"
+    nsys profile -t nvtx,cuda --cuda-graph-trace=node runtime/bench.py
+    nsys profile -t nvtx,cuda runtime/bench.py --no-cuda-graphs
 
-Parts: encoder (pixel values to hidden states), decoder (all decode steps), end_to_end (pixel values on the
-host to token ids on the host), page (images of lines to texts), all. Every line gets the same number of
-tokens: end of text does not stop the search, except in a page. Input is random, except in a page.
+Under nsys there are NVTX ranges, in the domain "trocr"; without CUDA graphs also TensorRT's own, one a layer:
+a graph is replayed without them. `python -m profiling.nsys` makes tables of the recording.
+
+Parts: encoder (pixel values to hidden states), decoder (all decode steps), end_to_end (pixels on the
+device to token ids on the host), page (labelled lines, decoded images in memory, to texts), all. Every line
+gets the same number of tokens: end of text does not stop the search, except in a page, whose lines end where
+their text does. Input is random, except in a page. With --num-beams all but the encoder is beam search.
+
+Every variant gets the same uint8 pixels. The encoder's time begins with them on the device in the form that
+the variant's encoder takes, normalised beforehand where that is normalised; end to end begins with uint8
+pixels on the device, and includes normalising in every variant that needs it.
+
+`fused` decodes with the CUDA greedy decoder where that serves the GPU and the checkpoint; `fused_steps` always
+with the decoder's engine, a step at a time.
 
 Engines: CUDA events around replays of CUDA graphs. PyTorch on a GPU: CUDA events around calls. CPU: wall
 clock.
@@ -34,9 +46,19 @@ import onnxruntime as ort
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutput
 
 from build import PRECISIONS, BuildError, build, default_folder
-from graph_surgery.checkpoint import DTYPES, CheckpointError, EncoderSpec, ModelSpec, load_model, load_spec
+from graph_surgery.checkpoint import (
+    DTYPES,
+    CheckpointError,
+    EncoderSpec,
+    ModelSpec,
+    load_model,
+    load_normalization,
+    load_spec,
+)
 from graph_surgery.fused_ops import SurgeryError
 from profiling.accuracy import LinesError, line_images
 from profiling.models import find_model
@@ -44,18 +66,21 @@ from profiling.records import PARTS, Record, environment, write
 from runtime.backends.base import Backend, BackendError
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tensorrt_backend import TensorRTBackend
+from runtime.beam_search import BeamSearch
 from runtime.engine import capture
-from runtime.generation import GenerationError, GreedySearch
+from runtime.generation import Decoder, GreedySearch
+from runtime.images import load_image
 from runtime.recognizer import Recognizer
+from runtime.search import GenerationError, SearchSettings
 from runtime.tensorrt_loader import TensorRTError
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-VARIANTS = ("stock", "fused", "torch", "compile", "onnxruntime")
+VARIANTS = ("stock", "fused", "fused_steps", "torch", "compile", "onnxruntime")
 DEFAULT_VARIANTS = "stock,fused,torch" if ON_GPU else "onnxruntime,torch"
 DEFAULT_BATCHES = "1,8,16,64" if ON_GPU else "1"
 DEFAULT_PRECISION = "fp16" if ON_GPU else "fp32"
-PAGE_LINES = 64 if ON_GPU else 8
+PAGE_LINES = 100 if ON_GPU else 8
 REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
 WARMUPS = 3
 MIN_REPEATS, MAX_REPEATS, SECONDS = 10, 100, 0.5  # of one measurement
@@ -72,6 +97,9 @@ class Case:
     part: str
     batch: int
     tokens: int | None
+    num_beams: int = 1
+    lines: int | None = None
+    overlap: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,7 +107,7 @@ class Measurement:
     """Times of one batch, in milliseconds, and what was computed.
 
     output: of the encoder float [B, S, D]; of the decoder and end to end the token ids [B, tokens]; of a page
-        the number of tokens of every line.
+        nothing.
     """
 
     times_ms: list[float]
@@ -130,10 +158,10 @@ def _time_on_cpu(run: Callable[[], None]) -> float:
 
 
 def random_pixels(spec: ModelSpec, batch: int) -> torch.Tensor:
-    """float32 [B, 3, height, width] on the host: the same values for the same batch."""
+    """uint8 [B, 3, height, width] on the host: the same values for the same batch."""
     generator = torch.Generator().manual_seed(batch)
     shape = (batch, 3, spec.encoder.image_height, spec.encoder.image_width)
-    return torch.randn(shape, generator=generator).clamp_(-1, 1)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 class BackendVariant:
@@ -144,20 +172,36 @@ class BackendVariant:
         self.folder = folder
 
     def check(self, case: Case) -> None:
-        limits = [("batch", case.batch, self.backend.max_batch)]
+        largest = (
+            self.backend.max_batch if case.part == "encoder" else self.backend.largest_batch(case.num_beams)
+        )
+        limits = [("batch", case.batch, largest)]
         if case.tokens is not None:
             limits.append(("tokens", case.tokens, self.backend.max_steps))
         for what, value, limit in limits:
             if limit is not None and value > limit:
-                raise Unavailable(f"{self.folder} is built for {what} up to {limit}")
+                beams = f" with {case.num_beams} beams" if case.num_beams > 1 else ""
+                raise Unavailable(f"{self.folder} is built for {what} up to {limit}{beams}")
 
-    def decoder(self, pixels: torch.Tensor, tokens: int) -> Measurement:
-        search, start, steps = self._search(pixels, tokens)
+    def decoder(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
+        if num_beams == 1:
+            encoding = self.backend.encode(pixels)
+            found = self.backend.greedy(encoding, tokens, stop=False)
+            if found is not None:
+                times = measure(lambda: self.backend.greedy(encoding, tokens, stop=False))
+                return Measurement(times, found.tokens.long())
+        search, start, steps = self._search(pixels, tokens, num_beams)
         times = measure(steps, start, self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
 
-    def end_to_end(self, pixels: torch.Tensor, tokens: int) -> Measurement:
-        search, start, steps = self._search(pixels.to(self.backend.device), tokens)
+    def end_to_end(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
+        pixels = pixels.to(self.backend.device)
+        if (
+            num_beams == 1
+            and self.backend.greedy(self.backend.encode(pixels), tokens, stop=False) is not None
+        ):
+            return self._whole_search(pixels, tokens)
+        search, start, steps = self._search(pixels, tokens, num_beams)
 
         def run() -> None:
             start()
@@ -167,21 +211,36 @@ class BackendVariant:
         times = measure(run, device=self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
 
-    def page(self, lines: Sequence[Path], batch: int) -> Measurement:
-        return _measure_page(Recognizer(self.folder, backend=self.backend.name, batch_size=batch), lines)
+    def _whole_search(self, pixels: torch.Tensor, tokens: int) -> Measurement:
+        """Encoding, and the backend's search as a whole."""
+        found: list[list[int]] = []
 
-    def _search(self, pixels: torch.Tensor, tokens: int) -> tuple[GreedySearch, Callable, Callable]:
+        def run() -> None:
+            found[:] = self.backend.greedy(self.backend.encode(pixels), tokens, stop=False).tokens.tolist()
+
+        times = measure(run, device=self.backend.device)
+        return Measurement(times, torch.tensor(found, device=self.backend.device))
+
+    def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int, overlap: bool) -> Measurement:
+        recognizer = Recognizer(self.folder, backend=self.backend.name, batch_size=batch, num_beams=num_beams)
+        if not overlap:
+            recognizer.backend.encodings = 1
+        return _measure_page(recognizer.recognize, lines)
+
+    def _search(
+        self, pixels: torch.Tensor, tokens: int, num_beams: int
+    ) -> tuple[GreedySearch | BeamSearch, Callable, Callable]:
         """A search, a function that puts it at the start of a line, and one that runs all steps."""
-        search = GreedySearch(self.backend, len(pixels), tokens)
+        search = Decoder(self.backend, tokens, SearchSettings(num_beams)).search(len(pixels))
 
         def start() -> None:
-            search.state = self.backend.start(pixels)
+            search.state = self.backend.start(pixels, num_beams)
             search.reset()
 
         start()
-        advance = self.backend.capture(search.state, search.step)
 
         def steps() -> None:
+            advance = self.backend.capture(search.state, search.step)
             for _ in range(tokens):
                 advance()
 
@@ -191,16 +250,23 @@ class BackendVariant:
 class EngineVariant(BackendVariant):
     """The engines of a folder."""
 
-    def __init__(self, folder: Path):
-        super().__init__(TensorRTBackend(folder), folder)
+    def __init__(self, folder: Path, cuda_graphs: bool, greedy_kernels: bool):
+        super().__init__(TensorRTBackend(folder, cuda_graphs, greedy_kernels=greedy_kernels), folder)
+        self.steps_only = not greedy_kernels and self.backend.manifest.cache == "fixed"
+
+    def check(self, case: Case) -> None:
+        if self.steps_only and case.part == "encoder":
+            raise Unavailable("the encoder is that of `fused`")
+        super().check(case)
 
     def encoder(self, pixels: torch.Tensor) -> Measurement:
         engine = self.backend.encoder
-        inputs = {"pixel_values": pixels.to(DEVICE, engine.dtypes["pixel_values"])}
+        inputs = {"pixel_values": self.backend.encoder_input(pixels)}
         outputs = engine.empty_outputs(inputs)
         bound = engine.bind(inputs | outputs)
         bound()
-        return Measurement(measure(capture(bound).replay), outputs["last_hidden_state"])
+        run = capture(bound).replay if self.backend.cuda_graphs else bound
+        return Measurement(measure(run), outputs["last_hidden_state"])
 
 
 class OnnxVariant(BackendVariant):
@@ -212,8 +278,7 @@ class OnnxVariant(BackendVariant):
 
     def encoder(self, pixels: torch.Tensor) -> Measurement:
         session = ort.InferenceSession(self.folder / "encoder.onnx", providers=["CPUExecutionProvider"])
-        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[session.get_inputs()[0].type]
-        inputs = {"pixel_values": pixels.numpy().astype(dtype)}
+        inputs = {"pixel_values": self.backend.encoder_input(pixels)}
         (hidden,) = session.run(None, inputs)
         times = measure(lambda: session.run(None, inputs), device=self.backend.device)
         return Measurement(times, torch.from_numpy(hidden))
@@ -226,6 +291,7 @@ class TorchVariant:
         self.spec, self.precision = spec, precision
         self.model = load_model(spec, DTYPES[precision]).to(DEVICE)
         self.model.encoder.set_attn_implementation("sdpa")
+        self.normalization = load_normalization(spec)
 
     def check(self, case: Case) -> None:
         pass
@@ -234,7 +300,7 @@ class TorchVariant:
         return self._encoder(self.model.encoder, pixels)
 
     def _encoder(self, encoder: torch.nn.Module, pixels: torch.Tensor) -> Measurement:
-        pixels = pixels.to(DEVICE, self.model.dtype)
+        pixels = self.normalise(pixels)
         hidden: list[torch.Tensor] = []
 
         def run() -> None:
@@ -243,30 +309,62 @@ class TorchVariant:
         times = measure(run)
         return Measurement(times, hidden[0].clone())
 
-    def decoder(self, pixels: torch.Tensor, tokens: int) -> Measurement:
-        encoded = self.model.encoder(pixel_values=pixels.to(DEVICE, self.model.dtype))
-        times = measure(lambda: self.generate(tokens, stop=False, encoder_outputs=encoded))
-        return Measurement(times, self.generate(tokens, encoder_outputs=encoded))
+    def decoder(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
+        hidden = self.model.encoder(pixel_values=self.normalise(pixels)).last_hidden_state
 
-    def end_to_end(self, pixels: torch.Tensor, tokens: int) -> Measurement:
+        def decode(stop: bool) -> torch.Tensor:  # `generate` expands what it is given for its beams
+            return self.generate(tokens, num_beams, stop, encoder_outputs=BaseModelOutput(hidden))
+
+        return Measurement(measure(lambda: decode(stop=False)), decode(stop=True))
+
+    def end_to_end(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
         pixels = pixels.to(DEVICE)
 
         def run() -> None:
-            self.generate(tokens, stop=False, pixel_values=pixels.to(self.model.dtype)).tolist()
+            self.generate(tokens, num_beams, stop=False, pixel_values=self.normalise(pixels)).tolist()
 
-        return Measurement(measure(run), self.generate(tokens, pixel_values=pixels.to(self.model.dtype)))
+        found = self.generate(tokens, num_beams, pixel_values=self.normalise(pixels))
+        return Measurement(measure(run), found)
 
-    def page(self, lines: Sequence[Path], batch: int) -> Measurement:
-        recognizer = Recognizer(self.spec.source, backend="torch", precision=self.precision, batch_size=batch)
-        return _measure_page(recognizer, lines)
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels as the model takes them."""
+        return self.normalization(pixels.to(DEVICE)).to(self.model.dtype)
 
-    def generate(self, tokens: int, stop: bool = True, **inputs) -> torch.Tensor:
-        """Greedy token ids [B, tokens], padded after the end of text; without `stop` there is none."""
+    def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int, overlap: bool) -> Measurement:
+        return _measure_page(GeneratePage(self, batch, num_beams), lines)
+
+    def generate(self, tokens: int, num_beams: int = 1, stop: bool = True, **inputs) -> torch.Tensor:
+        """Token ids [B, tokens], padded after the end of text; without `stop` there is none."""
         least = 0 if stop else tokens
-        settings = {"num_beams": 1, "do_sample": False, "use_cache": True}
+        settings = {"num_beams": num_beams, "do_sample": False, "use_cache": True}
         ids = self.model.generate(**inputs, **settings, min_new_tokens=least, max_new_tokens=tokens)[:, 1:]
         padding = self.model.generation_config.pad_token_id
         return torch.nn.functional.pad(ids, (0, tokens - ids.shape[1]), value=padding)
+
+
+class GeneratePage:
+    """Hugging Face's own way from images to texts: its processor, `generate` a batch, its tokenizer."""
+
+    def __init__(self, variant: TorchVariant, batch: int, num_beams: int):
+        source = variant.spec.source
+        self.model, self.batch, self.num_beams = variant.model, batch, num_beams
+        self.tokens = variant.spec.max_new_tokens
+        self.processor = AutoImageProcessor.from_pretrained(source)
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def __call__(self, lines: Sequence[np.ndarray]) -> list[str]:
+        texts: list[str] = []
+        for first in range(0, len(lines), self.batch):
+            inputs = self.processor(list(lines[first : first + self.batch]), return_tensors="pt")
+            ids = self.model.generate(
+                pixel_values=inputs.pixel_values.to(DEVICE, self.model.dtype),
+                num_beams=self.num_beams,
+                do_sample=False,
+                use_cache=True,
+                max_new_tokens=self.tokens,
+            )
+            texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
 
 
 class CompileVariant(TorchVariant):
@@ -289,16 +387,18 @@ class Reference:
 
     def accuracy(self, case: Case, pixels: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
         """The accuracy fields of a record."""
-        rows = pixels[:REFERENCE_ROWS].to(DEVICE)
+        rows = self._torch.normalise(pixels[:REFERENCE_ROWS])
         output = output[:REFERENCE_ROWS].to(DEVICE)
         if case.part == "encoder":
             expected = self._torch.model.encoder(pixel_values=rows).last_hidden_state
             return {"rel_error": ((output.float() - expected).abs().max() / expected.abs().max()).item()}
-        expected = self._torch.generate(case.tokens, pixel_values=rows)
+        expected = self._torch.generate(case.tokens, case.num_beams, pixel_values=rows)
         return {"same_tokens": (output == expected).float().mean().item()}
 
 
-def open_variant(name: str, folder: Path, spec: ModelSpec, precision: str, engines: Path):
+def open_variant(
+    name: str, folder: Path, spec: ModelSpec, precision: str, engines: Path, cuda_graphs: bool = True
+):
     """Raises Unavailable, or an error whose message says what to do."""
     if name == "torch":
         return TorchVariant(spec, precision)
@@ -315,12 +415,11 @@ def open_variant(name: str, folder: Path, spec: ModelSpec, precision: str, engin
             f"{target} does not exist; build it: python build.py --model {folder} --plugins {plugins} "
             f"--precision {precision} --batch 1,16,64 --out {target}"
         )
-    return EngineVariant(target)
+    return EngineVariant(target, cuda_graphs, greedy_kernels=name == "fused")
 
 
-def _measure_page(recognizer: Recognizer, lines: Sequence[Path]) -> Measurement:
-    tokens = [len(result.token_ids) for result in recognizer.recognize(lines)]
-    return Measurement(measure(lambda: recognizer.recognize(lines)), torch.tensor(tokens))
+def _measure_page(read: Callable[[Sequence[np.ndarray]], Any], lines: Sequence[np.ndarray]) -> Measurement:
+    return Measurement(measure(lambda: read(lines)), torch.empty(0))
 
 
 @torch.inference_mode()
@@ -332,6 +431,7 @@ def run(
     engines: Path,
     command: str,
     json: Path | None = None,
+    cuda_graphs: bool = True,
 ) -> tuple[list[Record], list[str]]:
     """Measure every case with every variant; the file `json` is written anew after each variant.
 
@@ -346,7 +446,7 @@ def run(
     with tqdm(total=len(cases) * len(variants), unit="measurement", disable=None) as bar:
         for name in variants:
             try:
-                variant = open_variant(name, folder, spec, precision, engines)
+                variant = open_variant(name, folder, spec, precision, engines, cuda_graphs)
             except Unavailable as reason:
                 skipped.append(f"{name}: {reason}")
                 bar.update(len(cases))
@@ -374,19 +474,21 @@ def measure_case(variant, case: Case, spec: ModelSpec, reference: Reference) -> 
     """The fields of a record that the measurement itself decides."""
     if case.part == "page":
         try:
-            with line_images(most=PAGE_LINES) as lines:
-                measurement = variant.page(lines, case.batch)
+            with line_images(most=case.lines) as files:
+                lines = [np.array(load_image(file, file.name)) for file in files]
         except LinesError as error:
             raise Unavailable(str(error)) from None
-        return _times(case, measurement.times_ms, len(lines))
+        measurement = variant.page(lines, case.batch, case.num_beams, case.overlap)
+        fields = _times(case, measurement.times_ms, len(lines))
+        return fields | {"lines": len(lines), "page_s": fields["median_ms"] / 1e3}
 
     pixels = random_pixels(spec, case.batch)
     if case.part == "encoder":
         measurement = variant.encoder(pixels)
     elif case.part == "decoder":
-        measurement = variant.decoder(pixels, case.tokens)
+        measurement = variant.decoder(pixels, case.tokens, case.num_beams)
     else:
-        measurement = variant.end_to_end(pixels, case.tokens)
+        measurement = variant.end_to_end(pixels, case.tokens, case.num_beams)
     fields = _times(case, measurement.times_ms, case.batch)
     if case.part == "encoder":
         fields["images_per_s"] = fields["lines_per_s"]
@@ -402,6 +504,7 @@ def _times(case: Case, times_ms: Sequence[float], lines: int) -> dict[str, Any]:
         "part": case.part,
         "batch": case.batch,
         "tokens": case.tokens,
+        "num_beams": case.num_beams,
         "median_ms": median,
         "p99_ms": float(np.percentile(times_ms, 99)),
         "lines_per_s": 1e3 * lines / median,
@@ -409,7 +512,17 @@ def _times(case: Case, times_ms: Sequence[float], lines: int) -> dict[str, Any]:
 
 
 def _table(records: Sequence[Record]) -> str:
-    columns = ("part", "variant", "batch", "tokens", "median_ms", "p99_ms", "lines_per_s")
+    columns = (
+        "part",
+        "variant",
+        "batch",
+        "num_beams",
+        "tokens",
+        "median_ms",
+        "p99_ms",
+        "lines_per_s",
+        "page_s",
+    )
     columns += ("us_per_token", "tflops", "rel_error", "same_tokens")
     rows = [[getattr(record, column) for column in columns] for record in records]
     return tabulate(rows, columns, floatfmt=".4g", missingval="-")
@@ -442,9 +555,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
     parser.add_argument("--batch", type=_numbers, default=DEFAULT_BATCHES, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=20, help="decode steps a line (default: %(default)s)")
+    parser.add_argument("--num-beams", type=int, default=1, help="beams (default: 1, greedy)")
+    parser.add_argument("--lines", type=int, default=PAGE_LINES, help="lines a page (default: %(default)s)")
+    parser.add_argument(
+        "--no-overlap",
+        dest="overlap",
+        action="store_false",
+        help="page: encode a batch only after the one before is decoded",
+    )
     parser.add_argument("--variants", type=_variants, default=DEFAULT_VARIANTS, help="default: %(default)s")
     parser.add_argument("--precision", choices=PRECISIONS, default=DEFAULT_PRECISION)
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="where build.py's folders are")
+    parser.add_argument(
+        "--no-cuda-graphs", action="store_true", help="enqueue engines, so that nsys shows their layers"
+    )
     parser.add_argument("--json", type=Path, help="write the records to this file")
     options = parser.parse_args(arguments)
 
@@ -453,7 +577,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}, all")
     parts = PARTS if "all" in parts else parts
     cases = [
-        Case(part, batch, options.tokens if part in ("decoder", "end_to_end") else None)
+        Case(
+            part,
+            batch,
+            options.tokens if part in ("decoder", "end_to_end") else None,
+            1 if part == "encoder" else options.num_beams,
+            options.lines if part == "page" else None,
+            options.overlap,
+        )
         for part in parts
         for batch in options.batch
     ]
@@ -463,7 +594,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder = find_model(options.model)
         records, skipped = run(
-            cases, options.variants, folder, options.precision, options.engines, command, options.json
+            cases,
+            options.variants,
+            folder,
+            options.precision,
+            options.engines,
+            command,
+            options.json,
+            cuda_graphs=not options.no_cuda_graphs,
         )
     except (BackendError, BuildError, CheckpointError, GenerationError, SurgeryError, TensorRTError) as error:
         print(f"error: {error}", file=sys.stderr)

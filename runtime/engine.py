@@ -51,6 +51,7 @@ class Engine:
             trt.float32: torch.float32,
             trt.float16: torch.float16,
             trt.bfloat16: torch.bfloat16,
+            trt.int32: torch.int32,
             trt.int64: torch.int64,
         }
         self.dtypes = {name: to_torch[self._engine.get_tensor_dtype(name)] for name in names}
@@ -185,6 +186,30 @@ class BoundEngine:
             )
         self._context.set_tensor_address(name, address)
         self.tensors[name] = tensor  # keeps the memory
+
+    def report_layers(self, report: Callable[[str, float], None]) -> None:
+        """From now on every call waits for its end, and reports each layer's name and milliseconds.
+
+        TensorRT puts an event between any two layers: they run one after the other, and no CUDA graph can be
+        captured.
+        """
+        trt = self.engine._trt
+
+        class Profiler(trt.IProfiler):
+            def __init__(self):
+                trt.IProfiler.__init__(self)
+
+            def report_layer_time(self, layer_name, ms):
+                report(layer_name, ms)
+
+        self._profiler = Profiler()  # TensorRT does not keep it
+        self._context.profiler = self._profiler
+
+    def layer_information(self) -> str:
+        """TensorRT's description of the layers with these shapes: the JSON of its engine inspector."""
+        inspector = self.engine._engine.create_engine_inspector()
+        inspector.execution_context = self._context
+        return inspector.get_engine_information(self.engine._trt.LayerInformationFormat.JSON)
 
     def __call__(self) -> None:
         if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):

@@ -127,6 +127,7 @@ class GreedyDecoder:
         cross_values: Sequence[Tensor],
         outputs: tuple[Tensor, Tensor, Tensor],
         slots: int | None = None,
+        stop: bool = True,
     ) -> None:
         """Enqueue the search on torch's current stream.
 
@@ -135,6 +136,7 @@ class GreedyDecoder:
             outputs: from `outputs`, or contiguous tensors like them. Tokens are padded behind a line's end;
                 log_probs are sums over a line's tokens, the end of text included, as lengths count it.
             slots: lines at a time; a finished line's row takes the next one. Default: as many as there are.
+            stop: False for texts of exactly max_new_tokens, whatever ends them: for measurements.
         """
         tokens, log_probs, lengths = outputs
         lines, max_new_tokens = tokens.shape
@@ -147,5 +149,6 @@ class GreedyDecoder:
             log_probs=log_probs.data_ptr(),
             lengths=lengths.data_ptr(),
             max_new_tokens=max_new_tokens,
+            stops=stop,
             stream=torch.cuda.current_stream().cuda_stream,
         )

@@ -41,7 +41,8 @@ class Manifest:
         fused_ops: what they put into the graphs.
         cache: "fixed" or "growing" (docs/design.md).
         cache_capacity: rows of a fixed cache; None for a growing one.
-        batch: (min, opt, max) of the optimisation profile.
+        batch: (min, opt, max) of the optimisation profile, in images.
+        num_beams: the decoder's profile has so many rows an image at the optimum and the maximum.
         max_length: the most tokens of a line, the start token included.
         engines: graph name -> seconds that TensorRT took; empty where only ONNX was written.
         tensorrt, gpu, compute_capability, cuda: what the engines are for; None where there are none.
@@ -64,6 +65,7 @@ class Manifest:
     inputs: dict[str, Any]
     command: str
     date: str
+    num_beams: int = 1
     engines: dict[str, float] = field(default_factory=dict)
     tensorrt: str | None = None
     gpu: str | None = None

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,12 +51,31 @@ UNUSABLE = (
     GenerationError,
 )
 
+SEARCH_OPTIONS = ("num_beams", "length_penalty", "no_repeat_ngram_size", "early_stopping")
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Options named as `generate`'s, with its defaults."""
+    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams (default: 1, greedy)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="default: 1.0")
+    parser.add_argument("--no-repeat-ngram-size", type=int, default=0, metavar="N", help="default: 0, off")
+    parser.add_argument(
+        "--early-stopping",
+        type=lambda text: {"false": False, "true": True}.get(text.lower(), text),
+        default=False,
+        metavar="true|false|never",
+        help="when a line's beam search ends (default: false)",
+    )
+
 
 class Labels:
     """The texts of a TSV file: file, text, and further columns that do not count.
 
     A file is meant relative to the labels file's folder. An image elsewhere takes the label of its file name,
     if there is one and only one.
+
+    Attributes:
+        texts: file, as it stands there -> text.
     """
 
     def __init__(self, file: Path):
@@ -64,6 +83,7 @@ class Labels:
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{file}: {error}; give a UTF-8 text file: image, tab, text") from error
+        self.texts: dict[str, str] = {}
         self._by_path: dict[str, str] = {}
         self._by_name: dict[str, set[str]] = {}
         for number, line in enumerate(lines, start=1):
@@ -75,6 +95,7 @@ class Labels:
             path = os.path.abspath(file.parent / name)
             if self._by_path.setdefault(path, columns[0]) != columns[0]:
                 raise UsageError(f"{file}: line {number} gives {name} another text than before; remove one")
+            self.texts[name] = columns[0]
             self._by_name.setdefault(os.path.basename(name), set()).add(columns[0])
 
     def find(self, path: str) -> str | None:
@@ -133,28 +154,14 @@ def recognize(options: argparse.Namespace) -> int:
     images, errors = find_images(options.images)
     if not images:
         raise UsageError("; ".join(errors.values()))
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise UsageError(f"{options.json}: there is no folder {options.json.parent}; make it first")
-    if options.json and options.json.is_dir():
-        raise UsageError(f"{options.json}: a folder; name the file to write")
+    check_output(options.json)
     labels = Labels(options.labels) if options.labels else None
     found_labels = [labels.find(image) if labels else None for image in images]
     unlabelled = found_labels.count(None)
     if labels and unlabelled:
         warn(f"{unlabelled} of {len(images)} images have no label in {options.labels}")
 
-    recognizer = Recognizer(
-        options.model,
-        backend=options.backend,
-        plugins=options.plugins,
-        engines=options.engines,
-        precision=options.precision,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-    )
-    print(f"backend: {recognizer.backend_choice}", file=sys.stderr)
-    for setting in unsupported_settings(recognizer.spec):
-        warn(f"{recognizer.spec.source}: generation_config.json asks for {setting}; greedy search ignores it")
+    recognizer = open_recognizer(options)
 
     records = [Record(argument, None, None, error) for argument, error in errors.items()]
     for record in records:
@@ -176,6 +183,24 @@ def recognize(options: argparse.Namespace) -> int:
         write_json(options.json, report)
     print(closing_line(report, recognizer.backend_choice))
     return 1 if report["failed"] else 0
+
+
+def open_recognizer(options: argparse.Namespace) -> Recognizer:
+    """The recognizer that `add_recognizer_arguments` describe; says on stderr what it runs on."""
+    recognizer = Recognizer(
+        options.model,
+        backend=options.backend,
+        plugins=options.plugins,
+        engines=options.engines,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        **{name: getattr(options, name) for name in SEARCH_OPTIONS},
+    )
+    print(f"backend: {recognizer.backend_choice}", file=sys.stderr)
+    for setting in unsupported_settings(recognizer.spec, recognizer.settings):
+        warn(f"{recognizer.spec.source}: generation_config.json asks for {setting}, which is ignored")
+    return recognizer
 
 
 class Table:
@@ -218,6 +243,7 @@ def summarize(
         "failed": len(records) - len(read),
         "labelled_lines": len(labelled),
         "cer": score and score.cer,
+        "wer": score and score.wer,
         "exact_match": score and score.exact_match,
         "lines_per_s": len(read) / seconds,
         "records": [asdict(record) for record in records],
@@ -235,15 +261,54 @@ def closing_line(report: dict, backend: str) -> str:
     return ", ".join(parts)
 
 
+def check_output(file: Path | None) -> None:
+    """Refuse a file that could not be written, before the work is done."""
+    if file and not file.absolute().parent.is_dir():
+        raise UsageError(f"{file}: there is no folder {file.parent}; make it first")
+    if file and file.is_dir():
+        raise UsageError(f"{file}: a folder; name the file to write")
+
+
 def write_json(file: Path, content: dict) -> None:
+    write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, content: str) -> None:
     """Write the file whole or not at all."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(content, encoding="utf-8")
     os.replace(partial, file)
 
 
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
+
+
+def add_recognizer_arguments(parser: argparse.ArgumentParser, model: str | None = None) -> None:
+    """The options that choose model, backend and search. Without the default `model`, --model is required."""
+    parser.add_argument(
+        "--model", default=model, required=model is None, help="checkpoint or engine folder, or hub id"
+    )
+    parser.add_argument("--engines", type=Path, metavar="DIR", help="engine folder (default: build.py's)")
+    parser.add_argument("--backend", choices=NAMES, default="auto")
+    parser.add_argument("--plugins", default="fused", help="fused (default), none, or names with commas")
+    parser.add_argument("--precision", choices=DTYPES, help="default: fp16 for tensorrt, else fp32")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens a line")
+    add_search_options(parser)
+
+
+def run(
+    command: Callable[[argparse.Namespace], int],
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+) -> int:
+    """Parse and do; what is unusable is one line on stderr and exit status 2."""
+    try:
+        return command(parser.parse_args(arguments))
+    except UNUSABLE as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,23 +318,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="exit status: 0 all images were read; 1 some were not; 2 wrong use, or something unusable",
     )
     parser.add_argument("images", nargs="+", metavar="PATH", help="image file, folder or glob")
-    parser.add_argument("--model", default=str(BUNDLED_MODEL), help="checkpoint or engine folder, or hub id")
-    parser.add_argument("--engines", type=Path, metavar="DIR", help="engine folder (default: build.py's)")
-    parser.add_argument("--backend", choices=NAMES, default="auto")
-    parser.add_argument("--plugins", default="fused", help="fused (default), none, or names with commas")
-    parser.add_argument("--precision", choices=DTYPES, help="default: fp16 for tensorrt, else fp32")
+    add_recognizer_arguments(parser, model=str(BUNDLED_MODEL))
     parser.add_argument(
         "--labels", type=Path, metavar="TSV", help="image, tab, text; further columns ignored"
     )
     parser.add_argument("--ignore-case", action="store_true", help="compare with the labels in upper case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write accuracy, speed and records")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens a line")
-    try:
-        return recognize(parser.parse_args(arguments))
-    except UNUSABLE as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(recognize, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,16 +12,18 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import nvtx
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor
 
 from graph_surgery.checkpoint import CheckpointError, ModelSpec
-from runtime.backends.base import BackendError
+from runtime.backends.base import BackendError, Encoding
 from runtime.backends.choice import open_backend
-from runtime.generation import GreedyDecoder, new_token_limit
+from runtime.generation import Decoder, new_token_limit
 from runtime.images import ImageError, ImageSource, load_image
+from runtime.ranges import stage, staged
+from runtime.search import SearchSettings
+from runtime.tokenizer import load_tokenizer
 
 DEFAULT_BATCH = {"cpu": 8, "cuda": 64}
 
@@ -31,7 +34,8 @@ class Timing:
 
     Attributes:
         preprocess_ms: reading, decoding and scaling this image, in a thread of its own.
-        recognize_ms: normalising, encoding and decoding the batch that this image was in.
+        recognize_ms: normalising, encoding and decoding the batch that this image was in, and what the
+            backend did for the batch before and after it meanwhile.
         batch: images in that batch.
     """
 
@@ -72,6 +76,15 @@ class _Prepared:
     preprocess_ms: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """A batch, its usable images' encoding (None without any), and when its encoding began, in seconds."""
+
+    batch: list[_Prepared]
+    encoding: Encoding
+    begin: float
+
+
 class Recognizer:
     """Reads text lines with one checkpoint on one backend.
 
@@ -83,10 +96,13 @@ class Recognizer:
         precision: "fp32", "fp16" or "bf16"; by default what suits the backend.
         batch_size: images a batch; by default what suits the device.
         max_new_tokens: the most tokens a line; by default the checkpoint's own limit.
+        num_beams, length_penalty, no_repeat_ngram_size, early_stopping: see `SearchSettings`; greedy by
+            default, whatever the checkpoint's generation_config.json asks for.
 
     Attributes:
         spec: the checkpoint's description.
         backend: the backend in use.
+        settings: what is searched for.
         backend_choice: its name and, where "auto" chose it, the reason: "onnxruntime (no NVIDIA GPU)".
 
     Raises:
@@ -103,14 +119,21 @@ class Recognizer:
         precision: str | None = None,
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        early_stopping: bool | str = False,
     ):
+        self.settings = SearchSettings(num_beams, length_penalty, no_repeat_ngram_size, early_stopping)
         self.backend, self.backend_choice = open_backend(
             model, backend, plugins, engines, precision, max_new_tokens
         )
         self.spec = self.backend.spec
+        limit = new_token_limit(self.spec, max_new_tokens)
+        self._decoder = Decoder(self.backend, limit, self.settings)
         self.batch_size = self._check_batch_size(batch_size)
-        self._decode = GreedyDecoder(self.backend, new_token_limit(self.spec, max_new_tokens))
-        self._processor, self._tokenizer = _load_processors(self.spec)
+        self._processor = _load_image_processor(self.spec)
+        self._tokenizer = load_tokenizer(self.spec)
 
     def recognize(self, images: ImageSource | Iterable[ImageSource]) -> list[Result]:
         """Read the text of each image: a list of results in the order of the images.
@@ -121,7 +144,11 @@ class Recognizer:
         return list(self.stream(images))
 
     def stream(self, images: ImageSource | Iterable[ImageSource]) -> Iterator[Result]:
-        """As `recognize`, a result at a time; the next batch's images are read while one is recognised."""
+        """As `recognize`, a result at a time.
+
+        The next batch's images are read and scaled in threads meanwhile. Where the backend can do both at
+        once, the next batch is encoded while one is decoded, and the one after it is read.
+        """
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             images = [images]
         numbered = enumerate(images, start=1)
@@ -130,13 +157,25 @@ class Recognizer:
             def submit_batch() -> list[Future[_Prepared]]:
                 return [pool.submit(self._prepare, *item) for item in islice(numbered, self.batch_size)]
 
-            batch = submit_batch()
-            while batch:
-                following = submit_batch()
-                yield from self._recognize_batch([future.result() for future in batch])
-                batch = following
+            ahead = self.backend.encodings - 1
+            read: deque[list[Future[_Prepared]]] = deque()
+            encoded: deque[_Encoded] = deque()
+            more = True
+            while True:
+                while more and len(read) + len(encoded) <= self.backend.encodings:
+                    batch = submit_batch()
+                    more = bool(batch)
+                    read += [batch] if batch else []
+                # Ahead only what is at hand: else decoding would wait for images of the next batch.
+                at_hand = len(encoded) <= ahead and read and all(future.done() for future in read[0])
+                if read and (not encoded or at_hand):
+                    encoded.append(self._encode([future.result() for future in read.popleft()]))
+                elif encoded:
+                    yield from self._decode(encoded.popleft())
+                else:
+                    return
 
-    @nvtx.annotate("preprocess", domain="trocr")
+    @staged("preprocess", (1,))
     def _prepare(self, number: int, source: ImageSource) -> _Prepared:
         """Read one image and scale it with the checkpoint's own processor."""
         path = str(source) if isinstance(source, str | Path) else None
@@ -148,57 +187,65 @@ class Recognizer:
         scaled = self._processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
         return _Prepared(path, scaled.pixel_values[0], preprocess_ms=1e3 * (time.perf_counter() - begin))
 
-    def _recognize_batch(self, batch: list[_Prepared]) -> Iterator[Result]:
-        usable = [item for item in batch if item.error is None]
-        results = iter(self._recognize(usable) if usable else [])
-        for item in batch:
-            yield next(results) if item.error is None else Result(item.path, error=item.error)
-
-    def _recognize(self, batch: list[_Prepared]) -> list[Result]:
+    def _encode(self, batch: list[_Prepared]) -> _Encoded:
+        """Hand a batch to the encoder; on a GPU nothing waits for it."""
         begin = time.perf_counter()
-        # The rest of the processor's work on the whole batch, where the backend is: uint8 travels there in a
+        usable = [item for item in batch if item.error is None]
+        if not usable:
+            return _Encoded(batch, None, begin)
+        # The rest of the processor's work is the backend's, on the whole batch: uint8 travels there in a
         # quarter of the bytes, and normalising takes most of the processor's time on a CPU.
-        pixels = torch.stack([item.pixels for item in batch]).to(self.backend.device)
-        inputs = self._processor(pixels, do_resize=False, return_tensors="pt")
-        generation = self._decode(inputs.pixel_values)
-        recognize_ms = 1e3 * (time.perf_counter() - begin)
-        return [
-            Result(
+        pixels = torch.stack([item.pixels for item in usable])
+        return _Encoded(batch, self.backend.encode(pixels), begin)
+
+    def _decode(self, encoded: _Encoded) -> Iterator[Result]:
+        """The results of a batch, in its order."""
+        images = sum(item.error is None for item in encoded.batch)
+        found = iter(())
+        if images:
+            generation = self._decoder.decode(encoded.encoding, images)
+            recognize_ms = 1e3 * (time.perf_counter() - encoded.begin)
+            with stage("detokenise", (images,)):
+                ids = generation.token_ids
+                texts = [self._tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+            found = zip(texts, ids, generation.mean_log_probs, strict=True)
+        for item in encoded.batch:
+            if item.error is not None:
+                yield Result(item.path, error=item.error)
+                continue
+            text, token_ids, mean_log_prob = next(found)
+            yield Result(
                 item.path,
-                self._tokenizer.decode(token_ids, skip_special_tokens=True),
+                text,
                 token_ids,
                 mean_log_prob,
-                timing=Timing(item.preprocess_ms, recognize_ms, len(batch)),
+                timing=Timing(item.preprocess_ms, recognize_ms, images),
             )
-            for item, token_ids, mean_log_prob in zip(
-                batch, generation.token_ids, generation.mean_log_probs, strict=True
-            )
-        ]
 
     def _check_batch_size(self, batch_size: int | None) -> int:
-        largest = self.backend.max_batch
+        largest = self.backend.largest_batch(self.settings.num_beams)
         if batch_size is None:
             default = DEFAULT_BATCH[self.backend.device.type]
             return default if largest is None else min(default, largest)
         if batch_size < 1:
             raise BackendError(f"batch_size is {batch_size}; give 1 or more")
         if largest is not None and batch_size > largest:
+            beams = f" with {self.settings.num_beams} beams" if self.settings.num_beams > 1 else ""
             raise BackendError(
-                f"batch_size is {batch_size}, and the engines of {self.spec.source} take {largest}; choose a "
-                "smaller one, or build engines for it: python build.py --batch MIN,OPT,MAX"
+                f"batch_size is {batch_size}, and the engines of {self.spec.source} take {largest}{beams}; "
+                "choose a smaller one, or build engines for it: python build.py --batch MIN,OPT,MAX"
+                + (" --num-beams N" if beams else "")
             )
         return batch_size
 
 
-def _load_processors(spec: ModelSpec):
-    """The checkpoint's own image processor and tokenizer."""
+def _load_image_processor(spec: ModelSpec):
+    """The checkpoint's own image processor, which must make images of the encoder's size."""
     try:
         processor = AutoImageProcessor.from_pretrained(spec.source)
-        tokenizer = AutoTokenizer.from_pretrained(spec.source)
     except Exception as error:  # missing and malformed files end in a variety of exceptions
         raise CheckpointError(
-            f"{spec.source}: no usable image processor and tokenizer ({error}); "
-            "fetch preprocessor_config.json and the tokenizer's files again"
+            f"{spec.source}: no usable image processor ({error}); fetch preprocessor_config.json again"
         ) from error
 
     shape = tuple(processor(Image.new("RGB", (64, 16)), return_tensors="pt").pixel_values.shape[1:])
@@ -206,6 +253,7 @@ def _load_processors(spec: ModelSpec):
     if shape != expected:
         raise CheckpointError(
             f"{spec.source / 'preprocessor_config.json'}: makes images of {list(shape)}, config.json asks "
-            f"for {list(expected)}; take both files from the same checkpoint"
+            f"for {list(expected)}; take both files from the same checkpoint "
+            "(scripts/interpolate_positions.py if it was trained with interpolate_pos_encoding=True)"
         )
-    return processor, tokenizer
+    return processor

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from profiling.attention_sm90 import HOPPER_PATHS, attend, errors
-from profiling.kernel_calls import load_kernels
+from runtime.kernels import load_kernels
 
 pytestmark = pytest.mark.gpu
 

@@ -12,8 +12,9 @@ import pytest
 
 from graph_surgery.architectures import ARCHITECTURES, write_random_checkpoint
 from graph_surgery.checkpoint import load_spec
-from profiling.gpu_check import Stage, run_stage
+from profiling.gpu_check import Stage, run_stage, stages
 from profiling.gpu_check import main as gpu_check
+from profiling.models import BUNDLED
 from profiling.records import Record, RecordError, commit, read, write
 from profiling.summary import summary
 from runtime.bench import encoder_flops
@@ -104,6 +105,43 @@ def test_summary_shows_wins_and_losses():
     assert "fused 2.0e-03" in text
     assert "0.83%" in text and "99.70%" in text
     assert "skipped" in text and "3 s were left" in text
+
+
+def test_summary_of_pages_and_beams():
+    page = {"part": "page", "batch": 32, "lines": 100, "rel_error": None}
+    records = [
+        record(**page, median_ms=400.0, page_s=0.4),
+        record(**page, variant="fused", median_ms=200.0, page_s=0.2, lines_per_s=500.0),
+        record(**page, num_beams=4, median_ms=900.0, page_s=0.9),
+    ]
+    header, _, greedy, beams = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in summary(records, [], []).splitlines()
+        if line.startswith("|")
+    ]
+    assert header[:6] == ["precision", "batch", "beams", "lines", "stock s", "fused s"]
+    assert greedy[2:8] == ["1", "100", "0.4", "0.2", "2.00x", "500"]
+    assert beams[2:7] == ["4", "100", "0.9", "-", "-"]
+
+
+def test_stages_of_the_gpu_check(tmp_path: Path):
+    """Most important first; what reads text is for the checkpoint that can read."""
+    bundled = {stage.name: stage.command for stage in stages(BUNDLED, "bundled", tmp_path, tmp_path)}
+    assert list(bundled) == [
+        "plugins",
+        "engines",
+        "accuracy",
+        "bench",
+        "tests",
+        "page",
+        "load",
+        "layers",
+        "compile",
+        "kernels",
+    ]
+    random = [stage.name for stage in stages(tmp_path, "small", tmp_path, tmp_path)]
+    assert random == [name for name in bundled if name not in ("accuracy", "load")]
+    assert "--lines 100" in " ".join(bundled["page"]) and "--batch 32" in " ".join(bundled["page"])
 
 
 @pytest.mark.parametrize(("name", "gflop"), [("small", 31.0), ("base", 111.0), ("large", 382.0)])

@@ -122,7 +122,14 @@ def test_published_architectures_have_the_published_sizes(name):
     config = VisionEncoderDecoderConfig.from_dict({"encoder": dict(encoder), "decoder": decoder})
     with torch.device("meta"):
         model = VisionEncoderDecoderModel(config)
-    millions = {"small": 61.6, "base": 334, "base-stage1": 385, "large": 558, "large-printed": 609}
+    millions = {
+        "small": 61.6,
+        "base": 334,
+        "base-stage1": 385,
+        "large": 558,
+        "large-printed": 609,
+        "chinese": 61.6 - 2 * (64044 - 11318) * 256 / 1e6,  # small's, with another vocabulary
+    }
     assert sum(weight.numel() for weight in model.parameters()) / 1e6 == pytest.approx(
         millions[name], rel=1e-3
     )
@@ -275,6 +282,19 @@ def test_hub_id_is_read_from_the_cache(checkpoint, tmp_path, monkeypatch):
     load_model(spec)
 
 
+def test_hub_id_of_a_checkpoint_without_safetensors(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--somebody--trocr-small"
+    snapshot = shutil.copytree(checkpoint("small"), repository / "snapshots" / "0123abc")
+    weights = load_file(snapshot / "model.safetensors")
+    (snapshot / "model.safetensors").unlink()
+    torch.save(weights, snapshot / "pytorch_model.bin")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    load_model(load_spec("somebody/trocr-small"))
+
+
 def test_hub_out_of_reach(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
@@ -335,6 +355,16 @@ def test_other_architectures(folder, changes, message):
         ({"decoder": {"decoder_attention_heads": 5}}, r"decoder of width 192 .* 5 attention heads"),
         ({"encoder": {"num_attention_heads": 3}}, r"encoder of width 128 .* 3 attention heads"),
         ({"encoder": {"num_channels": 1}}, r"encoder\.num_channels is 1; only 3"),
+        ({"encoder": {"hidden_act": "relu"}}, r"encoder\.hidden_act is 'relu', not 'gelu'; no TrOCR"),
+        (
+            {"decoder": {"activation_function": "silu"}},
+            r"decoder\.activation_function is 'silu', not 'gelu' or 'relu'; no TrOCR",
+        ),
+        ({"decoder": {"is_decoder": False}}, r"decoder\.is_decoder is false.*set it to true"),
+        (
+            {"decoder": {"cross_attention_hidden_size": 64}},
+            r"decoder\.cross_attention_hidden_size is 64, encoder\.hidden_size is 128; they must agree",
+        ),
     ],
 )
 def test_configuration_values(folder, changes, message):
@@ -360,16 +390,95 @@ def test_generation_values(folder, changes, message):
 def test_missing_weights_file(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(
-        CheckpointError, match=rf"{folder} has no weights: model\.safetensors is missing; fetch"
+        CheckpointError, match=rf"{folder} has no weights: model\.safetensors or .* is missing; fetch"
     ):
         load_model(load_spec(folder))
 
 
-def test_weights_as_bin_only(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+@pytest.mark.parametrize("case", ["small", "base", "base-stage1"])
+@pytest.mark.parametrize("form", ["one file", "shards", "before PyTorch 1.6"])
+def test_pickled_weights(checkpoint, tmp_path, case, form):
+    """The files that transformers wrote before safetensors: old names, and tied weights twice."""
+    weights = load_file(checkpoint(case) / "model.safetensors")
+    folder = shutil.copytree(checkpoint(case), tmp_path / "pickled", ignore=lambda *_: ["model.safetensors"])
+    assert "encoder.encoder.layer.0.attention.attention.query.weight" in weights
+    if form == "shards":
+        names = sorted(weights)
+        shards = {
+            "pytorch_model-00001-of-00002.bin": names[::2],
+            "pytorch_model-00002-of-00002.bin": names[1::2],
+        }
+        for file, part in shards.items():
+            torch.save({name: weights[name] for name in part}, folder / file)
+        weight_map = {name: file for file, part in shards.items() for name in part}
+        index = folder / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    else:
+        zipped = form == "one file"
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert_same_weights(load_model(load_spec(folder)), load_model(load_spec(checkpoint(case))))
+
+
+def assert_same_weights(model, expected) -> None:
+    expected = expected.state_dict()
+    assert expected.keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("case", ["small", "base", "base-stage1"])
+def test_names_of_transformers_5(checkpoint, tmp_path, case, suffix):
+    """A state dictionary saved as it is has the modules' new names."""
+    expected = load_model(load_spec(checkpoint(case)))
+    folder = shutil.copytree(checkpoint(case), tmp_path / "new", ignore=lambda *_: ["model.safetensors"])
+    weights = {name: weight.clone() for name, weight in expected.state_dict().items()}
+    assert "encoder.layers.0.attention.q_proj.weight" in weights
+    if suffix == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same_weights(load_model(load_spec(folder)), expected)
+
+
+def test_weights_that_are_computed_or_not_used_may_be_there(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.pooler.dense.weight"] = torch.zeros(128, 128)
+    weights["decoder.model.decoder.embed_positions._float_tensor"] = torch.zeros(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(load_spec(folder))
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("code of the checkpoint was run",)
+
+
+def test_code_in_pickled_weights_is_not_run(folder, capfd):
+    (folder / "model.safetensors").unlink()
+    torch.save({"encoder": Malicious()}, folder / "pytorch_model.bin")
     with pytest.raises(
-        CheckpointError, match=r"as \.bin only.*model\.safetensors is needed.*save_pretrained"
+        CheckpointError, match=r"pytorch_model\.bin .*code of a checkpoint is never run; fetch"
     ):
+        load_model(load_spec(folder))
+    assert "was run" not in capfd.readouterr().out
+
+
+def test_pickle_of_something_else(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"model": {"weight": torch.zeros(3)}, "epoch": 7}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin holds something else .*save_pretrained"):
+        load_model(load_spec(folder))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -1])
+def test_truncated_pickled_weights(folder, keep):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    torch.save(weights, file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=rf"{file} is .*damaged.*fetch"):
         load_model(load_spec(folder))
 
 
@@ -403,6 +512,15 @@ def test_weights_of_fewer_layers(folder):
     with pytest.raises(
         CheckpointError, match=r"26 weights are not in model\.safetensors, the first is .*layers\.2\."
     ):
+        load_model(load_spec(folder))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"encoder": {"num_hidden_layers": 1}}, {"decoder": {"decoder_layers": 1}}]
+)
+def test_weights_of_more_layers(folder, changes):
+    edit(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=r"has no place for \d+ weights of .*layers?\.1\."):
         load_model(load_spec(folder))
 
 

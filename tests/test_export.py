@@ -297,7 +297,12 @@ def test_metadata_tells_the_passes_what_they_need(exported):
         for name, file in files.items()
     }
     assert metadata == {
-        "encoder": {"trocr.graph": "encoder", "trocr.precision": "bf16", "trocr.num_heads": "2"},
+        "encoder": {
+            "trocr.graph": "encoder",
+            "trocr.precision": "bf16",
+            "trocr.num_heads": "2",
+            "trocr.pixels": "normalised",
+        },
         "cross_kv": {"trocr.graph": "cross_kv", "trocr.precision": "bf16", "trocr.num_heads": "6"},
         "decoder": {
             "trocr.graph": "decoder",

@@ -15,7 +15,7 @@ import torch
 
 from graph_surgery import fuse as fuse_module
 from graph_surgery.architectures import ARCHITECTURES, write_random_checkpoint
-from graph_surgery.checkpoint import DTYPES, ModelSpec, load_model, load_spec
+from graph_surgery.checkpoint import DTYPES, ModelSpec, load_model, load_normalization, load_spec
 from graph_surgery.export import export
 from graph_surgery.fuse import GRAPHS, fuse, fuse_graph, load, save, strip_functions
 from graph_surgery.fused_ops import PLUGINS, SurgeryError, parse_plugins
@@ -23,15 +23,19 @@ from tests.checkpoints import CASES, ENCODER, SMALL_DECODER
 from tests.small_graphs import assert_close, run
 
 # Fused nodes in encoder.onnx and decoder.onnx, counted by hand: two decoder layers everywhere, two encoder
-# layers but three in large. `linear`: four products an encoder layer, and the first statistics; it takes what
-# `layernorm` and `bias_activation` find without it. `layernorm`: two an encoder layer, three a decoder layer,
-# one for embeddings.
-TWO, THREE = ({"encoder_attention": layers, "linear": 4 * layers + 1} for layers in (2, 3))
+# layers but three in large. `linear`: four products an encoder layer; it takes what `layernorm` and
+# `bias_activation` find without it. `layernorm`: two an encoder layer and the final one, three a decoder
+# layer, one for embeddings.
+TWO, THREE = (
+    {"patch_embedding": 1, "encoder_attention": layers, "linear": 4 * layers, "layernorm": 1}
+    for layers in (2, 3)
+)
 TWO_SINGLE, THREE_SINGLE = (
     {
+        "patch_embedding": 1,
         "encoder_attention": layers,
-        "linear": 6 * layers + 1,  # queries, keys and values apart
-        "layernorm": 2 * layers,
+        "linear": 6 * layers + 1,  # queries, keys and values apart, and the first statistics
+        "layernorm": 2 * layers + 1,
         "bias_activation": layers,
     }
     for layers in (2, 3)
@@ -79,16 +83,22 @@ def metadata(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def random_images(spec: ModelSpec, batch: int) -> np.ndarray:
+def random_images(model: onnx.ModelProto, spec: ModelSpec, batch: int) -> dict[str, np.ndarray]:
+    """The encoder's input: the same images, uint8 or normalised as the graph takes them."""
     size = (batch, 3, spec.encoder.image_height, spec.encoder.image_width)
-    return np.random.default_rng(0).uniform(-1, 1, size).astype(np.float32)
+    pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    elem_type = model.graph.input[0].type.tensor_type.elem_type
+    if elem_type != onnx.TensorProto.UINT8:
+        values = load_normalization(spec)(torch.from_numpy(pixels)).numpy()
+        pixels = values.astype(onnx.helper.tensor_dtype_to_np_dtype(elem_type))
+    return {"pixel_values": pixels}
 
 
 def encode(
     models: dict[str, onnx.ModelProto], spec: ModelSpec, batch: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Encoder states, and cross-attention's keys and values as inputs of the decoder."""
-    states = run(models["encoder"], {"pixel_values": random_images(spec, batch)})["last_hidden_state"]
+    states = run(models["encoder"], random_images(models["encoder"], spec, batch))["last_hidden_state"]
     cross = run(models["cross_kv"], {"encoder_hidden_states": states})
     return states, {
         name.replace("present", "past_key_values"): np.asarray(value) for name, value in cross.items()
@@ -257,7 +267,7 @@ def test_fused_nodes_are_named_after_their_modules(stock):
     fused = fuse(models, spec, parse_plugins("all"))
     names = {node.name for model in fused.values() for node in model.graph.node}
     assert names >= {
-        "/layers.0/layernorm_before/TrOCRRowStatistics",
+        "/embeddings/TrOCRPatchEmbedding",
         "/layers.1/attention/qkv_proj/TrOCRLayerNormLinear",
         "/layers.1/attention/TrOCREncoderAttention",
         "/layers.1/attention/o_proj/TrOCRLinearResidual",
@@ -267,6 +277,7 @@ def test_fused_nodes_are_named_after_their_modules(stock):
         "/layers.1/self_attn/qkv_proj/MatMul",
         "/layers.1/activation_fn/TrOCRBiasActivation",
         "/layers.1/encoder_attn/TrOCRCrossAttention",
+        "/layernorm/TrOCRLayerNorm",
         "/layernorm_embedding/TrOCRResidualLayerNorm",
     }
 
@@ -275,7 +286,7 @@ def test_fused_nodes_are_named_after_their_modules(stock):
 def test_half_precision_survives(stock, precision):
     """Every weight keeps type and bits; the packed ones are the stock ones side by side."""
     spec, models = stock("small", precision)
-    fused = fuse(models, spec, parse_plugins("all") - {"linear"})
+    fused = fuse(models, spec, parse_plugins("all") - {"linear", "patch_embedding"})
     elem_type = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
     for name, attention in (("encoder", "layers.0.attention"), ("decoder", "layers.0.self_attn")):
         before, after = (
@@ -297,8 +308,10 @@ def test_half_precision_survives(stock, precision):
 def test_fp16_runs_alike(stock):
     spec, models = stock("small", "fp16")
     fused = fuse(models, spec, parse_plugins("all"))
-    pixels = {"pixel_values": random_images(spec, 2).astype(np.float16)}
-    expected, found = (run(graphs["encoder"], pixels)["last_hidden_state"] for graphs in (models, fused))
+    expected, found = (
+        run(graphs["encoder"], random_images(graphs["encoder"], spec, 2))["last_hidden_state"]
+        for graphs in (models, fused)
+    )
     assert_close(found, expected, tolerance=5e-3)
 
 
@@ -319,7 +332,7 @@ def test_strip_functions_keeps_what_tensorrt_needs(stock):
                 assert attributes["plugin_namespace"] == b"trocr"
                 if node.op_type == "TrOCRResidualLayerNorm":
                     assert len(node.output) == 1 + attributes["emit_sum"]
-                if node.op_type == "TrOCRLinearResidual":
+                if node.op_type in ("TrOCRLinearResidual", "TrOCRPatchEmbedding"):
                     assert len(node.output) == 1 + attributes["emit_statistics"]
 
 
@@ -336,10 +349,12 @@ def test_all_statistics_are_emitted_but_the_last(stock):
     encoder = strip_functions(fuse_graph("encoder", models["encoder"], spec, parse_plugins("all")))
     nodes = [node for node in encoder.graph.node if node.domain == "trocr"]
     layer = ["LayerNormLinear", "EncoderAttention", "LinearResidual", "LayerNormLinear", "LinearResidual"]
-    assert [node.op_type for node in nodes] == [f"TrOCR{op}" for op in ["RowStatistics", *3 * layer]]
+    ops = ["PatchEmbedding", *3 * layer, "LayerNorm"]
+    assert [node.op_type for node in nodes] == [f"TrOCR{op}" for op in ops]
+    assert len(nodes[0].output) == 2
     outputs = [len(node.output) for node in nodes if node.op_type == "TrOCRLinearResidual"]
     assert outputs == [2, 2, 2, 2, 2, 1]
-    assert [node.op_type for node in encoder.graph.node].count("LayerNormalization") == 1
+    assert len(nodes) == len(encoder.graph.node)
 
 
 @pytest.mark.parametrize(
@@ -381,8 +396,9 @@ def test_published_widths(tmp_path):
     stock_model = load(tmp_path)["encoder"]
     fused = fuse_graph("encoder", stock_model, spec, parse_plugins("fused"))
     assert op_counts(fused) == TWO
-    pixels = {"pixel_values": random_images(spec, 2)}
-    expected, found = (run(model, pixels)["last_hidden_state"] for model in (stock_model, fused))
+    expected, found = (
+        run(model, random_images(model, spec, 2))["last_hidden_state"] for model in (stock_model, fused)
+    )
     assert_close(found, expected)
 
 
@@ -393,7 +409,7 @@ def test_widths_that_linear_cannot_do_are_left_to_the_other_passes(tmp_path):
     spec = load_spec(tmp_path)
     export(spec, load_model(spec, torch.float32), "fp32", tmp_path)
     fused = fuse_graph("encoder", load(tmp_path)["encoder"], spec, parse_plugins("all"))
-    assert op_counts(fused) == {"encoder_attention": 2, "layernorm": 4, "bias_activation": 2}
+    assert op_counts(fused) == {"encoder_attention": 2, "layernorm": 5, "bias_activation": 2}
 
 
 def spoil(model: onnx.ModelProto, node_name: str, attribute: str, value: object) -> onnx.ModelProto:

@@ -15,9 +15,11 @@ from graph_surgery.fused_ops import (
     ENCODER_ATTENTION,
     FUSED_OPS,
     GROUPS,
+    LAYER_NORM,
     LAYER_NORM_LINEAR,
     LINEAR_RESIDUAL,
     MIN_OPSET,
+    PATCH_EMBEDDING,
     PLUGINS,
     RESIDUAL_LAYER_NORM,
     ROW_STATISTICS,
@@ -28,6 +30,7 @@ from graph_surgery.fused_ops import (
     SurgeryError,
     parse_plugins,
 )
+from graph_surgery.passes.patch_embedding import pack_weight
 from tests.small_graphs import assert_close, run
 
 DTYPES = {
@@ -35,6 +38,7 @@ DTYPES = {
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
 }
+INTEGERS = {torch.int64: onnx.TensorProto.INT64, torch.uint8: onnx.TensorProto.UINT8}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -54,11 +58,11 @@ def run_op(
     """
     nodes, values, outputs = [], [], op.outputs[: len(op.outputs) - omit]
     for name, tensor in inputs.items():
-        integers = tensor.dtype == torch.int64
-        elem_type = onnx.TensorProto.INT64 if integers else onnx.TensorProto.FLOAT
+        integer_type = INTEGERS.get(tensor.dtype)
+        elem_type = integer_type or onnx.TensorProto.FLOAT
         dims = [f"{name}_{axis}" for axis in range(tensor.ndim)]
         values.append(onnx.helper.make_tensor_value_info(name, elem_type, dims))
-        to = onnx.TensorProto.INT64 if integers else DTYPES[torch.float32 if name in wide else dtype]
+        to = integer_type or DTYPES[torch.float32 if name in wide else dtype]
         nodes.append(onnx.helper.make_node("Cast", [name], [f"{name}_cast"], to=to))
     nodes.append(
         onnx.helper.make_node(
@@ -84,7 +88,7 @@ def run_op(
 def rounded(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The values that an op of this type sees, in float32."""
     return {
-        name: tensor if tensor.dtype == torch.int64 else tensor.to(dtype).float()
+        name: tensor if tensor.dtype in INTEGERS else tensor.to(dtype).float()
         for name, tensor in tensors.items()
     }
 
@@ -154,19 +158,21 @@ def test_decoder_self_attention(dtype):
 
 
 @every_dtype
-def test_cross_attention(dtype):
+@pytest.mark.parametrize("beams", [1, 4])
+def test_cross_attention(dtype, beams):
     torch.manual_seed(0)
     batch, length, num_heads, head_dim = 3, 59, 3, 32
     inputs = rounded(
         {
-            "query": torch.randn(batch, 1, num_heads * head_dim),
+            "query": torch.randn(batch * beams, 1, num_heads * head_dim),
             "key": torch.randn(batch, num_heads, length, head_dim),
             "value": torch.randn(batch, num_heads, length, head_dim),
         },
         dtype,
     )
     (found,) = run_op(CROSS_ATTENTION, inputs, dtype, {"num_heads": num_heads})
-    check(found, rows(attend(heads(inputs["query"], num_heads), inputs["key"], inputs["value"])), dtype)
+    key, value = (inputs[name].repeat_interleave(beams, dim=0) for name in ("key", "value"))
+    check(found, rows(attend(heads(inputs["query"], num_heads), key, value)), dtype)
 
 
 @every_dtype
@@ -271,6 +277,53 @@ def test_linear_residual(dtype, emit_statistics):
     assert len(statistics) == emit_statistics
     for found in statistics:
         check(found, statistics_of(y), torch.float32)  # of what was rounded
+
+
+@every_dtype
+@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize("emit_statistics", [0, 1])
+@pytest.mark.parametrize("special", [0, 1, 2])
+def test_patch_embedding(dtype, opset, emit_statistics, special):
+    """Against PyTorch's convolution, on an image that is not square."""
+    torch.manual_seed(0)
+    batch, height, width, outputs, scale = 3, 32, 48, 64, 0.01
+    inputs = rounded(
+        {
+            "pixels": torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8),
+            "kernel": torch.randn(outputs, 3, 16, 16) / 16,
+            "positions": torch.randn(special + height // 16 * (width // 16), outputs),
+        },
+        dtype,
+    )
+    kernel = inputs.pop("kernel")
+    inputs |= {"weight": torch.from_numpy(pack_weight(kernel.numpy())), "bias": torch.randn(outputs)}
+    attributes = {"scale": scale, "emit_statistics": emit_statistics}
+    y, *statistics = run_op(
+        PATCH_EMBEDDING,
+        inputs,
+        dtype,
+        attributes,
+        omit=1 - emit_statistics,
+        opset=opset,
+        wide={"bias", "statistics"},
+    )
+    patches = scale * torch.nn.functional.conv2d(inputs["pixels"].float() - 128, kernel, stride=16)
+    expected = inputs["positions"].repeat(batch, 1, 1)
+    expected[:, special:] += patches.flatten(2).transpose(1, 2) + inputs["bias"]
+    check(y, expected, dtype)
+    assert len(statistics) == emit_statistics
+    for found in statistics:
+        check(found, statistics_of(y), torch.float32)
+
+
+@every_dtype
+def test_layernorm(dtype):
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(3, 5, 72) + 1, "gamma": torch.randn(72), "beta": torch.randn(72)}
+    inputs = rounded(inputs, dtype)
+    (found,) = run_op(LAYER_NORM, inputs, dtype, {"epsilon": 0.5})
+    x, gamma, beta = inputs.values()
+    check(found, torch.nn.functional.layer_norm(x, (72,), gamma, beta, 0.5), dtype)
 
 
 def test_names_and_namespace_are_those_that_tensorrt_looks_up():

@@ -12,25 +12,27 @@ import torch
 from transformers import VisionEncoderDecoderModel
 
 from build import build
-from graph_surgery.checkpoint import ModelSpec, load_model, load_spec
+from graph_surgery.checkpoint import ModelSpec, Normalization, load_model, load_spec
 from runtime.backends.base import Backend, BackendError
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.torch_backend import TorchBackend
 from runtime.generation import (
+    Decoder,
     GenerationError,
-    GreedyDecoder,
-    GreedySearch,
     new_token_limit,
     unsupported_settings,
 )
 from tests.checkpoints import CASES
 
 NEW_TOKENS = 16
+NORMALIZATION = Normalization(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # of every checkpoint here
 
 
 def pixel_values(spec: ModelSpec, batch: int = 3) -> torch.Tensor:
-    shape = (batch, 3, spec.encoder.image_height, spec.encoder.image_width)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    """uint8 images of black and white blocks of 8 x 8: noise looks too much alike to a random encoder."""
+    shape = (batch, 3, spec.encoder.image_height // 8, spec.encoder.image_width // 8)
+    blocks = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(1)).mul(255).to(torch.uint8)
+    return blocks.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
 
 def open_backend(name: str, spec: ModelSpec, graphs: Callable[[Path, str], Path]) -> Backend:
@@ -41,9 +43,9 @@ def open_backend(name: str, spec: ModelSpec, graphs: Callable[[Path, str], Path]
 
 
 def generate(model: VisionEncoderDecoderModel, pixels: torch.Tensor, eos_token_id: int | list[int]):
-    """Hugging Face's greedy search."""
+    """Hugging Face's greedy search, on normalised pixels."""
     return model.generate(
-        pixels,
+        NORMALIZATION(pixels),
         eos_token_id=eos_token_id,
         pad_token_id=1,
         max_new_tokens=NEW_TOKENS,
@@ -82,8 +84,8 @@ def test_tokens_and_log_probs_are_those_of_generate(
     log_probs = torch.stack(expected.logits, dim=1).log_softmax(dim=-1)  # [B, steps, V]
 
     spec = replace(spec, eos_token_ids=eos)
-    search = GreedySearch(open_backend(backend_name, spec, graphs), len(pixels), NEW_TOKENS)
-    found = search.run(pixels)
+    decode = Decoder(open_backend(backend_name, spec, graphs), NEW_TOKENS)
+    found, search = decode(pixels), decode.search(len(pixels))
 
     steps = expected.sequences.shape[1]
     assert torch.equal(search.output_ids[:, :steps].cpu(), expected.sequences)
@@ -104,7 +106,7 @@ def test_a_search_leaves_nothing_behind(
 ):
     """The same backend again, with other images, another batch size and the first images once more."""
     spec = load_spec(checkpoint("small"))
-    decode = GreedyDecoder(open_backend(backend_name, spec, graphs), NEW_TOKENS)
+    decode = Decoder(open_backend(backend_name, spec, graphs), NEW_TOKENS)
     pixels = pixel_values(spec, batch=4)
     first = decode(pixels)
     assert decode(pixels.flip(0)).token_ids == first.token_ids[::-1]
@@ -118,7 +120,7 @@ def test_ended_rows_do_not_lower_the_log_prob(checkpoint: Callable[[str], Path])
     model, pixels = load_model(spec), pixel_values(spec)
     first = generate(model, pixels, eos_token_id=spec.decoder.vocab_size)
     spec = replace(spec, eos_token_ids=(first.sequences[0, 1].item(),))
-    found = GreedyDecoder(TorchBackend(spec), NEW_TOKENS)(pixels)
+    found = Decoder(TorchBackend(spec), NEW_TOKENS)(pixels)
     assert len(found.token_ids[0]) == 1
     assert max(map(len, found.token_ids)) > 1
     expected = first.logits[0][0].log_softmax(dim=-1).max().item()
@@ -129,7 +131,7 @@ def test_limit_of_the_checkpoint_and_of_the_caller(checkpoint: Callable[[str], P
     spec = load_spec(checkpoint("small"))
     assert new_token_limit(spec, None) == spec.max_new_tokens
     assert new_token_limit(spec, 3) == 3
-    found = GreedyDecoder(TorchBackend(replace(spec, eos_token_ids=(999,))), 3)(pixel_values(spec))
+    found = Decoder(TorchBackend(replace(spec, eos_token_ids=(999,))), 3)(pixel_values(spec))
     assert [len(row) for row in found.token_ids] == [3, 3, 3]
     positions = spec.decoder.max_position_embeddings
     assert new_token_limit(spec, positions) == positions
@@ -144,7 +146,7 @@ def test_impossible_limit(limit: int, checkpoint: Callable[[str], Path]):
 def test_limit_above_the_cache(checkpoint: Callable[[str], Path], graphs: Callable[[Path, str], Path]):
     backend = open_backend("all", load_spec(checkpoint("small")), graphs)
     with pytest.raises(GenerationError, match=r"max_new_tokens is 17, .* has room for 16; choose fewer"):
-        GreedyDecoder(backend, NEW_TOKENS + 1)
+        Decoder(backend, NEW_TOKENS + 1)
 
 
 def test_unsupported_settings_are_named(checkpoint: Callable[[str], Path], tmp_path: Path):

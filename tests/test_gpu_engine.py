@@ -11,11 +11,13 @@ import torch
 
 from build import build
 from graph_surgery.checkpoint import load_spec
+from runtime.backends.base import BackendError
 from runtime.backends.tensorrt_backend import TensorRTBackend
 from runtime.backends.torch_backend import TorchBackend
 from runtime.engine import Engine, EngineError
-from runtime.generation import GenerationError, GreedyDecoder, GreedySearch
+from runtime.generation import Decoder
 from runtime.manifest import FILE_NAME, Manifest
+from runtime.search import GenerationError, SearchSettings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,7 +49,8 @@ def reference(checkpoint: Callable[[str], Path]) -> TorchBackend:
 def pixels(backend, batch: int) -> torch.Tensor:
     encoder = backend.spec.encoder
     generator = torch.Generator().manual_seed(batch)
-    return torch.randn((batch, 3, encoder.image_height, encoder.image_width), generator=generator)
+    shape = (batch, 3, encoder.image_height, encoder.image_width)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 def forced_logits(backend, images: torch.Tensor) -> torch.Tensor:
@@ -86,8 +89,8 @@ def test_rows_do_not_depend_on_the_batch(engines, plugins: str):
 @pytest.mark.parametrize("plugins", FOLDERS)
 def test_graphs_do_not_change_tokens(engines, plugins: str):
     """Also with another batch size in between, and when graphs are replayed."""
-    plain = GreedyDecoder(TensorRTBackend(engines(plugins), cuda_graphs=False), TOKENS)
-    captured = GreedyDecoder(TensorRTBackend(engines(plugins)), TOKENS)
+    plain = Decoder(TensorRTBackend(engines(plugins), cuda_graphs=False), TOKENS)
+    captured = Decoder(TensorRTBackend(engines(plugins)), TOKENS)
     for batch in (3, 1, 3, 4, 1, 3):
         images = pixels(plain.backend, batch)
         assert captured(images).token_ids == plain(images).token_ids
@@ -97,12 +100,66 @@ def test_graphs_do_not_change_tokens(engines, plugins: str):
 def test_replays_use_no_stale_state(engines, plugins: str):
     """A graph captured for one image must read another one's buffers."""
     backend = TensorRTBackend(engines(plugins))
-    search = GreedySearch(backend, 2, TOKENS)
+    decode = Decoder(backend, TOKENS)
     first, second = torch.zeros_like(pixels(backend, 2)), pixels(backend, 2)
-    runs = [search.run(images) for images in (first, second, first, second)]
+    runs = [decode(images) for images in (first, second, first, second)]
     assert runs[0].mean_log_probs == runs[2].mean_log_probs
     assert runs[1].mean_log_probs == runs[3].mean_log_probs
     assert runs[0].mean_log_probs != runs[1].mean_log_probs
+
+
+@pytest.mark.parametrize("plugins", FOLDERS)
+def test_beam_search_is_that_of_torch_in_fp32(checkpoint, tmp_path_factory, reference, plugins: str):
+    """Also when graphs are replayed, and with the other set of buffers for the images' keys and values."""
+    out = tmp_path_factory.mktemp("beams") / plugins
+    model = str(checkpoint("small"))
+    folder = build(model, plugins, "fp32", (1, 2, 4), out, num_beams=3, timing_cache=TIMING_CACHE)
+    backend = TensorRTBackend(folder)
+    for settings in (SearchSettings(3), SearchSettings(2, 2.0, 3, True), SearchSettings(1, 1.0, 2)):
+        decode, expected = Decoder(backend, TOKENS, settings), Decoder(reference, TOKENS, settings)
+        for batch in (4, 4, 3, 4, 1, 4):
+            images = pixels(backend, batch)
+            found, wanted = decode(images), expected(images)
+            assert found.token_ids == wanted.token_ids
+            assert found.mean_log_probs == pytest.approx(wanted.mean_log_probs, abs=1e-3)
+    with pytest.raises(GenerationError, match=r"num_beams is 13, .* at most 12 rows"):
+        Decoder(backend, TOKENS, SearchSettings(13))
+
+
+def test_encoding_ahead_changes_nothing(engines):
+    backend = TensorRTBackend(engines("fused"), greedy_kernels=False)
+    decode = Decoder(backend, TOKENS)
+    batches = [pixels(backend, batch) for batch in (4, 3, 4, 2, 4, 1)]
+    alone = [decode(images) for images in batches]
+    ahead = []
+    encoding = backend.encode(batches[0])
+    for images, following in zip(batches, [*batches[1:], None], strict=True):
+        current = encoding
+        if following is not None:
+            encoding = backend.encode(following)
+        ahead.append(decode.decode(current, len(images)))
+    assert ahead == alone
+
+
+@pytest.mark.parametrize("plugins", FOLDERS)
+def test_selected_images_go_on(engines, plugins: str):
+    """After `select` a row's logits are those of the same history without it."""
+    backend = TensorRTBackend(engines(plugins))
+    images = pixels(backend, 4)
+    tokens = torch.arange(4, device=backend.device)[:, None]
+
+    def step(state, ids, position):
+        return backend.step(state, ids, torch.full_like(ids, position)).float().clone()
+
+    state = backend.start(images)
+    step(state, tokens, 0)
+    expected = step(state, tokens + 4, 1)
+    state = backend.start(images)
+    step(state, tokens, 0)
+    chosen = torch.tensor([3, 1], device=backend.device)
+    state = backend.select(state, chosen)
+    found = step(state, tokens[chosen] + 4, 1)
+    assert (found - expected[chosen]).abs().max() <= 0.01 * expected.abs().max()
 
 
 def test_works_on_another_stream(engines):
@@ -138,10 +195,21 @@ def test_batch_above_the_profile(engines):
         backend.start(pixels(backend, 5))
 
 
+def test_pixels_on_the_gpu_and_normalised_ones(engines):
+    """uint8 from the GPU as from the host; floats are normalised, which fused does not take."""
+    stock, fused = (TensorRTBackend(engines(plugins)) for plugins in FOLDERS)
+    images = pixels(stock, 2)
+    for backend in (stock, fused):
+        assert torch.equal(forced_logits(backend, images.cuda()), forced_logits(backend, images))
+    assert torch.equal(forced_logits(stock, stock.normalization(images)), forced_logits(stock, images))
+    with pytest.raises(BackendError, match=r"torch\.float32, and this encoder takes uint8"):
+        fused.start(stock.normalization(images))
+
+
 def test_more_tokens_than_the_cache(engines):
     backend = TensorRTBackend(engines("fused"))
     with pytest.raises(GenerationError, match="33"):
-        GreedyDecoder(backend, 33)
+        Decoder(backend, 33)
 
 
 def test_wrong_tensors(engines):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from profiling.greedy_decoder import DECODERS, NO_END, differences, random_cross, random_weights
-from profiling.kernel_calls import load_kernels
 from runtime.greedy_decoder import GreedyDecoder, pack_blobs
+from runtime.kernels import load_kernels
 
 # name -> config: the published decoders with fewer layers, and other sizes and switches.
 BASE = DECODERS["base"] | {"num_layers": 2, "vocab_size": 5003}
@@ -142,6 +142,17 @@ def test_a_line_does_not_depend_on_its_neighbours(hopper, name, lines, slots):
     found, *_ = search(hopper, name, torch.float16, lines, 10, slots, shuffled, eos_ids=ends)
     for got, wanted in zip(found, expected, strict=True):
         assert torch.equal(got, wanted[order])
+
+
+@pytest.mark.gpu
+def test_without_an_end_every_line_has_its_full_length(hopper):
+    free, cross, _, _ = search(hopper, "bundled", torch.float16, 5, 8)
+    ends = free[0][:, 2].unique().tolist()
+    _, _, _, decoder = search(hopper, "bundled", torch.float16, 5, 8, cross=cross, eos_ids=ends)
+    found = decoder.outputs(5, 8)
+    decoder.run(*cross, found, stop=False)
+    torch.cuda.synchronize()
+    assert all(torch.equal(got, wanted) for got, wanted in zip(found, free, strict=True))
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import torch
 
 from graph_surgery.checkpoint import load_model, load_spec
 from graph_surgery.export import CrossKeyValue
+from profiling.greedy_reference import forced_logits, greedy_reference
 from runtime.greedy_weights import (
     FILE_NAME,
     GreedyWeightsError,
@@ -19,7 +20,6 @@ from runtime.greedy_weights import (
     save_decoder,
 )
 from tests.checkpoints import CASES
-from tests.greedy_reference import forced_logits, greedy_reference
 
 TOKENS = 16
 

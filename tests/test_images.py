@@ -1,15 +1,28 @@
-"""Image loading: every format and mode becomes upright 8-bit RGB on white, or one clear error."""
+"""Images: every format and mode becomes upright 8-bit RGB on white, or one clear error; and preprocessing."""
 
+import io
+import json
+import shutil
 import struct
+import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, TiffImagePlugin
+from transformers import AutoImageProcessor
 
 from runtime import images
+from runtime.generation import Generation
 from runtime.images import ImageError, load_image
+from runtime.recognizer import Recognizer
+from tests.conftest import BUNDLED_MODEL
+
+SAMPLES = BUNDLED_MODEL.parent.parent / "samples"
+LABELLED_LINES = BUNDLED_MODEL.parent.parent / "data" / "lines-val.tar"
 
 EXIF_ORIENTATION = 0x0112
 # The stored image that a viewer of this Exif orientation turns into the upright one.
@@ -266,3 +279,161 @@ def test_too_small(size: tuple[int, int]):
 @pytest.mark.parametrize("size", [(4, 4), (16384, 32), (4, 16384)])
 def test_extreme_sizes_that_work(size: tuple[int, int]):
     assert load_image(Image.new("L", size)).size == size
+
+
+# Preprocessing: what the recognizer hands to the encoder is what the checkpoint's own processor makes.
+
+SPECIFIC = {
+    "published small: DeiT, bicubic": {
+        "feature_extractor_type": "DeiTFeatureExtractor",
+        "resample": 3,
+        "size": 48,
+        "do_center_crop": False,
+        "crop_size": 224,
+    },
+    "published base: ViT, bilinear": {
+        "feature_extractor_type": "ViTFeatureExtractor",
+        "resample": 2,
+        "size": 48,
+    },
+    "transformers 4": {
+        "image_processor_type": "ViTImageProcessor",
+        "processor_class": "TrOCRProcessor",
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "size": {"height": 48, "width": 48},
+    },
+    "fast class": {
+        "image_processor_type": "ViTImageProcessorFast",
+        "resample": 3,
+        "size": {"height": 48, "width": 48},
+    },
+    "cropped": {
+        "image_processor_type": "DeiTImageProcessor",
+        "resample": 3,
+        "size": {"height": 56, "width": 60},
+        "do_center_crop": True,
+        "crop_size": {"height": 48, "width": 48},
+    },
+    "other mean and scale": {
+        "image_processor_type": "ViTImageProcessor",
+        "resample": 0,
+        "rescale_factor": 1 / 127.5,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "size": {"height": 48, "width": 48},
+    },
+    "not normalised": {
+        "image_processor_type": "ViTImageProcessor",
+        "resample": 2,
+        "do_normalize": False,
+        "size": {"height": 48, "width": 48},
+    },
+}
+
+
+def with_processor(model: Path, folder: Path, content: dict, nested: bool = False) -> Path:
+    """A copy of the checkpoint whose image processor is `content`; nested as transformers 5 writes it."""
+    shutil.copytree(model, folder)
+    common = {"do_resize": True, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").unlink()
+    if nested:
+        content = {"image_processor": common | content, "processor_class": "TrOCRProcessor"}
+        (folder / "processor_config.json").write_text(json.dumps(content))
+    else:
+        (folder / "preprocessor_config.json").write_text(json.dumps(common | content))
+    return folder
+
+
+def encoder_inputs(
+    recognizer: Recognizer, sources: list, monkeypatch: pytest.MonkeyPatch
+) -> list[torch.Tensor]:
+    """What the torch backend makes of the pixels it gets, one batch after another: float32, on the CPU."""
+    batches = []
+    encode = recognizer.backend.encode
+
+    def recording(pixel_values: torch.Tensor):
+        batches.append(recognizer.backend.normalization(pixel_values.cpu()))
+        return encode(pixel_values)
+
+    monkeypatch.setattr(recognizer.backend, "encode", recording)
+    assert all(result.error is None for result in recognizer.recognize(sources))
+    return batches
+
+
+@pytest.mark.parametrize("name", SPECIFIC)
+def test_preprocessing_is_the_processors_own(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = with_processor(checkpoint("small"), tmp_path / "model", SPECIFIC[name])
+    check_preprocessing(folder, monkeypatch)
+
+
+@pytest.mark.parametrize("case", ["small", "wide"])
+def test_preprocessing_of_a_nested_configuration_and_of_images_that_are_not_square(
+    case: str, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    height, width = {"small": (48, 48), "wide": (32, 96)}[case]
+    content = {
+        "image_processor_type": "DeiTImageProcessor",
+        "do_center_crop": False,
+        "resample": 3,
+        "size": {"height": height, "width": width},
+    }
+    folder = with_processor(checkpoint(case), tmp_path / "model", content, nested=True)
+    check_preprocessing(folder, monkeypatch)
+
+
+def check_preprocessing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = AutoImageProcessor.from_pretrained(folder)
+    recognizer = Recognizer(folder, backend="torch", batch_size=3, max_new_tokens=1)
+    lines = sorted(SAMPLES.glob("*.jpg"))[:5]
+    inputs = torch.cat(encoder_inputs(recognizer, lines, monkeypatch))
+    images = [Image.open(file).convert("RGB") for file in lines]
+    expected = torch.cat([processor(image, return_tensors="pt").pixel_values for image in images])
+    torch.testing.assert_close(inputs, expected, rtol=0, atol=1e-6)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "resample"), [("ViT", 2), ("DeiT", 3)])
+def test_preprocessing_of_the_labelled_lines(
+    kind: str, resample: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Every eighth real line at the published size: within 1/255 of the checkpoint's own processor."""
+    content = {"feature_extractor_type": f"{kind}FeatureExtractor", "resample": resample, "size": 384}
+    content |= {"do_center_crop": False} if kind == "DeiT" else {}
+    folder = with_processor(BUNDLED_MODEL, tmp_path / "model", content)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    recognizer = Recognizer(folder, backend="torch", max_new_tokens=1)
+    normalization, prepared = recognizer.backend.normalization, []
+    monkeypatch.setattr(recognizer.backend, "encode", lambda pixels: prepared.append(normalization(pixels)))
+    monkeypatch.setattr(
+        recognizer._decoder, "decode", lambda _, images: Generation([[2]] * images, [0.0] * images)
+    )
+    with tarfile.open(LABELLED_LINES) as archive:
+        names = sorted(name for name in archive.getnames() if name.endswith(".jpg"))[::8]
+        images = [Image.open(io.BytesIO(archive.extractfile(name).read())) for name in names]
+        for image in images:
+            image.load()
+    assert len(images) == 242
+    recognizer.recognize(images)
+    inputs = torch.cat(prepared)
+    for image, found in zip(images, inputs, strict=True):
+        expected = processor(image.convert("RGB"), return_tensors="pt").pixel_values[0]
+        quantised = [torch.round((pixels * 0.5 + 0.5) * 255) for pixels in (found, expected)]
+        assert (quantised[0] - quantised[1]).abs().max() <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", SPECIFIC)
+def test_preprocessing_on_the_device_is_that_on_the_cpu(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The second half, rescaling and normalising, where the backend's tensors are."""
+    folder = with_processor(checkpoint("small"), tmp_path / "model", SPECIFIC[name])
+    recognizer = Recognizer(folder, backend="torch", max_new_tokens=1)
+    assert recognizer.backend.device.type == "cuda"
+    check_preprocessing(folder, monkeypatch)

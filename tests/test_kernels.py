@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from profiling.kernel_calls import FusedOps, attention, load_kernels, merge_heads, split_qkv
+from profiling.kernel_calls import FusedOps, attention, merge_heads, split_qkv
+from runtime.kernels import load_kernels
 
 DEVICE = "cuda"
 TOKENS = (1, 59, 97, 257, 577, 578, 1025)
@@ -252,6 +253,63 @@ def test_cross_attention(ops, dtype, head_dim, tokens, batch, heads):
     guarded.check()
 
 
+@pytest.mark.gpu
+@all_dtypes
+@all_head_dims
+@pytest.mark.parametrize(("images", "beams", "heads"), [(1, 4, 8), (3, 5, 6), (16, 2, 16), (40, 4, 8)])
+def test_rows_that_share_an_image(ops, dtype, head_dim, images, beams, heads):
+    """The result is that of the same keys and values repeated for every row, bit for bit."""
+    tokens, rows = 578, images * beams
+    guarded = Guarded(dtype)
+    query = guarded.random(rows, 1, heads * head_dim).mul_(4)
+    key, value = (guarded.random(images, heads, tokens, head_dim) for _ in range(2))
+    out, repeated = (guarded.poisoned(rows, 1, heads * head_dim) for _ in range(2))
+    ops.cross_attention(query, key, value, out)
+    ops.cross_attention(query, *(tensor.repeat_interleave(beams, dim=0) for tensor in (key, value)), repeated)
+    assert not out.isnan().any()
+    assert same_bits(out, repeated)
+    guarded.check()
+
+
+# --- cache reorder ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@all_dtypes
+@all_head_dims
+@pytest.mark.parametrize(
+    ("images", "beams", "heads"), [(1, 1, 3), (3, 2, 8), (5, 4, 6), (2, 7, 3), (64, 4, 8)]
+)
+def test_cache_reorder(ops, kernels, dtype, head_dim, images, beams, heads):
+    """In place, up to each image's position, and nothing else is written."""
+    tensors, capacity, rows = 4, 32, images * beams
+    guarded = Guarded(dtype)
+    memory = guarded.random(tensors, rows + 1, heads, capacity, head_dim)  # a row more than are in use
+    before = memory.clone()
+    first = torch.arange(images, device=DEVICE)[:, None] * beams
+    chosen = (torch.randint(beams, (images, beams), device=DEVICE) + first).flatten()
+    positions = torch.randint(capacity + 1, (images, 1), device=DEVICE).expand(images, beams)
+    positions = positions.reshape(rows, 1).contiguous()
+    kernels.reorder_cache(
+        memory.data_ptr(),
+        chosen.data_ptr(),
+        positions.data_ptr(),
+        tensor_bytes=memory[0].nbytes,
+        tensors=tensors,
+        batch=rows,
+        beams=beams,
+        num_heads=heads,
+        capacity=capacity,
+        row_bytes=head_dim * memory.element_size(),
+        stream=torch.cuda.current_stream().cuda_stream,
+    )
+    expected = before.clone()
+    seen = (torch.arange(capacity, device=DEVICE) < positions)[None, :, None, :, None]
+    expected[:, :rows] = torch.where(seen, before[:, chosen], before[:, :rows])
+    assert same_bits(memory, expected)
+    guarded.check()
+
+
 # --- residual + LayerNorm -----------------------------------------------------------------------------------
 
 
@@ -303,6 +361,23 @@ def test_residual_layernorm_unaligned(ops, dtype):
     parameters = (256,), *aligned[2:]
     reference = F.layer_norm(total.double(), (256,), *(tensor.double() for tensor in aligned[2:]), 1e-5)
     assert_close(normed, F.layer_norm(total, *parameters, 1e-5), reference)
+    guarded.check()
+
+
+@pytest.mark.gpu
+@all_dtypes
+@pytest.mark.parametrize("width", [1, 59, 192, 384, 768, 1024, 1536])
+@pytest.mark.parametrize("rows", [1, 5, 577])
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
+def test_layernorm(ops, dtype, width, rows, overlap):
+    guarded = Guarded(dtype)
+    x, gamma, beta = guarded.random(rows, width).add_(8), guarded.random(width), guarded.random(width)
+    normed = guarded.poisoned(rows, width)
+    ops.layernorm(x, gamma, beta, normed, 1e-12, overlap)
+    wide = F.layer_norm(x.double(), (width,), gamma.double(), beta.double(), 1e-12)
+    assert_close(normed, F.layer_norm(x, (width,), gamma, beta, 1e-12), wide)
+    ops.layernorm(x, gamma, beta, x, 1e-12, overlap)
+    assert same_bits(x, normed)
     guarded.check()
 
 
@@ -418,6 +493,11 @@ REFUSED = [
     *((op, {"batch": 65536}, "at most 65535") for op in ATTENTIONS),
     *((op, {"num_heads": 65536}, "at most 65535") for op in ATTENTIONS),
     *((op, {"sequence_length": size}, "must be at least 1") for op in TOKEN_OPS for size in (0, -577)),
+    *(
+        ("cross_attention", {"batch": 4, "images": size}, "not a multiple of the images")
+        for size in (-1, 3, 8)
+    ),
+    ("cross_attention", {"batch": 65535, "images": 1}, "rows of an image times heads must be at most"),
     ("decoder_self_attention", {"capacity": 0}, "must be at least 1"),
     *(
         (op, {name: size}, "must be at least 1")
@@ -431,6 +511,34 @@ REFUSED = [
     ("residual_layernorm", {"epsilon": math.nan}, "epsilon must not be negative"),
     ("bias_activation", {"activation": "tanh"}, "activation 'tanh' is neither"),
 ]
+
+
+CACHE = {
+    "tensor_bytes": 1 << 20,
+    "tensors": 4,
+    "batch": 8,
+    "beams": 4,
+    "num_heads": 8,
+    "capacity": 32,
+    "row_bytes": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"beams": 17}, "beams must be 1 to 16"),
+        ({"beams": 0}, "beams must be 1 to 16"),
+        ({"beams": 3}, "not a multiple of the beams"),
+        ({"num_heads": 0}, "heads and tensors must be 1 to 65535"),
+        ({"tensors": 65536}, "heads and tensors must be 1 to 65535"),
+        ({"capacity": 0}, "capacity must be at least 1"),
+        ({"row_bytes": 24}, "multiples of 16 bytes"),
+    ],
+)
+def test_refuses_what_it_cannot_reorder(kernels, change, reason):
+    with pytest.raises(RuntimeError, match=f"cannot implement reorder_cache because.*{reason}"):
+        kernels.reorder_cache(POINTER, POINTER, POINTER, **(CACHE | change))
 
 
 @pytest.mark.parametrize(("op", "change", "reason"), REFUSED)

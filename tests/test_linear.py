@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from profiling.kernel_calls import load_kernels
+from runtime.kernels import load_kernels
 
 POLYNOMIAL = (  # of gelu() in plugins/linear/epilogue.cuh, from degree 5 down
     -0.00030645227525383234,

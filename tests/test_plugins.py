@@ -33,10 +33,12 @@ GOOD = {
     "TrOCRDecoderSelfAttention": NUM_HEADS,
     "TrOCRCrossAttention": NUM_HEADS,
     "TrOCRResidualLayerNorm": {"epsilon": np.float32(1e-5), "emit_sum": np.int32(0)},
+    "TrOCRLayerNorm": {"epsilon": np.float32(1e-5)},
     "TrOCRBiasActivation": {"activation": "gelu"},
     "TrOCRRowStatistics": {},
     "TrOCRLayerNormLinear": {"epsilon": np.float32(1e-5), "activation": "none"},
     "TrOCRLinearResidual": {"emit_statistics": np.int32(0)},
+    "TrOCRPatchEmbedding": {"scale": np.float32(1 / 255), "emit_statistics": np.int32(0)},
 }
 
 needs_tensorrt = pytest.mark.skipif(
@@ -139,6 +141,7 @@ def test_every_attribute_changes_the_timing_cache_id(trt):
     others = {
         "num_heads": np.int32(8),
         "epsilon": np.float32(1e-12),
+        "scale": np.float32(1),
         "emit_sum": np.int32(1),
         "emit_statistics": np.int32(1),
         "activation": "relu",
@@ -170,6 +173,8 @@ BAD = [
     ("TrOCRLayerNormLinear", {"epsilon": np.float32(1e-5)}, "'activation' (CHAR) is missing"),
     ("TrOCRLayerNormLinear", {"epsilon": np.float32(0), "activation": "none"}, "'epsilon' is 0"),
     ("TrOCRLinearResidual", {"emit_statistics": np.int32(2)}, "expected 0 or 1"),
+    ("TrOCRLayerNorm", {"epsilon": np.float32(0)}, "'epsilon' is 0"),
+    ("TrOCRPatchEmbedding", {"scale": np.float32(0), "emit_statistics": np.int32(0)}, "'scale' is 0"),
 ]
 
 

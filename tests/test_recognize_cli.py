@@ -28,6 +28,14 @@ def engines(graphs: Graphs) -> list[str]:
     return ["--engines", str(graphs(BUNDLED_MODEL, "all")), "--backend", "onnxruntime"]
 
 
+def test_beam_search(engines: list[str], capsys: pytest.CaptureFixture):
+    options = ["--num-beams", "2", "--early-stopping", "never", "--length-penalty", "2", *engines]
+    assert recognize.main([*options, str(SAMPLES / "000015.jpg")]) == 0
+    assert "000015.jpg" in capsys.readouterr().out
+    assert recognize.main([*engines, "--early-stopping", "soon", str(SAMPLES / "000015.jpg")]) == 2
+    assert "early_stopping is 'soon'; choose False, True or 'never'" in capsys.readouterr().err
+
+
 def test_labels_json_and_bad_files_in_one_run(engines: list[str], tmp_path: Path):
     """Five good lines, one of them without a label and one named twice; and everything that can be wrong."""
     folder, empty = tmp_path / "lines", tmp_path / "empty"

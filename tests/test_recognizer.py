@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,6 +136,43 @@ def test_results_come_before_all_images_are_read(fused: Recognizer):
     assert len(taken) <= 2 * fused.batch_size
 
 
+def test_encoding_ahead(graphs: Graphs, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU: a batch is encoded before the one before it is decoded; the results are in order."""
+    recognizer = Recognizer(graphs(BUNDLED_MODEL, "all"), backend="onnxruntime", batch_size=3)
+    images = [*LINES[:4], "missing.png", *LINES[4:8]]
+    expected = recognizer.recognize(images)
+
+    calls = []
+    backend = recognizer.backend
+    for name in ("encode", "begin"):
+        method = getattr(backend, name)
+        monkeypatch.setattr(
+            backend, name, lambda *args, name=name, method=method: calls.append(name) or method(*args)
+        )
+    recognizer.recognize(images)
+    assert calls == ["encode", "begin"] * 3
+    calls.clear()
+    monkeypatch.setattr(backend, "encodings", 2)
+    stream = recognizer.stream(images)
+    ahead = [next(stream)]
+    time.sleep(1)  # the next batch's images are scaled meanwhile
+    ahead += stream
+    assert sorted(calls) == ["begin"] * 3 + ["encode"] * 3
+    assert calls.index("begin", calls.index("begin") + 1) > 2  # the second begins after a third is encoded
+    assert [(r.path, r.text, r.token_ids) for r in ahead] == [(r.path, r.text, r.token_ids) for r in expected]
+
+
+def test_beam_search(graphs: Graphs):
+    recognizer = Recognizer(graphs(BUNDLED_MODEL, "all"), backend="onnxruntime", num_beams=3, batch_size=2)
+    processor = AutoImageProcessor.from_pretrained(BUNDLED_MODEL)
+    model = VisionEncoderDecoderModel.from_pretrained(BUNDLED_MODEL, dtype=torch.float32).eval()
+    for file, result in zip(LINES[:3], recognizer.recognize(LINES[:3]), strict=True):
+        pixels = processor(Image.open(file).convert("RGB"), return_tensors="pt").pixel_values
+        found = model.generate(pixels, num_beams=3, output_scores=True, return_dict_in_generate=True)
+        assert result.token_ids == found.sequences[0, 1:].tolist()
+        assert result.mean_log_prob == pytest.approx(found.sequences_scores.item(), abs=1e-4)
+
+
 def test_timing(fused: Recognizer):
     (result,) = fused.recognize([LINES[0]])
     assert result.timing.batch == 1
@@ -199,5 +237,5 @@ def test_unsuitable_processor_files(graphs: Graphs, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"makes images of \[3, 224, 224\], config.json asks .*384"):
         Recognizer(folder, backend="onnxruntime")
     processor_file.unlink()
-    with pytest.raises(CheckpointError, match="no usable image processor and tokenizer"):
+    with pytest.raises(CheckpointError, match="no usable image processor"):
         Recognizer(folder, backend="onnxruntime")

@@ -9,6 +9,7 @@ from graph_surgery.passes.decoder_self_attention import DecoderSelfAttentionPass
 from graph_surgery.passes.encoder_attention import EncoderAttentionPass
 from graph_surgery.passes.layernorm import LayerNormPass
 from graph_surgery.passes.linear import LinearPass
+from graph_surgery.passes.patch_embedding import PatchEmbeddingPass
 
 PASSES: Mapping[str, FusionPass] = {
     fusion.op.plugin: fusion
@@ -17,6 +18,7 @@ PASSES: Mapping[str, FusionPass] = {
         DecoderSelfAttentionPass(),
         CrossAttentionPass(),
         LinearPass(),
+        PatchEmbeddingPass(),
         LayerNormPass(),
         BiasActivationPass(),
     )

@@ -51,6 +51,10 @@ class FusionPass(ABC):
     op: ClassVar[FusedOp]
     anchors: ClassVar[frozenset[str]]
 
+    def for_model(self, spec: ModelSpec) -> "FusionPass":
+        """The pass for one model: another one where it depends on more than the graph."""
+        return self
+
     @abstractmethod
     def expected(self, spec: ModelSpec, fused: Collection[str]) -> dict[str, int]:
         """How many fused nodes the pass puts into each of a model's graphs, after the passes `fused`.

@@ -10,6 +10,8 @@ from graph_surgery.passes.attention import match_attention
 from graph_surgery.passes.base import FusionPass, NewNode
 from graph_surgery.passes.matching import Mismatch, describe, producer, shape
 
+IMAGES = "images"
+
 
 class CrossAttentionPass(FusionPass):
     """Split of the query into heads, scaled product, softmax, product, merge -> one fused op."""
@@ -38,3 +40,10 @@ class CrossAttentionPass(FusionPass):
             num_heads=query.num_heads,
         )
         return [fused]
+
+    def finish(self, graph: gs.Graph) -> None:
+        """The fused op takes the keys and values of an image once for several rows, the beams of a search."""
+        for node in graph.nodes:
+            if node.op == self.op.name:
+                for tensor in node.inputs[1:]:
+                    tensor.shape = [IMAGES, *tensor.shape[1:]]

@@ -3,6 +3,7 @@
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <exception>
@@ -22,8 +23,9 @@ inline constexpr char const* kPLUGIN_NAMESPACE = "trocr";
 inline constexpr char const* kPLUGIN_VERSION = "1";
 
 //! What TensorRT asks of every plugin of this library: stateless ops on linear tensors, most of them of one type T,
-//! that of the first input, whose kernels need no workspace. A plugin is defined by its attributes alone, and all sizes are read from the descriptions of each
-//! call: so a clone is complete when it has the attributes, and there is nothing to configure.
+//! that of the first input unless told otherwise, whose kernels need no workspace. A plugin is defined by its attributes
+//! alone, and all sizes are read from the descriptions of each call: so a clone is complete when it has the attributes,
+//! and there is nothing to configure.
 //!
 //! An op derives from PluginBase<Op, Attributes> and adds
 //!
@@ -33,6 +35,8 @@ inline constexpr char const* kPLUGIN_VERSION = "1";
 //!     cudaError_t launch(Params&, void const* const* inputs, void* const* outputs, cudaStream_t) const;
 //!     void outputShapes(DimsExprs const* inputs, DimsExprs* outputs, IExprBuilder&) const;
 //!     int32_t nbOutputs() const;                           // where it is not 1
+//!     static constexpr int32_t kTYPED_INPUT;               // the input whose type is T, where it is not the first
+//!     static constexpr uint32_t kINT32_INPUTS;             // bit i: input i is int32 instead of T
 //!     static constexpr uint32_t kINT64_INPUTS;             // bit i: input i is int64 instead of T
 //!     static constexpr uint32_t kFLOAT_INPUTS;             // bit i: input i is float32 whatever T is
 //!     static constexpr uint32_t kFLOAT_OUTPUTS;            // bit i: output i is float32 whatever T is
@@ -45,6 +49,8 @@ class PluginBase : public nvinfer1::IPluginV3,
 public:
     using Attributes = Attributes_;
 
+    static constexpr int32_t kTYPED_INPUT = 0;
+    static constexpr uint32_t kINT32_INPUTS = 0;
     static constexpr uint32_t kINT64_INPUTS = 0;
     static constexpr uint32_t kFLOAT_INPUTS = 0;
     static constexpr uint32_t kFLOAT_OUTPUTS = 0;
@@ -118,10 +124,10 @@ public:
                        [&]
                        {
                            expectCounts(nbInputs, nbOutputs);
-                           toDataType(inputTypes[0]);  // throws for an unsupported type
+                           toDataType(inputTypes[Op::kTYPED_INPUT]);  // throws for an unsupported type
                            for (int32_t i = 0; i < nbOutputs; ++i)
                            {
-                               outputTypes[i] = outputType(i, inputTypes[0]);
+                               outputTypes[i] = outputType(i, inputTypes[Op::kTYPED_INPUT]);
                            }
                        });
     }
@@ -147,11 +153,12 @@ public:
         {
             return false;
         }
-        if (pos == 0)
+        if (pos == Op::kTYPED_INPUT)
         {
             return isSupported(desc.type);
         }
-        nvinfer1::DataType const type = inOut[0].desc.type;
+        // Inputs before that have a type of their own.
+        nvinfer1::DataType const type = inOut[std::min(pos, Op::kTYPED_INPUT)].desc.type;
         return desc.type == (pos < nbInputs ? inputType(pos, type) : outputType(pos - nbInputs, type));
     }
 
@@ -167,7 +174,7 @@ public:
                            {
                                dims[i] = in[i].max;
                            }
-                           op().describe(dims.data(), in[0].desc.type);
+                           op().describe(dims.data(), in[Op::kTYPED_INPUT].desc.type);
                        });
     }
 
@@ -243,6 +250,10 @@ private:
 
     static nvinfer1::DataType inputType(int32_t i, nvinfer1::DataType type)
     {
+        if (has(Op::kINT32_INPUTS, i))
+        {
+            return nvinfer1::DataType::kINT32;
+        }
         if (has(Op::kINT64_INPUTS, i))
         {
             return nvinfer1::DataType::kINT64;
@@ -267,7 +278,7 @@ private:
         {
             dims[i] = in[i].dims;
         }
-        return op().describe(dims.data(), in[0].type);
+        return op().describe(dims.data(), in[Op::kTYPED_INPUT].type);
     }
 
     void expectCounts(int32_t nbInputs, int32_t nbOutputs) const

@@ -22,21 +22,26 @@ constexpr int kBLOCKS_A_MULTIPROCESSOR = 3;
 
 constexpr int kMAX_SPLITS = 8; // the portable cluster size
 
-// One block a head of an image. Where that leaves multiprocessors idle, the keys are split over the blocks of a
+// One block a head of a row. Those of the rows that share an image are neighbours in the grid, so that they run at the
+// same time and all but the first find the keys and values in the cache. Where that leaves multiprocessors idle, the keys are split over the blocks of a
 // cluster, and the first block merges the partial results out of the others' shared memory: no second kernel, no
 // workspace, and a fixed order. Clusters need compute capability 9.0; before, there is one split.
 template <typename T, int kHEAD_DIM>
 __global__ void __launch_bounds__(kWARPS* kWARP_SIZE, kBLOCKS_A_MULTIPROCESSOR)
     crossAttentionKernel(T const* __restrict__ query, T const* __restrict__ key, T const* __restrict__ value,
-        T* __restrict__ context, int sequenceLength, int keysASplit)
+        T* __restrict__ context, int sequenceLength, int keysASplit, int rowsAnImage)
 {
     using Attention = SingleQueryAttention<T, kHEAD_DIM, kWARPS, kUNROLL>;
     __shared__ typename Attention::Partials partials;
 
-    // blockIdx = (split, head, image); [B, H, S, d] and [B, 1, H * d]
-    int64_t const head = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-    T const* const keys = key + head * sequenceLength * kHEAD_DIM;
-    T const* const values = value + head * sequenceLength * kHEAD_DIM;
+    // blockIdx = (split, head and row of the image, image); [I, H, S, d] and [B, 1, H * d]
+    int const heads = gridDim.y / rowsAnImage;
+    int const headOfRow = blockIdx.y / rowsAnImage;
+    int64_t const row = static_cast<int64_t>(blockIdx.z) * rowsAnImage + blockIdx.y % rowsAnImage;
+    int64_t const head = row * heads + headOfRow;
+    int64_t const source = (static_cast<int64_t>(blockIdx.z) * heads + headOfRow) * sequenceLength * kHEAD_DIM;
+    T const* const keys = key + source;
+    T const* const values = value + source;
     int const begin = blockIdx.x * keysASplit;
     int const end = min(begin + keysASplit, sequenceLength);
 
@@ -106,11 +111,12 @@ cudaError_t launchSized(CrossAttentionParams const& params, cudaStream_t stream)
     {
         return status;
     }
-    dim3 const grid(splits, params.numHeads, params.batch);
+    int const rowsAnImage = params.batch / params.images;
+    dim3 const grid(splits, params.numHeads * rowsAnImage, params.images);
     return launch(crossAttentionKernel<T, kHEAD_DIM>, grid, dim3(Attention::kTHREADS), static_cast<unsigned>(splits),
         stream, static_cast<T const*>(params.query), static_cast<T const*>(params.key),
         static_cast<T const*>(params.value), static_cast<T*>(params.context), params.sequenceLength,
-        ceilDiv(params.sequenceLength, splits));
+        ceilDiv(params.sequenceLength, splits), rowsAnImage);
 }
 
 template <typename T>
@@ -123,8 +129,20 @@ cudaError_t launchTyped(CrossAttentionParams const& params, cudaStream_t stream)
 
 bool canImplementCrossAttention(CrossAttentionParams const& params, char const** reason)
 {
-    return canImplementAttention(
-        params.dataType, params.headDim, params.batch, params.numHeads, params.sequenceLength, reason);
+    if (!canImplementAttention(
+            params.dataType, params.headDim, params.batch, params.numHeads, params.sequenceLength, reason))
+    {
+        return false;
+    }
+    if (params.images < 1 || params.batch % params.images != 0)
+    {
+        return refuse(reason, "the rows are not a multiple of the images");
+    }
+    if (static_cast<int64_t>(params.batch / params.images) * params.numHeads > 65535)
+    {
+        return refuse(reason, "the rows of an image times heads must be at most 65535");
+    }
+    return true;
 }
 
 cudaError_t crossAttention(CrossAttentionParams const& params, cudaStream_t stream)

@@ -10,7 +10,7 @@ namespace trocr
 {
 
 //! One decoder query a row over the encoder's keys and values:
-//! query T [B, 1, D], key and value T [B, H, S, d] -> context T [B, 1, D].
+//! query T [B, 1, D], key and value T [I, H, S, d] -> context T [B, 1, D]; B / I neighbouring rows an image.
 class TrOCRCrossAttentionPlugin final : public PluginBase<TrOCRCrossAttentionPlugin, HeadsAttributes>
 {
 public:

@@ -245,7 +245,7 @@ cudaError_t GreedyDecoder::enqueueNext(
     params.startId = mConfig.startId;
     params.padId = mConfig.padId;
     std::copy(mConfig.endIds.begin(), mConfig.endIds.end(), params.endIds);
-    params.ends = static_cast<int>(mConfig.endIds.size());
+    params.ends = request.stops ? static_cast<int>(mConfig.endIds.size()) : 0;
     params.embedScale = mConfig.embedScale;
     params.embedding = mWeights.embedding;
     params.positions = mWeights.positionEmbedding;
@@ -416,7 +416,7 @@ cudaError_t GreedyDecoder::run(GreedyRequest const& request, cudaStream_t stream
         return cudaErrorInvalidValue;
     }
     std::vector<uintptr_t> key = {static_cast<uintptr_t>(request.lines), static_cast<uintptr_t>(request.slots),
-        static_cast<uintptr_t>(request.maxNewTokens), reinterpret_cast<uintptr_t>(request.tokens),
+        static_cast<uintptr_t>(request.maxNewTokens), static_cast<uintptr_t>(request.stops), reinterpret_cast<uintptr_t>(request.tokens),
         reinterpret_cast<uintptr_t>(request.logProbs), reinterpret_cast<uintptr_t>(request.lengths)};
     for (auto const* pointers : {&request.crossKeys, &request.crossValues})
     {

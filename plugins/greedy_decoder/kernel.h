@@ -56,6 +56,7 @@ struct GreedyRequest
     int32_t lines;
     int32_t slots;        //!< rows at a time; a row whose line has ended takes the next line
     int32_t maxNewTokens; //!< at most the capacity and `positions`
+    bool stops;           //!< false: no id ends a text, every line gets maxNewTokens (for measurements)
     std::vector<void const*> crossKeys;   //!< a layer: T [lines, H, S, D / H]
     std::vector<void const*> crossValues; //!< likewise
     int32_t* tokens;      //!< [lines, maxNewTokens], padded with padId

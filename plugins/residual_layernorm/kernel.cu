@@ -23,7 +23,7 @@ template <typename T>
 struct Arguments
 {
     T const* x;
-    T const* residual;
+    T const* residual; // null where there is none
     T const* gamma;
     T const* beta;
     T* normed;
@@ -32,6 +32,22 @@ struct Arguments
     int width;
     float epsilon;
 };
+
+//! griddepcontrol.wait: until the preceding grid has ended and what it wrote is visible.
+__device__ __forceinline__ void waitForPredecessor()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+//! griddepcontrol.launch_dependents: the next grid may start, and wait for this one's end.
+__device__ __forceinline__ void releaseSuccessor()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 //! x + residual as a reader of the stored sum sees it: rounded to T.
 template <typename T, int kSIZE>
@@ -62,10 +78,11 @@ __device__ __forceinline__ Pack<T, kSIZE> normalise(Pack<T, kSIZE> sum, float me
 // bound leaves the compiler the registers for that.
 constexpr int kROWS_A_BLOCK = 4;
 
-template <typename T, int kPACKS>
+template <typename T, int kPACKS, bool kRESIDUAL>
 __global__ void __launch_bounds__(kWARP_SIZE* kROWS_A_BLOCK, sizeof(T) == 4 ? 2 : 4)
     warpPerRowKernel(Arguments<T> args)
 {
+    releaseSuccessor();
     constexpr int kSIZE = 16 / sizeof(T);
     int const row = blockIdx.x * kROWS_A_BLOCK + threadIdx.y;
     if (row >= args.rows)
@@ -86,10 +103,19 @@ __global__ void __launch_bounds__(kWARP_SIZE* kROWS_A_BLOCK, sizeof(T) == 4 ? 2 
         int const column = (p * kWARP_SIZE + threadIdx.x) * kSIZE;
         inside[p] = column < args.width;
         int const safe = inside[p] ? column : 0;
-        x[p] = *reinterpret_cast<uint4 const*>(args.x + offset + safe);
-        residual[p] = *reinterpret_cast<uint4 const*>(args.residual + offset + safe);
         gamma[p] = __ldg(reinterpret_cast<uint4 const*>(args.gamma + safe));
         beta[p] = __ldg(reinterpret_cast<uint4 const*>(args.beta + safe));
+    }
+    waitForPredecessor();
+#pragma unroll
+    for (int p = 0; p < kPACKS; ++p)
+    {
+        int const safe = inside[p] ? (p * kWARP_SIZE + threadIdx.x) * kSIZE : 0;
+        x[p] = *reinterpret_cast<uint4 const*>(args.x + offset + safe);
+        if constexpr (kRESIDUAL)
+        {
+            residual[p] = *reinterpret_cast<uint4 const*>(args.residual + offset + safe);
+        }
     }
 
     Pack<T> sums[kPACKS];
@@ -97,7 +123,11 @@ __global__ void __launch_bounds__(kWARP_SIZE* kROWS_A_BLOCK, sizeof(T) == 4 ? 2 
 #pragma unroll
     for (int p = 0; p < kPACKS; ++p)
     {
-        sums[p] = roundedSum(Pack<T>::fromBits(x[p]), Pack<T>::fromBits(residual[p]));
+        sums[p] = Pack<T>::fromBits(x[p]);
+        if constexpr (kRESIDUAL)
+        {
+            sums[p] = roundedSum(sums[p], Pack<T>::fromBits(residual[p]));
+        }
 #pragma unroll
         for (int i = 0; i < kSIZE; ++i)
         {
@@ -166,9 +196,11 @@ __global__ void __launch_bounds__(kWARP_SIZE* kBLOCK_WARPS) blockPerRowKernel(Ar
     int const firstColumn = threadIdx.x * kSIZE;
     int64_t const offset = static_cast<int64_t>(blockIdx.x) * args.width;
     auto const sumAt = [&](int column) {
-        return roundedSum(Pack<T, kSIZE>::load(args.x + offset + column),
-            Pack<T, kSIZE>::load(args.residual + offset + column));
+        auto const x = Pack<T, kSIZE>::load(args.x + offset + column);
+        return args.residual == nullptr ? x : roundedSum(x, Pack<T, kSIZE>::load(args.residual + offset + column));
     };
+    releaseSuccessor();
+    waitForPredecessor();
 
     float total = 0.0F;
     for (int column = firstColumn; column < args.width; column += kSTEP)
@@ -209,26 +241,52 @@ __global__ void __launch_bounds__(kWARP_SIZE* kBLOCK_WARPS) blockPerRowKernel(Ar
     }
 }
 
+//! Launches, as a dependent of the preceding grid where that is asked for and the device can.
+template <typename T>
+cudaError_t launchDependent(
+    void (*kernel)(Arguments<T>), dim3 grid, dim3 block, bool overlap, cudaStream_t stream, Arguments<T> const& args)
+{
+    int major{};
+    cudaError_t const status = overlap ? deviceAttribute(cudaDevAttrComputeCapabilityMajor, major) : cudaSuccess;
+    if (status != cudaSuccess)
+    {
+        return status;
+    }
+    cudaLaunchAttribute dependent{};
+    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent.val.programmaticStreamSerializationAllowed = 1;
+
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.stream = stream;
+    config.attrs = &dependent;
+    config.numAttrs = overlap && major >= 9 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, args);
+}
+
 template <typename T, int kPACKS>
-cudaError_t launchWarpPerRow(Arguments<T> const& args, cudaStream_t stream)
+cudaError_t launchWarpPerRow(Arguments<T> const& args, bool overlap, cudaStream_t stream)
 {
     constexpr int kPACKS_MAX = kMAX_WARP_WIDTH * sizeof(T) / 16 / kWARP_SIZE;
     if constexpr (kPACKS < kPACKS_MAX)
     {
         if (args.width > static_cast<int>(kPACKS * kWARP_SIZE * (16 / sizeof(T))))
         {
-            return launchWarpPerRow<T, kPACKS + 1>(args, stream);
+            return launchWarpPerRow<T, kPACKS + 1>(args, overlap, stream);
         }
     }
     dim3 const grid(ceilDiv<unsigned>(args.rows, kROWS_A_BLOCK));
-    return launch(warpPerRowKernel<T, kPACKS>, grid, dim3(kWARP_SIZE, kROWS_A_BLOCK), stream, args);
+    auto const kernel
+        = args.residual != nullptr ? warpPerRowKernel<T, kPACKS, true> : warpPerRowKernel<T, kPACKS, false>;
+    return launchDependent(kernel, grid, dim3(kWARP_SIZE, kROWS_A_BLOCK), overlap, stream, args);
 }
 
 template <typename T, int kSIZE>
-cudaError_t launchBlockPerRow(Arguments<T> const& args, cudaStream_t stream)
+cudaError_t launchBlockPerRow(Arguments<T> const& args, bool overlap, cudaStream_t stream)
 {
-    return launch(
-        blockPerRowKernel<T, kSIZE>, dim3(args.rows), dim3(kWARP_SIZE * kBLOCK_WARPS), stream, args);
+    return launchDependent(
+        blockPerRowKernel<T, kSIZE>, dim3(args.rows), dim3(kWARP_SIZE * kBLOCK_WARPS), overlap, stream, args);
 }
 
 template <typename T>
@@ -239,19 +297,22 @@ cudaError_t launchTyped(ResidualLayerNormParams const& params, cudaStream_t stre
         static_cast<T const*>(params.gamma), static_cast<T const*>(params.beta), static_cast<T*>(params.normed),
         static_cast<T*>(params.sum), static_cast<int>(params.rows), params.width, params.epsilon};
 
-    void const* const sum = args.sum != nullptr ? args.sum : args.normed; // aligned as any where there is none
-    if (!areAligned(sizeof(T), params.x, params.residual, params.gamma, params.beta, params.normed, sum))
+    // Aligned as any where there are none.
+    void const* const sum = args.sum != nullptr ? args.sum : args.normed;
+    void const* const residual = args.residual != nullptr ? args.residual : args.x;
+    if (!areAligned(sizeof(T), params.x, residual, params.gamma, params.beta, params.normed, sum))
     {
         return cudaErrorInvalidValue;
     }
     bool const packed = params.width % kSIZE == 0
-        && areAligned(16, params.x, params.residual, params.gamma, params.beta, params.normed, sum);
+        && areAligned(16, params.x, residual, params.gamma, params.beta, params.normed, sum);
+    bool const overlap = params.overlapPredecessor;
     if (!packed)
     {
-        return launchBlockPerRow<T, 1>(args, stream);
+        return launchBlockPerRow<T, 1>(args, overlap, stream);
     }
-    return params.width <= kMAX_WARP_WIDTH ? launchWarpPerRow<T, 1>(args, stream)
-                                           : launchBlockPerRow<T, kSIZE>(args, stream);
+    return params.width <= kMAX_WARP_WIDTH ? launchWarpPerRow<T, 1>(args, overlap, stream)
+                                           : launchBlockPerRow<T, kSIZE>(args, overlap, stream);
 }
 
 } // namespace

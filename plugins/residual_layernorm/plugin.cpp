@@ -6,14 +6,44 @@
 
 namespace trocr
 {
+namespace
+{
 
-void ResidualLayerNormAttributes::validate() const
+void checkEpsilon(float epsilon)
 {
     if (!std::isfinite(epsilon) || epsilon <= 0.0F)
     {
         throw std::invalid_argument{"attribute 'epsilon' is " + std::to_string(epsilon) +
                                     ", expected a finite number above 0"};
     }
+}
+
+//! The sizes of a LayerNorm of x T [..., N] with gamma and beta T [N].
+ResidualLayerNormParams describeNorm(nvinfer1::Dims const& x, nvinfer1::Dims const& gamma, nvinfer1::Dims const& beta,
+                                     float epsilon, nvinfer1::DataType type)
+{
+    ResidualLayerNormParams params{};
+    params.rows = leadingSize("x", x);
+    params.width = dimension("x", x, x.nbDims - 1);
+    params.epsilon = epsilon;
+    params.dataType = toDataType(type);
+    // Only gamma and beta, constants of the engine, are read before griddepcontrol.wait: see linear/README.md.
+    params.overlapPredecessor = true;
+
+    expectShape("gamma", gamma, {1, {params.width}});
+    expectShape("beta", beta, {1, {params.width}});
+
+    char const* reason = nullptr;
+    bool const implemented = canImplementResidualLayerNorm(params, &reason);
+    expectImplemented(implemented, reason, "x " + toString(x));
+    return params;
+}
+
+}  // namespace
+
+void ResidualLayerNormAttributes::validate() const
+{
+    checkEpsilon(epsilon);
     if (emitSum != 0 && emitSum != 1)
     {
         throw std::invalid_argument{"attribute 'emit_sum' is " + std::to_string(emitSum) + ", expected 0 or 1"};
@@ -25,19 +55,9 @@ ResidualLayerNormParams TrOCRResidualLayerNormPlugin::describe(nvinfer1::Dims co
 {
     nvinfer1::Dims const& x = inputs[kIN_X_IDX];  // [..., N]
 
-    ResidualLayerNormParams params{};
-    params.rows = leadingSize("x", x);
-    params.width = dimension("x", x, x.nbDims - 1);
-    params.epsilon = attributes().epsilon;
-    params.dataType = toDataType(type);
-
+    ResidualLayerNormParams const params =
+        describeNorm(x, inputs[kIN_GAMMA_IDX], inputs[kIN_BETA_IDX], attributes().epsilon, type);
     expectShape("residual", inputs[kIN_RESIDUAL_IDX], x);
-    expectShape("gamma", inputs[kIN_GAMMA_IDX], {1, {params.width}});
-    expectShape("beta", inputs[kIN_BETA_IDX], {1, {params.width}});
-
-    char const* reason = nullptr;
-    bool const implemented = canImplementResidualLayerNorm(params, &reason);
-    expectImplemented(implemented, reason, "x " + toString(x));
     return params;
 }
 
@@ -63,6 +83,36 @@ void TrOCRResidualLayerNormPlugin::outputShapes(nvinfer1::DimsExprs const* input
     {
         outputs[i] = inputs[kIN_X_IDX];
     }
+}
+
+// Without a residual
+
+void LayerNormAttributes::validate() const
+{
+    checkEpsilon(epsilon);
+}
+
+ResidualLayerNormParams TrOCRLayerNormPlugin::describe(nvinfer1::Dims const* inputs, nvinfer1::DataType type) const
+{
+    return describeNorm(inputs[kIN_X_IDX], inputs[kIN_GAMMA_IDX], inputs[kIN_BETA_IDX], attributes().epsilon, type);
+}
+
+cudaError_t TrOCRLayerNormPlugin::launch(ResidualLayerNormParams& params, void const* const* inputs,
+                                         void* const* outputs, cudaStream_t stream) const
+{
+    params.x = inputs[kIN_X_IDX];
+    params.gamma = inputs[kIN_GAMMA_IDX];
+    params.beta = inputs[kIN_BETA_IDX];
+    params.normed = outputs[0];
+    return residualLayerNorm(params, stream);
+}
+
+void TrOCRLayerNormPlugin::outputShapes(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
+                                        nvinfer1::IExprBuilder&) const
+{
+    expectRank("gamma", inputs[kIN_GAMMA_IDX].nbDims, 1);
+    expectRank("beta", inputs[kIN_BETA_IDX].nbDims, 1);
+    outputs[0] = inputs[kIN_X_IDX];
 }
 
 }  // namespace trocr

@@ -57,6 +57,43 @@ public:
                       nvinfer1::IExprBuilder& exprBuilder) const;
 };
 
+struct LayerNormAttributes
+{
+    float epsilon;
+
+    template <class Self, class Visitor>
+    static void visit(Self& self, Visitor& visitor)
+    {
+        visitor("epsilon", self.epsilon);
+    }
+
+    void validate() const;
+};
+
+//! LayerNorm(x): x T [..., N], gamma and beta T [N] -> normed T [..., N].
+class TrOCRLayerNormPlugin final : public PluginBase<TrOCRLayerNormPlugin, LayerNormAttributes>
+{
+public:
+    static constexpr char const* kNAME = "TrOCRLayerNorm";
+    static constexpr std::array<char const*, 3> kINPUTS{"x", "gamma", "beta"};
+
+    enum Input : int32_t
+    {
+        kIN_X_IDX = 0,
+        kIN_GAMMA_IDX,
+        kIN_BETA_IDX,
+    };
+
+    using PluginBase::PluginBase;
+
+    ResidualLayerNormParams describe(nvinfer1::Dims const* inputs, nvinfer1::DataType type) const;
+    cudaError_t launch(ResidualLayerNormParams& params, void const* const* inputs, void* const* outputs,
+                       cudaStream_t stream) const;
+    void outputShapes(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
+                      nvinfer1::IExprBuilder& exprBuilder) const;
+};
+
+using TrOCRLayerNormPluginCreator = PluginCreator<TrOCRLayerNormPlugin>;
 using TrOCRResidualLayerNormPluginCreator = PluginCreator<TrOCRResidualLayerNormPlugin>;
 
 }  // namespace trocr

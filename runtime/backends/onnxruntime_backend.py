@@ -10,10 +10,11 @@ import onnxruntime as ort
 import torch
 from tqdm import tqdm
 
-from graph_surgery.checkpoint import ModelSpec
-from runtime.backends.base import Backend, BackendError
+from graph_surgery.checkpoint import ModelSpec, load_normalization
+from runtime.backends.base import Backend, BackendError, check_bytes, image_rows, normalised
+from runtime.ranges import stage, staged
 
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
 @dataclass
@@ -23,7 +24,9 @@ class OrtState:
     They are ONNX Runtime's own tensors, handed from one session to the next without a copy.
     """
 
+    cross: dict[str, ort.OrtValue]
     past: dict[str, ort.OrtValue]
+    beams: int
 
 
 class OnnxRuntimeBackend(Backend):
@@ -46,7 +49,9 @@ class OnnxRuntimeBackend(Backend):
         files = [folder / f"{name}.onnx" for name in ("encoder", "cross_kv", "decoder")]
         progress = tqdm(files, desc=f"load {folder.name}", unit="graph", delay=2, disable=None)
         self._encoder, self._cross_kv, self._decoder = map(_session, progress)
-        self._dtype = NUMPY_TYPES[self._encoder.get_inputs()[0].type]
+        self._dtype = NUMPY_TYPES[self._encoder.get_outputs()[0].type]
+        self._pixel_type = NUMPY_TYPES[self._encoder.get_inputs()[0].type]
+        self._normalization = load_normalization(spec)
 
         decoder = spec.decoder
         self._cross_kv_outputs = [output.name for output in self._cross_kv.get_outputs()]
@@ -55,23 +60,50 @@ class OnnxRuntimeBackend(Backend):
         capacity = max_new_tokens if cache == "fixed" else 0
         self._empty_cache = (decoder.num_attention_heads, capacity, decoder.head_dim)
         self.max_steps = max_new_tokens if cache == "fixed" else None
+        # Fused cross-attention takes the keys and values of an image once for all its rows.
+        cross = next(value for value in self._decoder.get_inputs() if value.name.endswith("encoder.key"))
+        self._beams_share_images = cross.shape[0] == "images"
 
-    def start(self, pixel_values: torch.Tensor) -> OrtState:
-        pixels = pixel_values.cpu().numpy().astype(self._dtype, copy=False)
-        (states,) = self._encoder.run_with_ort_values(None, {"pixel_values": _value(pixels)})
-        cross = self._cross_kv.run_with_ort_values(None, {"encoder_hidden_states": states})
+    @staged("encode")
+    def encode(self, pixel_values: torch.Tensor) -> dict[str, ort.OrtValue]:
+        pixels = self.encoder_input(pixel_values)
+        with stage("encoder", pixels.shape):
+            (states,) = self._encoder.run_with_ort_values(None, {"pixel_values": _value(pixels)})
+        with stage("cross_kv", states.shape()):
+            cross = self._cross_kv.run_with_ort_values(None, {"encoder_hidden_states": states})
+        return dict(zip(map(_past_name, self._cross_kv_outputs), cross, strict=True))
 
-        past = dict(zip(map(_past_name, self._cross_kv_outputs), cross, strict=True))
-        empty = np.zeros((len(pixels), *self._empty_cache), self._dtype)
-        for name in self._decoder_outputs[1:]:
-            past[_past_name(name)] = _value(empty)
-        return OrtState(past)
+    def encoder_input(self, pixel_values: torch.Tensor) -> np.ndarray:
+        """The argument of `encode` as the encoder's graph takes it."""
+        pixels = pixel_values.cpu()
+        if self._pixel_type == np.uint8:
+            check_bytes(pixels)
+        else:
+            pixels = normalised(pixels, self._normalization)
+        return np.ascontiguousarray(pixels.numpy().astype(self._pixel_type, copy=False))
 
+    def begin(self, encoding: dict[str, ort.OrtValue], beams: int = 1) -> OrtState:
+        images = next(iter(encoding.values())).shape()[0]
+        empty = np.zeros((images * beams, *self._empty_cache), self._dtype)
+        past = {_past_name(name): _value(empty) for name in self._decoder_outputs[1:]}
+        if beams > 1 and not self._beams_share_images:
+            encoding = _take(encoding, np.arange(images).repeat(beams))
+        return OrtState(encoding, past, beams)
+
+    @staged("decode step")
     def step(self, state: OrtState, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         token = {"input_ids": _value(input_ids.numpy()), "position_ids": _value(position_ids.numpy())}
-        logits, *present = self._decoder.run_with_ort_values(None, token | state.past)
-        state.past.update(zip(map(_past_name, self._decoder_outputs[1:]), present, strict=True))
+        logits, *present = self._decoder.run_with_ort_values(None, token | state.cross | state.past)
+        state.past = dict(zip(state.past, present, strict=True))
         return torch.from_numpy(logits.numpy())[:, 0]
+
+    def reorder(self, state: OrtState, rows: torch.Tensor, position_ids: torch.Tensor) -> None:
+        state.past = _take(state.past, rows.numpy())
+
+    def select(self, state: OrtState, images: torch.Tensor) -> OrtState:
+        rows = image_rows(images, state.beams).numpy()
+        cross = _take(state.cross, images.numpy() if self._beams_share_images else rows)
+        return OrtState(cross, _take(state.past, rows), state.beams)
 
 
 def _session(file: Path) -> ort.InferenceSession:
@@ -91,6 +123,10 @@ def _session(file: Path) -> ort.InferenceSession:
 
 def _value(array: np.ndarray) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _take(tensors: dict[str, ort.OrtValue], rows: np.ndarray) -> dict[str, ort.OrtValue]:
+    return {name: _value(tensor.numpy()[rows]) for name, tensor in tensors.items()}
 
 
 def _past_name(present: str) -> str:

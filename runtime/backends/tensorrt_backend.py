@@ -7,32 +7,71 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
-import nvtx
 import torch
 
-from graph_surgery.checkpoint import load_spec
-from runtime.backends.base import Backend
-from runtime.engine import ALIGNMENT, BoundEngine, Engine, capture
-from runtime.manifest import Manifest
+from graph_surgery.checkpoint import load_normalization, load_spec
+from graph_surgery.fused_ops import CROSS_ATTENTION
+from runtime.backends.base import Backend, GreedyResult, check_bytes, image_rows, normalised
+from runtime.engine import ALIGNMENT, BoundEngine, Engine, EngineError, capture
+from runtime.greedy_decoder import GreedyDecoder
+from runtime.greedy_weights import FILE_NAME, GreedyWeightsError, load_decoder
+from runtime.kernels import load_kernels
+from runtime.manifest import Manifest, ManifestError
+from runtime.ranges import stage, staged
 
 T = TypeVar("T")
 
 
-@dataclass
-class State:
-    """A batch under way.
+# Rows that the CUDA greedy decoder works on at a time; it refills those that have ended.
+GREEDY_SLOTS = 64
+
+MOST_BEAMS = 16  # of the kernel reorder_cache
+
+
+@dataclass(eq=False)
+class Encoding:
+    """Encoded images: which of the buffers for cross-attention's keys and values is theirs.
 
     Attributes:
-        batch: rows that the caller sees.
-        rows: rows that the engines run, at least the profile's minimum.
+        images: that the caller sees.
+        slot: number of the buffers.
+        ready: recorded when they are written.
+    """
+
+    images: int
+    slot: int
+    ready: torch.cuda.Event
+
+
+@dataclass(eq=False)
+class State:
+    """A batch under way. There is one object for each combination of sizes and buffers.
+
+    Attributes:
+        images: that the caller sees.
+        beams: rows an image.
+        slot: number of the buffers with cross-attention's keys and values.
+        engine_images: images that the engines run, at least the profile's minimum.
         length: steps done, the length of the self-attention cache.
     """
 
-    batch: int
-    rows: int
+    images: int
+    beams: int
+    slot: int
+    engine_images: int
     length: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that the caller sees."""
+        return self.images * self.beams
+
+    @property
+    def engine_rows(self) -> int:
+        return self.engine_images * self.beams
 
 
 class LeastRecentlyUsed(OrderedDict[Hashable, T]):
@@ -62,12 +101,24 @@ class TensorRTBackend(Backend):
 
     A fixed cache is read and written in place. A growing one alternates between two sets of buffers: what
     step t writes is what step t + 1 reads.
+
+    Encoding has a stream of its own and cross-attention's keys and values have two sets of buffers: the next
+    batch is encoded where decoding leaves the GPU idle. Decoding, many short kernels that wait for each
+    other, goes first.
     """
 
     name = "tensorrt"
 
-    def __init__(self, folder: Path | str, cuda_graphs: bool = True):
+    def __init__(
+        self, folder: Path | str, cuda_graphs: bool = True, overlap: bool = True, greedy_kernels: bool = True
+    ):
         """
+        Args:
+            folder: made by build.py.
+            cuda_graphs: replay graphs in place of enqueueing engines.
+            overlap: encode one batch while another is decoded.
+            greedy_kernels: search greedily with the CUDA decoder, where the folder has its weights.
+
         Raises:
             EngineError: see `Engine.load`.
         """
@@ -79,138 +130,311 @@ class TensorRTBackend(Backend):
         self.device = torch.device("cuda", torch.cuda.current_device())
         # On the default stream TensorRT synchronises at every enqueue: this thread leaves it for good.
         if torch.cuda.current_stream() == torch.cuda.default_stream():
-            torch.cuda.set_stream(torch.cuda.Stream())
+            torch.cuda.set_stream(torch.cuda.Stream(priority=-1))
         self.cuda_graphs = cuda_graphs
         self.fixed_cache = self.manifest.cache == "fixed"
-        self.max_batch = self.encoder.max_batch
+        self.max_batch, self.max_rows = self.encoder.max_batch, self.decoder.max_batch
         self.max_steps = self.manifest.cache_capacity or self.manifest.max_length - 1
+        self.encodings = 2 if overlap else 1
+        # Below, a step takes as long whatever the number of rows. With a growing cache each size would need
+        # graphs of its own for every position.
+        self.min_selection = 16 if self.fixed_cache else None
+        self._beams_share_images = CROSS_ATTENTION.name in {op.op for op in self.manifest.fused_ops}
 
-        dtype = self.encoder.dtypes["pixel_values"]
-        encoder, decoder, rows = self.spec.encoder, self.spec.decoder, self.max_batch
+        self.normalization = load_normalization(self.spec)
+        dtype = self.encoder.dtypes["last_hidden_state"]
+        encoder, decoder, images = self.spec.encoder, self.spec.decoder, self.max_batch
         self._heads, self._head_dim = decoder.num_attention_heads, decoder.head_dim
+        self._tensors = [
+            (layer, kind) for layer in range(decoder.num_hidden_layers) for kind in ("key", "value")
+        ]
 
         def buffer(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self._pixels = buffer(rows, 3, encoder.image_height, encoder.image_width)
-        self._hidden = buffer(rows, encoder.num_tokens, encoder.hidden_size)
-        self._logits = buffer(rows, 1, decoder.vocab_size)
-        tensors = [(layer, kind) for layer in range(decoder.num_hidden_layers) for kind in ("key", "value")]
-        self._cross = {
-            f"{layer}.encoder.{kind}": buffer(rows, self._heads, encoder.num_tokens, self._head_dim)
-            for layer, kind in tensors
-        }
-        # Flat, because a growing cache of t tokens is [rows, heads, t, head_dim] without gaps.
+        _, _, pixels_shape = self.encoder.profile("pixel_values")
+        self._pixels = buffer(*pixels_shape).to(self.encoder.dtypes["pixel_values"])
+        self._hidden = buffer(images, encoder.num_tokens, encoder.hidden_size)
+        self._logits = buffer(self.max_rows, 1, decoder.vocab_size)
+        self._cross = [self._cross_buffers(images) for _ in range(self.encodings)]
+        # Keys and values repeated for every row, where the engine does not share them: made when needed.
+        self._repeated: dict[str, torch.Tensor] | None = None
+        # Flat, because a growing cache of t tokens is [rows, heads, t, head_dim] without gaps. One memory for
+        # all layers: one kernel reorders them.
+        cache_size = self.max_rows * self._heads * self.max_steps * self._head_dim
+        cache_size = -(-cache_size // ALIGNMENT) * ALIGNMENT
+        self._memory = [buffer(len(self._tensors), cache_size) for _ in range(1 if self.fixed_cache else 2)]
         self._caches = [
-            {
-                f"{layer}.decoder.{kind}": buffer(rows * self._heads * self.max_steps * self._head_dim)
-                for layer, kind in tensors
-            }
-            for _ in range(1 if self.fixed_cache else 2)
+            {f"{layer}.decoder.{kind}": memory[i] for i, (layer, kind) in enumerate(self._tensors)}
+            for memory in self._memory
         ]
 
-        self._states: dict[int, State] = {}
+        self._encoder_stream = torch.cuda.Stream() if overlap else torch.cuda.current_stream()
+        self._next_slot = 0
+        self._states: dict[tuple[int, int, int], State] = {}
         self._encoders: LeastRecentlyUsed[tuple[BoundEngine, BoundEngine]] = LeastRecentlyUsed(64)
-        self._decoders: LeastRecentlyUsed[BoundEngine] = LeastRecentlyUsed(256)
+        self._decoders: LeastRecentlyUsed[BoundEngine] = LeastRecentlyUsed(512)
         # With what a graph was captured from, which has to live as long.
-        self._graphs: LeastRecentlyUsed[tuple[torch.cuda.CUDAGraph, object]] = LeastRecentlyUsed(256)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: LeastRecentlyUsed[tuple[torch.cuda.CUDAGraph, object]] = LeastRecentlyUsed(512)
+        # Graphs that may run at the same time must not share their memory.
+        self._encode_pool = torch.cuda.graph_pool_handle()
+        self._step_pool = torch.cuda.graph_pool_handle()
+        self._kernels = _load_kernels()
+        self._greedy = None
+        if greedy_kernels and self._kernels is not None:
+            self._greedy = GreedyKernels.load(
+                self._kernels,
+                folder,
+                self.manifest,
+                self.device,
+                min(self.max_batch, GREEDY_SLOTS),
+                self.max_steps,
+            )
 
-    @nvtx.annotate("encode", domain="trocr")
-    def start(self, pixel_values: torch.Tensor) -> State:
+    def _cross_buffers(self, rows: int) -> dict[str, torch.Tensor]:
+        shape = (rows, self._heads, self.spec.encoder.num_tokens, self._head_dim)
+        dtype = self.encoder.dtypes["last_hidden_state"]
+        return {
+            f"{layer}.encoder.{kind}": torch.zeros(shape, dtype=dtype, device=self.device)
+            for layer, kind in self._tensors
+        }
+
+    @staged("encode")
+    def encode(self, pixel_values: torch.Tensor) -> Encoding:
         batch = len(pixel_values)
         self.encoder.check_batch(batch)
-        state = self._states.setdefault(batch, State(batch, max(batch, self.encoder.min_batch)))
+        encoding = Encoding(batch, self._next_slot, torch.cuda.Event())
+        self._next_slot = (self._next_slot + 1) % self.encodings
+        rows = max(batch, self.encoder.min_batch)
+        # After what made the pixels, and after the decoding that read these buffers last.
+        self._encoder_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._encoder_stream):
+            if pixel_values.is_cuda:
+                pixel_values.record_stream(self._encoder_stream)
+            self._pixels[:batch].copy_(self.encoder_input(pixel_values))
+            captured = self._graphs.use(("encode", rows, encoding.slot))
+            if captured:
+                captured[0].replay()
+            else:
+                self._encode(rows, encoding.slot)
+                if self.cuda_graphs:
+                    graph = capture(lambda: self._encode(rows, encoding.slot), self._encode_pool)
+                    engines = self._encoders[rows, encoding.slot]
+                    self._graphs.add(("encode", rows, encoding.slot), (graph, engines))
+            encoding.ready.record()
+        return encoding
+
+    def begin(self, encoding: Encoding, beams: int = 1) -> State:
+        torch.cuda.current_stream().wait_event(encoding.ready)
+        state = self._state(encoding.images, beams, encoding.slot)
+        if state.engine_rows > self.max_rows:
+            raise EngineError(
+                f"{self.decoder.path}: {state.images} images of {beams} beams are {state.engine_rows} rows, "
+                f"above {self.max_rows}, the most it was built for; give smaller batches, or rebuild with a "
+                f"larger --num-beams: {self.manifest.command}"
+            )
         state.length = 0
-        # Moved first, so that the conversion happens on the GPU.
-        self._pixels[:batch].copy_(pixel_values.to(self.device, non_blocking=True))
-        captured = self._graphs.use(("encode", state.rows))
-        if captured:
-            captured[0].replay()
-        else:
-            self._encode(state.rows)
-            if self.cuda_graphs:
-                graph = capture(lambda: self._encode(state.rows), self._pool)
-                self._graphs.add(("encode", state.rows), (graph, self._encoders[state.rows]))
+        if beams > 1 and not self._beams_share_images:
+            if self._repeated is None:
+                self._repeated = self._cross_buffers(self.max_rows)
+            for name, tensor in self._cross[state.slot].items():
+                repeated = self._repeated[name][: state.engine_rows]
+                by_image = repeated.view(state.engine_images, beams, *repeated.shape[1:])
+                by_image.copy_(tensor[: state.engine_images, None].expand_as(by_image))
         return state
+
+    def encoder_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The argument of `encode` as the encoder's engine takes it, on the GPU."""
+        pixels = pixel_values.to(self.device, non_blocking=True)  # first: the rest happens there
+        dtype = self.encoder.dtypes["pixel_values"]
+        if dtype.is_floating_point:
+            return normalised(pixels, self.normalization).to(dtype)
+        check_bytes(pixels)
+        return pixels.contiguous().view(dtype)  # words of four pixels, see fuse.strip_functions
 
     def step(self, state: State, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         ids = {
-            "input_ids": _bindable(input_ids, state.rows),
-            "position_ids": _bindable(position_ids, state.rows),
+            "input_ids": _bindable(input_ids, state.engine_rows),
+            "position_ids": _bindable(position_ids, state.engine_rows),
         }
         past = self._past(state)
-        decoder = self._decoders.use((state.rows, past))
+        decoder = self._decoders.use((state, past))
         if decoder is None:
-            bound = self.decoder.bind(ids | self._decoder_tensors(state.rows, past))
-            decoder = self._decoders.add((state.rows, past), bound)
+            bound = self.decoder.bind(ids | self._decoder_tensors(state, past))
+            decoder = self._decoders.add((state, past), bound)
         for name, tensor in ids.items():
             decoder.rebind(name, tensor)
         decoder()
         state.length += 1
-        return self._logits[: state.batch, 0]
+        return self._logits[: state.rows, 0]
+
+    def reorder(self, state: State, rows: torch.Tensor, position_ids: torch.Tensor) -> None:
+        if self.fixed_cache and self._kernels is not None and state.beams <= MOST_BEAMS:
+            memory = self._memory[0]
+            self._kernels.reorder_cache(
+                memory.data_ptr(),
+                rows.data_ptr(),
+                position_ids.data_ptr(),
+                tensor_bytes=memory[0].nbytes,
+                tensors=len(memory),
+                batch=state.rows,
+                beams=state.beams,
+                num_heads=self._heads,
+                capacity=self.max_steps,
+                row_bytes=self._head_dim * memory.element_size(),
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+            return
+        for cache in self._present(state):
+            cache[: state.rows] = cache.index_select(0, rows)
+
+    def select(self, state: State, images: torch.Tensor) -> State:
+        selected = self._state(len(images), state.beams, state.slot)
+        selected.length = state.length
+        rows = image_rows(images, state.beams)
+        for old, new in zip(self._present(state), self._present(selected), strict=True):
+            new[: selected.rows] = old.index_select(0, rows)
+        repeated = state.beams > 1 and not self._beams_share_images
+        cross, kept = (self._repeated, rows) if repeated else (self._cross[state.slot], images)
+        for tensor in cross.values():
+            tensor[: len(kept)] = tensor.index_select(0, kept)
+        return selected
+
+    def greedy(self, encoding: Encoding, max_new_tokens: int, stop: bool = True) -> GreedyResult | None:
+        if self._greedy is None:
+            return None
+        torch.cuda.current_stream().wait_event(encoding.ready)
+        with stage("greedy search", (encoding.images, max_new_tokens)):
+            return self._greedy(self._cross[encoding.slot], encoding.images, max_new_tokens, stop)
 
     def capture(self, state: State, step: Callable[[], None]) -> Callable[[], None]:
-        """One CUDA graph a batch size; with a growing cache, whose shapes change, one a position.
+        """One CUDA graph a state; with a growing cache, whose shapes change, one a position.
 
         A graph is captured when it is first needed: the step runs once as it is, which also is the enqueue
         that TensorRT wants before a capture, and is recorded after that for the next time.
         """
+        ranged = staged("decode step", (state.rows, 1))
         if not self.cuda_graphs:
-            return step
+            return ranged(step)
 
-        @nvtx.annotate("decode step", domain="trocr")
+        @ranged
         def advance() -> None:
             past = self._past(state)
-            captured = self._graphs.use((advance, past))
+            captured = self._graphs.use((state, step, past))
             if captured:
                 captured[0].replay()
                 state.length += 1
             else:
                 step()
                 state.length -= 1
-                graph = capture(step, self._pool)
-                self._graphs.add((advance, past), (graph, self._decoders[state.rows, past]))
+                graph = capture(step, self._step_pool)
+                self._graphs.add((state, step, past), (graph, self._decoders[state, past]))
 
         return advance
+
+    def _state(self, images: int, beams: int, slot: int) -> State:
+        state = State(images, beams, slot, max(images, self.encoder.min_batch))
+        return self._states.setdefault((images, beams, slot), state)
 
     def _past(self, state: State) -> int | None:
         """The length that the decoder's input shapes depend on; None where they are fixed."""
         return None if self.fixed_cache else state.length
 
-    def _encode(self, rows: int) -> None:
-        bound = self._encoders.use(rows)
+    def _encode(self, rows: int, slot: int) -> None:
+        bound = self._encoders.use((rows, slot))
         if bound is None:
             hidden = self._hidden[:rows]
-            cross = {f"present.{name}": tensor[:rows] for name, tensor in self._cross.items()}
+            cross = {f"present.{name}": tensor[:rows] for name, tensor in self._cross[slot].items()}
             encoder = self.encoder.bind({"pixel_values": self._pixels[:rows], "last_hidden_state": hidden})
             cross_kv = self.cross_kv.bind({"encoder_hidden_states": hidden} | cross)
-            bound = self._encoders.add(rows, (encoder, cross_kv))
+            bound = self._encoders.add((rows, slot), (encoder, cross_kv))
         encoder, cross_kv = bound
-        with nvtx.annotate("encoder", domain="trocr"):
+        with stage("encoder", (rows, *self._pixels.shape[1:])):
             encoder()
-        with nvtx.annotate("cross_kv", domain="trocr"):
+        with stage("cross_kv", (rows, *self._hidden.shape[1:])):
             cross_kv()
 
-    def _decoder_tensors(self, rows: int, past: int | None) -> dict[str, torch.Tensor]:
+    def _decoder_tensors(self, state: State, past: int | None) -> dict[str, torch.Tensor]:
         """The decoder's logits, cross-attention keys and values, and its cache before and after the step."""
         if past is None:
-            past_length, present_length = self.max_steps, self.max_steps
-            past_cache = present_cache = self._caches[0]
+            past_cache = present_cache = self._cache_views(state, 0, self.max_steps)
         else:
-            past_length, present_length = past, past + 1
-            past_cache, present_cache = self._caches[past % 2], self._caches[present_length % 2]
-
-        def view(flat: torch.Tensor, length: int) -> torch.Tensor:
-            shape = (rows, self._heads, length, self._head_dim)
-            return flat[: math.prod(shape)].view(shape)
-
+            past_cache = self._cache_views(state, past % 2, past)
+            present_cache = self._cache_views(state, (past + 1) % 2, past + 1)
+        cross, rows = self._cross[state.slot], state.engine_images
+        if state.beams > 1 and not self._beams_share_images:
+            cross, rows = self._repeated, state.engine_rows
         return (
-            {"logits": self._logits[:rows]}
-            | {f"past_key_values.{name}": tensor[:rows] for name, tensor in self._cross.items()}
-            | {f"past_key_values.{name}": view(flat, past_length) for name, flat in past_cache.items()}
-            | {f"present.{name}": view(flat, present_length) for name, flat in present_cache.items()}
+            {"logits": self._logits[: state.engine_rows]}
+            | {f"past_key_values.{name}": tensor[:rows] for name, tensor in cross.items()}
+            | {f"past_key_values.{name}": tensor for name, tensor in past_cache.items()}
+            | {f"present.{name}": tensor for name, tensor in present_cache.items()}
         )
+
+    def _cache_views(self, state: State, number: int, length: int) -> dict[str, torch.Tensor]:
+        shape = (state.engine_rows, self._heads, length, self._head_dim)
+        flat = self._caches[number].items()
+        return {name: tensor[: math.prod(shape)].view(shape) for name, tensor in flat}
+
+    def _present(self, state: State) -> list[torch.Tensor]:
+        """The self-attention cache after the last step, [rows, heads, length or capacity, head_dim] each."""
+        number, length = (0, self.max_steps) if self.fixed_cache else (state.length % 2, state.length)
+        return list(self._cache_views(state, number, length).values())
+
+
+class GreedyKernels:
+    """The CUDA greedy decoder with one folder's weights, and its outputs: one set for each number of images, so that the
+    addresses, and with them the decoder's graphs, stay."""
+
+    def __init__(self, decoder: GreedyDecoder, layers: int):
+        self._decoder = decoder
+        self._layers = layers
+        self._outputs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    @classmethod
+    def load(
+        cls,
+        kernels: ModuleType,
+        folder: Path | str,
+        manifest: Manifest,
+        device: torch.device,
+        slots: int,
+        max_new_tokens: int,
+    ) -> GreedyKernels | None:
+        """None where the folder has no weights for it, or the GPU or the decoder's sizes are not served.
+
+        Raises EngineError where the weights are damaged.
+        """
+        if FILE_NAME not in manifest.files:
+            return None
+        try:
+            manifest.check_file(Path(folder), FILE_NAME)
+            weights, config = load_decoder(Path(folder), device)
+        except (ManifestError, GreedyWeightsError) as error:
+            raise EngineError(str(error)) from error
+        if kernels.greedy_decoder_obstacle(config) is not None:
+            return None
+        return cls(GreedyDecoder(kernels, weights, config, slots, max_new_tokens), config["num_layers"])
+
+    def __call__(
+        self, cross: dict[str, torch.Tensor], images: int, max_new_tokens: int, stop: bool
+    ) -> GreedyResult:
+        """Decode images whose keys and values are the beginning of `cross`; asynchronous. Valid until the next call."""
+        size = (images, max_new_tokens)
+        outputs = self._outputs.get(size) or self._outputs.setdefault(size, self._decoder.outputs(*size))
+        keys, values = (
+            [cross[f"{layer}.encoder.{kind}"] for layer in range(self._layers)] for kind in ("key", "value")
+        )
+        self._decoder.run(keys, values, outputs, stop=stop)
+        return GreedyResult(*outputs)
+
+
+def _load_kernels() -> ModuleType | None:
+    """The module `trocr_kernels`, which engines can do without."""
+    try:
+        return load_kernels()
+    except ImportError:
+        return None
 
 
 def _bindable(ids: torch.Tensor, rows: int) -> torch.Tensor:

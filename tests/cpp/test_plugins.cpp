@@ -158,6 +158,7 @@ PluginField const kGELU{"activation", "gelu", PluginFieldType::kCHAR, 4};
 PluginField const kNO_ACTIVATION{"activation", "none", PluginFieldType::kCHAR, 4};
 PluginField const kWITHOUT_STATISTICS{"emit_statistics", &kZERO, PluginFieldType::kINT32, 1};
 PluginField const kWITH_STATISTICS{"emit_statistics", &kONE, PluginFieldType::kINT32, 1};
+PluginField const kSCALE{"scale", &kEPSILON, PluginFieldType::kFLOAT32, 1};
 PluginField const kRELU{"activation", "relu", PluginFieldType::kCHAR, 4};
 
 std::vector<Case> const kCASES{
@@ -168,6 +169,7 @@ std::vector<Case> const kCASES{
      {{3, 1, 256}, {3, 8, 40, 32}, {3, 8, 40, 32}},
      {{3, DataType::kINT64}}},
     {"TrOCRCrossAttention", {kNUM_HEADS_8}, {{3, 1, 256}, {3, 8, 578, 32}, {3, 8, 578, 32}}, {{3, 1, 256}}},
+    {"TrOCRCrossAttention", {kNUM_HEADS_8}, {{12, 1, 256}, {3, 8, 578, 32}, {3, 8, 578, 32}}, {{12, 1, 256}}},
     {"TrOCRResidualLayerNorm",
      {kEPSILON_FIELD, kWITHOUT_SUM},
      {{2, 577, 768}, {2, 577, 768}, {768}, {768}},
@@ -176,6 +178,7 @@ std::vector<Case> const kCASES{
      {kWITH_SUM, kEPSILON_FIELD},
      {{2, 577, 768}, {2, 577, 768}, {768}, {768}},
      {{2, 577, 768}, {2, 577, 768}}},
+    {"TrOCRLayerNorm", {kEPSILON_FIELD}, {{2, 577, 768}, {768}, {768}}, {{2, 577, 768}}},
     {"TrOCRBiasActivation", {kGELU}, {{2, 577, 3072}, {3072}}, {{2, 577, 3072}}},
     {"TrOCRBiasActivation", {kRELU}, {{16, 1024}, {1024}}, {{16, 1024}}},
     {"TrOCRRowStatistics", {}, {{2, 577, 768}}, {{2, 577, 12, 2}}, {{1, DataType::kFLOAT}}},
@@ -199,6 +202,16 @@ std::vector<Case> const kCASES{
      {{2, 577, 3072}, {768, 3072}, {768}, {2, 577, 768}},
      {{2, 577, 768}, {2, 577, 12, 2}},
      {{2, DataType::kFLOAT}, {5, DataType::kFLOAT}}},
+    {"TrOCRPatchEmbedding",
+     {kSCALE, kWITH_STATISTICS},
+     {{3, 3, 384, 96}, {384, 768}, {384}, {578, 384}},
+     {{3, 578, 384}, {3, 578, 6, 2}},
+     {{0, DataType::kINT32}, {2, DataType::kFLOAT}, {5, DataType::kFLOAT}}},
+    {"TrOCRPatchEmbedding",
+     {kWITHOUT_STATISTICS, kSCALE},
+     {{1, 3, 32, 24}, {64, 768}, {64}, {13, 64}},
+     {{1, 13, 64}},
+     {{0, DataType::kINT32}, {2, DataType::kFLOAT}}},
 };
 
 nvinfer1::IPluginCreatorV3One& creatorOf(std::string const& op)
@@ -358,6 +371,12 @@ TEST_P(EachCase, SupportsExactlyOneTypeEverywhere)
     auto const nbOutputs = static_cast<int32_t>(c.outputs.size());
     EXPECT_EQ(buildOf(*plugin).getNbOutputs(), nbOutputs);
 
+    // The input that tells T: the first one without a fixed type.
+    int32_t typed = 0;
+    while (c.fixedTypes.count(typed) != 0)
+    {
+        ++typed;
+    }
     std::vector<DataType> const all{DataType::kFLOAT, DataType::kHALF, DataType::kBF16,  DataType::kINT8,
                                     DataType::kINT32, DataType::kBOOL, DataType::kINT64, DataType::kFP8};
     for (DataType const type : all)
@@ -374,7 +393,7 @@ TEST_P(EachCase, SupportsExactlyOneTypeEverywhere)
             auto const supported = [&]
             { return buildOf(*plugin).supportsFormatCombination(pos, descs.data(), nbInputs, nbOutputs); };
 
-            if (pos == 0)
+            if (pos == typed)
             {
                 EXPECT_EQ(supported(), isFloat) << "type " << static_cast<int32_t>(type);
             }
@@ -386,7 +405,7 @@ TEST_P(EachCase, SupportsExactlyOneTypeEverywhere)
             {
                 descs[pos].desc.type = here;
                 bool const isAnyFloat = here == DataType::kFLOAT || here == DataType::kHALF || here == DataType::kBF16;
-                bool const expected = pos == 0 ? isAnyFloat : here == typeAt(c, type, pos);
+                bool const expected = pos == typed ? isAnyFloat : here == typeAt(c, type, pos);
                 EXPECT_EQ(supported(), expected) << "at " << pos << ", type " << static_cast<int32_t>(here);
             }
             descs[pos].desc.type = typeAt(c, type, pos);
@@ -552,8 +571,8 @@ TEST_F(Plugins, GetCreatorsIsStable)
     int32_t first = 0;
     int32_t second = 0;
     EXPECT_EQ(getCreators(first), getCreators(second));
-    EXPECT_EQ(first, 8);
-    EXPECT_EQ(second, 8);
+    EXPECT_EQ(first, 10);
+    EXPECT_EQ(second, 10);
 }
 
 TEST_F(Plugins, BadFieldsGiveAMessageAndNoPlugin)
@@ -603,6 +622,12 @@ TEST_F(Plugins, BadFieldsGiveAMessageAndNoPlugin)
         {"TrOCRLayerNormLinear",
          {kEPSILON_FIELD, {"activation", "tanh", PluginFieldType::kCHAR, 4}},
          "'activation' is 'tanh', expected 'none', 'gelu' or 'relu'"},
+        {"TrOCRLayerNorm", {{"epsilon", &zero, PluginFieldType::kFLOAT32, 1}}, "'epsilon' is 0"},
+        {"TrOCRPatchEmbedding", {kWITH_STATISTICS}, "'scale' (FLOAT32) is missing"},
+        {"TrOCRPatchEmbedding", {{"scale", &nan, PluginFieldType::kFLOAT32, 1}, kWITH_STATISTICS}, "'scale' is nan"},
+        {"TrOCRPatchEmbedding",
+         {kSCALE, {"emit_statistics", &kHEADS_6, PluginFieldType::kINT32, 1}},
+         "'emit_statistics' is 6, expected 0 or 1"},
         {"TrOCRLinearResidual", {}, "'emit_statistics' (INT32) is missing"},
         {"TrOCRLinearResidual",
          {{"emit_statistics", &minusOne, PluginFieldType::kINT32, 1}},
@@ -640,6 +665,10 @@ TEST_F(Plugins, RefusedShapesAreNamed)
          "query has shape [1, 2, 256], expected [1, 1, 256]"},
         {{"TrOCRCrossAttention", {kNUM_HEADS_8}, {{1, 1, 256}, {1, 4, 577, 64}, {1, 4, 577, 64}}, {{1, 1, 256}}},
          "key has shape [1, 4, 577, 64], expected [1, 8, 577, 32]"},
+        {{"TrOCRCrossAttention", {kNUM_HEADS_8}, {{4, 1, 256}, {3, 8, 577, 32}, {3, 8, 577, 32}}, {{4, 1, 256}}},
+         "the rows are not a multiple of the images"},
+        {{"TrOCRCrossAttention", {kNUM_HEADS_8}, {{4, 1, 256}, {2, 8, 577, 32}, {4, 8, 577, 32}}, {{4, 1, 256}}},
+         "value has shape [4, 8, 577, 32], expected [2, 8, 577, 32]"},
         {{"TrOCRDecoderSelfAttention",
           {kNUM_HEADS_8},
           {{1, 1, 768}, {1, 8, 40, 32}, {1, 8, 41, 32}, {1, 1}},
@@ -686,6 +715,25 @@ TEST_F(Plugins, RefusedShapesAreNamed)
           {{int64_t{1} << 31, 64}},
           {{2, DataType::kFLOAT}}},
          "rows at most 2^30"},
+        {{"TrOCRLayerNorm", {kEPSILON_FIELD}, {{4, 64}, {64}, {1}}, {{4, 64}}}, "beta has shape [1], expected [64]"},
+        {{"TrOCRPatchEmbedding",
+          {kSCALE, kWITHOUT_STATISTICS},
+          {{1, 3, 32, 10}, {64, 768}, {64}, {13, 64}},
+          {{1, 13, 64}},
+          {{0, DataType::kINT32}, {2, DataType::kFLOAT}}},
+         "height and width must be multiples of 16"},
+        {{"TrOCRPatchEmbedding",
+          {kSCALE, kWITHOUT_STATISTICS},
+          {{1, 3, 32, 24}, {64, 768}, {64}, {11, 64}},
+          {{1, 11, 64}},
+          {{0, DataType::kINT32}, {2, DataType::kFLOAT}}},
+         "special tokens at least 0"},
+        {{"TrOCRPatchEmbedding",
+          {kSCALE, kWITHOUT_STATISTICS},
+          {{1, 1, 32, 24}, {64, 768}, {64}, {13, 64}},
+          {{1, 13, 64}},
+          {{0, DataType::kINT32}, {2, DataType::kFLOAT}}},
+         "pixels has shape [1, 1, 32, 24], expected [1, 3, 32, 24]"},
     };
     for (Bad const& b : bad)
     {

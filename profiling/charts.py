@@ -1,0 +1,251 @@
+"""Charts of the committed results, as SVG: results/<gpu>/<model>/bench.json -> docs/charts/.
+
+    python -m profiling.charts
+
+A chart is of greedy search, and shows the variants that were measured; one for which nothing was measured is
+not drawn. The same records give the same bytes: no dates, no random names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from profiling.records import ROOT, VARIANTS, Record, RecordError, read
+
+STYLE = {
+    "svg.hashsalt": "trocr",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e0e0e0",
+    "legend.frameon": False,
+}
+NAMES = {
+    "stock": "TensorRT",
+    "stock_naive": "TensorRT, as exported",
+    "fused": "TensorRT, fused",
+    "fused_steps": "TensorRT, fused, step by step",
+    "torch": "PyTorch eager",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "tensorrt_rtx": "TensorRT-RTX",
+}
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = dict(
+    zip(VARIANTS, ("#666666", "#bbbbbb", "#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7"), strict=True)
+)
+MARKERS = dict(zip(VARIANTS, "sdo^v<>", strict=True))
+PARTS = {"encoder": "Encoder", "decoder": "Decoder, all steps", "end_to_end": "Pixels to token ids"}
+
+
+@matplotlib.rc_context(STYLE)
+def charts(results: Path) -> dict[str, Figure]:
+    """File name (with folders) -> chart, of all the records under `results`.
+
+    Raises RecordError for a file that holds something else.
+    """
+    figures: dict[str, Figure] = {}
+    models: list[list[Record]] = []
+    for file in sorted(results.glob("*/*/bench.json")):
+        records = [record for record in read(file) if record.num_beams == 1]
+        if not records:
+            continue
+        models.append(records)
+        folder = file.parent.relative_to(results).as_posix()
+        for part in PARTS:
+            of_part = [record for record in records if record.part == part]
+            tokens = _usual_tokens(of_part)
+            over_batch = [record for record in of_part if record.tokens == tokens]
+            if over_batch:
+                figures[f"{folder}/{part}.svg"] = batch_chart(over_batch)
+                if _speedups(over_batch):
+                    figures[f"{folder}/{part}-speedup.svg"] = speedup_chart(over_batch)
+            if len({record.tokens for record in of_part}) > 1:
+                figures[f"{folder}/{part}-tokens.svg"] = tokens_chart(of_part)
+    if models:
+        figures["headline.svg"] = headline_chart(models)
+    return figures
+
+
+def _usual_tokens(records: Sequence[Record]) -> int | None:
+    """The number of tokens that most records have; None for the encoder."""
+    counts = [record.tokens for record in records]
+    return max(dict.fromkeys(counts), key=counts.count, default=None)
+
+
+def batch_chart(records: Sequence[Record]) -> Figure:
+    """Milliseconds a batch and lines a second, over the batch size."""
+    figure = _figure(records, 9, 3.8)
+    latency, throughput = figure.subplots(1, 2)
+    for (variant, precision), points in _curves(records):
+        points.sort(key=lambda record: record.batch)
+        batches = [record.batch for record in points]
+        style = _style(variant, precision, records)
+        latency.plot(batches, [record.median_ms for record in points], **style)
+        throughput.plot(batches, [record.lines_per_s for record in points], **style)
+    for axes, label in ((latency, "ms a batch"), (throughput, "lines a second")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        batches = sorted({record.batch for record in records})
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.set_xlabel("batch")
+        axes.set_ylabel(label)
+    latency.legend()
+    return figure
+
+
+def tokens_chart(records: Sequence[Record]) -> Figure:
+    """Milliseconds a batch over the tokens a line: a panel a batch size."""
+    by_batch: dict[int, list[Record]] = {}
+    for record in records:
+        by_batch.setdefault(record.batch, []).append(record)
+    panels = {batch: found for batch, found in sorted(by_batch.items()) if len({r.tokens for r in found}) > 1}
+    figure = _figure(records, 4.5 * len(panels), 3.8)
+    axes_row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (batch, found) in zip(axes_row, panels.items(), strict=True):
+        for (variant, precision), points in _curves(found):
+            points.sort(key=lambda record: record.tokens)
+            x, y = [record.tokens for record in points], [record.median_ms for record in points]
+            axes.plot(x, y, **_style(variant, precision, records))
+        axes.set_xlabel("tokens a line")
+        axes.set_ylabel("ms a batch")
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"batch {batch}")
+    axes_row[0].legend()
+    return figure
+
+
+def speedup_chart(records: Sequence[Record]) -> Figure:
+    """How many times as fast fused is as every other variant, batch by batch."""
+    figure = _figure(records, 7, 3.8)
+    axes = figure.subplots()
+    batches = sorted({record.batch for record in records})
+    ratios = _speedups(records)
+    others = [variant for variant in VARIANTS if any(name == variant for name, _ in ratios)]
+    width = 0.8 / max(1, len(others))
+    for number, variant in enumerate(others):
+        bars = [(i, ratios[variant, batch]) for i, batch in enumerate(batches) if (variant, batch) in ratios]
+        place = [i + (number - (len(others) - 1) / 2) * width for i, _ in bars]
+        drawn = axes.bar(
+            place, [ratio for _, ratio in bars], width, label=NAMES[variant], color=COLOURS[variant]
+        )
+        axes.bar_label(drawn, [f"{ratio:.2f}" for _, ratio in bars], fontsize=8)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+    axes.set_xlabel("batch")
+    axes.set_ylabel("fused is so many times as fast as")
+    axes.grid(axis="x", visible=False)
+    axes.legend()
+    return figure
+
+
+def headline_chart(models: Sequence[Sequence[Record]]) -> Figure:
+    """Lines a second of every variant: a row a model; encoder and end to end, smallest and largest batch."""
+    figure = Figure(figsize=(11, 0.8 + 1.5 * len(models)), layout="constrained")
+    grid = figure.subplots(len(models), 4, squeeze=False)
+    for row, records in zip(grid, models, strict=True):
+        row[0].set_ylabel(records[0].model, fontsize=9)
+        for axes, part in zip((row[:2], row[2:]), ("encoder", "end_to_end"), strict=True):
+            found = [record for record in records if record.part == part]
+            found = [record for record in found if record.tokens == _usual_tokens(found)]
+            batches = sorted({record.batch for record in found})
+            for panel, batch in zip(axes, (batches[:1] + batches[1:][-1:]), strict=False):
+                _headline_panel(panel, [record for record in found if record.batch == batch])
+    for axes in grid.flat:
+        axes.set_visible(axes.has_data())
+    figure.suptitle(f"Lines a second, {', '.join(sorted({records[0].gpu for records in models}))}")
+    return figure
+
+
+def _headline_panel(axes, records: Sequence[Record]) -> None:
+    """One part at one batch: a bar a variant, in its fastest precision."""
+    fastest = {record.variant: record for record in sorted(records, key=lambda record: record.lines_per_s)}
+    bars = [fastest[variant] for variant in reversed(VARIANTS) if variant in fastest]
+    labels = [NAMES[record.variant] for record in bars]
+    drawn = axes.barh(labels, [r.lines_per_s for r in bars], color=[COLOURS[r.variant] for r in bars])
+    axes.bar_label(drawn, [f"{record.lines_per_s:,.0f}" for record in bars], padding=3, fontsize=8)
+    axes.set_title(f"{PARTS[bars[0].part]}, batch {bars[0].batch}", fontsize=9)
+    axes.margins(x=0.3)
+    axes.grid(visible=False)
+    axes.tick_params(labelsize=8)
+    axes.set_xticks([])
+
+
+def _figure(records: Sequence[Record], width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    first = records[0]
+    tokens = _usual_tokens(records)
+    many = len({record.tokens for record in records}) > 1
+    steps = "" if tokens is None or many else f", {tokens} tokens a line"
+    figure.suptitle(f"{PARTS[first.part]}: {first.model} on {first.gpu}{steps}", fontsize=11)
+    return figure
+
+
+def _curves(records: Sequence[Record]) -> list[tuple[tuple[str, str], list[Record]]]:
+    """The records of each variant and precision, in the variants' order."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        found.setdefault((record.variant, record.precision), []).append(record)
+    return sorted(found.items(), key=lambda item: (VARIANTS.index(item[0][0]), item[0][1]))
+
+
+def _style(variant: str, precision: str, records: Sequence[Record]) -> dict[str, object]:
+    precisions = sorted({record.precision for record in records})
+    line = ("-", "--", ":")[precisions.index(precision)]
+    label = f"{NAMES[variant]} ({precision})"
+    return {"label": label, "color": COLOURS[variant], "marker": MARKERS[variant], "linestyle": line}
+
+
+def _speedups(records: Sequence[Record]) -> dict[tuple[str, int], float]:
+    """(variant, batch) -> its time by fused's, in the precision that fused was measured in."""
+    fused = {(record.batch, record.precision): record for record in records if record.variant == "fused"}
+    return {
+        (record.variant, record.batch): record.median_ms / fused[record.batch, record.precision].median_ms
+        for record in records
+        if record.variant != "fused" and (record.batch, record.precision) in fused
+    }
+
+
+@matplotlib.rc_context(STYLE)
+def write(figures: dict[str, Figure], out: Path) -> None:
+    """Save the charts, and delete those of records that are gone."""
+    for name, figure in figures.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out / name, metadata={"Date": None, "Creator": None})
+    for file in out.rglob("*.svg"):
+        if file.relative_to(out).as_posix() not in figures:
+            file.unlink()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Draw the charts of the committed results.")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="default: results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "charts", help="default: docs/charts")
+    options = parser.parse_args(arguments)
+    try:
+        figures = charts(options.results)
+    except RecordError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not figures:
+        print(f"error: {options.results}: no <gpu>/<model>/bench.json; run `make gpu-check`", file=sys.stderr)
+        return 2
+    write(figures, options.out)
+    for name in sorted(figures):
+        print(options.out / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Finding the extension module `trocr_kernels`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_kernels() -> ModuleType:
+    """The extension module `trocr_kernels` out of CMake's build folder (TROCR_BUILD_DIR, by default `build`).
+
+    Raises:
+        ImportError: it is not built there, or not for this Python; the message says where and what to do.
+    """
+    build = ROOT / os.environ.get("TROCR_BUILD_DIR", "build")
+    if str(build) not in sys.path:
+        sys.path.insert(0, str(build))
+    try:
+        return importlib.import_module("trocr_kernels")
+    except ImportError as error:
+        raise ImportError(
+            f"no trocr_kernels for this Python in {build} ({error}); "
+            "build it: cmake -S . -B build && cmake --build build"
+        ) from error
