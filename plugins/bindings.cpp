@@ -13,8 +13,8 @@
 #include <pybind11/stl.h>
 
 #include "bias_activation/kernel.h"
-#include "common/launch.h"
 #include "cache_reorder/kernel.h"
+#include "common/launch.h"
 #include "cross_attention/kernel.h"
 #include "decoder_self_attention/kernel.h"
 #include "encoder_attention/kernel.h"
@@ -356,6 +356,7 @@ void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std:
     {
         throw std::runtime_error(op + " failed: " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
     }
+}
 
 PatchEmbeddingPath parsePatchEmbeddingPath(std::string const& op, std::string const& name)
 {
@@ -455,7 +456,8 @@ PYBIND11_MODULE(trocr_kernels, module)
             "log_probs"_a, "lengths"_a, "max_new_tokens"_a, "stops"_a = true, "stream"_a,
             "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, d]; "
             "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. Unless "
-            "it `stops`, every line gets max_new_tokens. A call with other addresses or sizes than earlier ones captures a graph first.");
+            "it `stops`, every line gets max_new_tokens. A call with other addresses or sizes than earlier ones captures a "
+            "graph first.");
     module.def(
         "greedy_decoder_obstacle",
         [](py::dict const& config) -> py::object {

@@ -43,9 +43,13 @@ NAMES = {
 }
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = dict(
-    zip(VARIANTS, ("#666666", "#bbbbbb", "#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7"), strict=True)
+    zip(
+        VARIANTS,
+        ("#666666", "#bbbbbb", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#cc79a7"),
+        strict=True,
+    )
 )
-MARKERS = dict(zip(VARIANTS, "sdo^v<>", strict=True))
+MARKERS = dict(zip(VARIANTS, "sdoP^v<>", strict=True))
 PARTS = {"encoder": "Encoder", "decoder": "Decoder, all steps", "end_to_end": "Pixels to token ids"}
 
 

@@ -18,8 +18,8 @@ Every variant gets the same uint8 pixels. The encoder's time begins with them on
 the variant's encoder takes, normalised beforehand where that is normalised; end to end begins with uint8
 pixels on the device, and includes normalising in every variant that needs it.
 
-`fused` decodes with the CUDA greedy decoder where that serves the GPU and the checkpoint; `fused_steps` always
-with the decoder's engine, a step at a time.
+`fused` decodes with the CUDA greedy decoder where that serves the GPU and the checkpoint; `fused_steps`
+always with the decoder's engine, a step at a time.
 
 Engines: CUDA events around replays of CUDA graphs. PyTorch on a GPU: CUDA events around calls. CPU: wall
 clock.

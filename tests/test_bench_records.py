@@ -138,6 +138,7 @@ def test_stages_of_the_gpu_check(tmp_path: Path):
         "layers",
         "compile",
         "kernels",
+        "greedy decoder",
     ]
     random = [stage.name for stage in stages(tmp_path, "small", tmp_path, tmp_path)]
     assert random == [name for name in bundled if name not in ("accuracy", "load")]

@@ -383,8 +383,10 @@ class TensorRTBackend(Backend):
 
 
 class GreedyKernels:
-    """The CUDA greedy decoder with one folder's weights, and its outputs: one set for each number of images, so that the
-    addresses, and with them the decoder's graphs, stay."""
+    """The CUDA greedy decoder with one folder's weights.
+
+    Its outputs are one set of tensors for each number of images: addresses are part of the decoder's graphs.
+    """
 
     def __init__(self, decoder: GreedyDecoder, layers: int):
         self._decoder = decoder
@@ -419,7 +421,7 @@ class GreedyKernels:
     def __call__(
         self, cross: dict[str, torch.Tensor], images: int, max_new_tokens: int, stop: bool
     ) -> GreedyResult:
-        """Decode images whose keys and values are the beginning of `cross`; asynchronous. Valid until the next call."""
+        """Decode images whose keys and values are the beginning of `cross`; valid until the next call."""
         size = (images, max_new_tokens)
         outputs = self._outputs.get(size) or self._outputs.setdefault(size, self._decoder.outputs(*size))
         keys, values = (
