@@ -466,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: %(default)s")
     parser.add_argument(
-        "--batch", type=_batch, default=(1, 8, 16), metavar="MIN,OPT,MAX", help="default: 1,8,16"
+        "--batch", type=_batch, default=(1, 16, 64), metavar="MIN,OPT,MAX", help="default: 1,16,64"
     )
     parser.add_argument("--out", type=Path, help="default: engines/<model>-<precision>-<plugins>")
     parser.add_argument(

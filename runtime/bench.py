@@ -189,7 +189,7 @@ class BackendVariant:
             found = self.backend.greedy(encoding, tokens, stop=False)
             if found is not None:
                 times = measure(lambda: self.backend.greedy(encoding, tokens, stop=False))
-                return Measurement(times, found.tokens.long())
+                return Measurement(times, self.backend.greedy(encoding, tokens).tokens.long())
         search, start, steps = self._search(pixels, tokens, num_beams)
         times = measure(steps, start, self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
@@ -212,14 +212,15 @@ class BackendVariant:
         return Measurement(times, search.output_ids[:, 1:])
 
     def _whole_search(self, pixels: torch.Tensor, tokens: int) -> Measurement:
-        """Encoding, and the backend's search as a whole."""
-        found: list[list[int]] = []
+        """Encoding, and the backend's search as a whole; the tokens are those of a search that stops."""
 
-        def run() -> None:
-            found[:] = self.backend.greedy(self.backend.encode(pixels), tokens, stop=False).tokens.tolist()
+        def run(stop: bool = False) -> torch.Tensor:
+            found = self.backend.greedy(self.backend.encode(pixels), tokens, stop).tokens
+            found.tolist()
+            return found
 
         times = measure(run, device=self.backend.device)
-        return Measurement(times, torch.tensor(found, device=self.backend.device))
+        return Measurement(times, run(stop=True).long())
 
     def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int, overlap: bool) -> Measurement:
         recognizer = Recognizer(self.folder, backend=self.backend.name, batch_size=batch, num_beams=num_beams)
