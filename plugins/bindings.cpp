@@ -19,6 +19,7 @@
 #include "decoder_self_attention/kernel.h"
 #include "encoder_attention/kernel.h"
 #include "greedy_decoder/kernel.h"
+#include "image_resize/kernel.h"
 #include "linear/kernel.h"
 #include "patch_embedding/kernel.h"
 #include "residual_layernorm/kernel.h"
@@ -387,6 +388,22 @@ void bindPatchEmbedding(uintptr_t pixels, uintptr_t weight, uintptr_t bias, uint
         {{"pixels", pixels}, {"weight", weight}, {"bias", bias, 8}, {"positions", positions}, {"y", y}}, stream);
 }
 
+void bindImageResize(uintptr_t sources, uintptr_t images, uintptr_t intermediate, uintptr_t out, int32_t count,
+    int32_t maxHeight, int32_t outHeight, int32_t outWidth, std::string const& filter, uintptr_t stream)
+{
+    std::string const op = "image_resize";
+    if (filter != "bilinear" && filter != "bicubic")
+    {
+        fail(op, "filter '" + filter + "' is neither 'bilinear' nor 'bicubic'");
+    }
+    ImageResizeParams const params{static_cast<uint8_t const*>(input(sources)),
+        static_cast<ResizeSource const*>(input(images)), count, maxHeight, outHeight, outWidth,
+        filter == "bilinear" ? ResizeFilter::kBILINEAR : ResizeFilter::kBICUBIC,
+        static_cast<uint8_t*>(output(intermediate)), static_cast<uint8_t*>(output(out))};
+    enqueue(op, params, canImplementImageResize, imageResize,
+        {{"sources", sources, 1}, {"images", images, 8}, {"intermediate", intermediate, 4}, {"out", out, 4}}, stream);
+}
+
 } // namespace
 
 PYBIND11_MODULE(trocr_kernels, module)
@@ -447,6 +464,12 @@ PYBIND11_MODULE(trocr_kernels, module)
         "dtype"_a, "stream"_a = 0,
         "statistics float32 [R, K / 64, 2]: mean, and sum of squared distances from it, of each 64 columns of x "
         "[R, K].");
+
+    module.def("image_resize", bindImageResize, "sources"_a, "images"_a, "intermediate"_a, "out"_a, py::kw_only(),
+        "count"_a, "max_height"_a, "out_height"_a, "out_width"_a, "filter"_a, "stream"_a = 0,
+        "out uint8 [images, 3, out_height, out_width] of images uint8 [height, width, 3] of different sizes in one buffer. "
+        "`images` is, for each, int64 offset in sources, int64 offset in intermediate (uint8 [3, height, out_width]), int32 "
+        "height, int32 width; on the device. filter 'bilinear' or 'bicubic', antialiased.");
 
     py::class_<GreedyDecoder>(module, "GreedyDecoder",
         "Greedy decoding of a whole batch in one launch: config as runtime.greedy_weights.decoder_config makes it, weights: "

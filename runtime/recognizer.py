@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from transformers import AutoImageProcessor
 from graph_surgery.checkpoint import CheckpointError, ModelSpec
 from runtime.backends.base import BackendError, Encoding
 from runtime.backends.choice import open_backend
+from runtime.device_resize import DeviceResize
 from runtime.generation import Decoder, new_token_limit
 from runtime.images import ImageError, ImageSource, load_image
+from runtime.kernels import load_kernels
 from runtime.ranges import stage, staged
 from runtime.search import SearchSettings
 from runtime.tokenizer import load_tokenizer
@@ -33,9 +36,9 @@ class Timing:
     """Where the time went, in milliseconds.
 
     Attributes:
-        preprocess_ms: reading, decoding and scaling this image, in a thread of its own.
-        recognize_ms: normalising, encoding and decoding the batch that this image was in, and what the
-            backend did for the batch before and after it meanwhile.
+        preprocess_ms: reading, decoding and (without a GPU) scaling this image, in a thread of its own.
+        recognize_ms: scaling (on a GPU), normalising, encoding and decoding the batch that this image was in,
+            and what the backend did for the batch before and after it meanwhile.
         batch: images in that batch.
     """
 
@@ -68,10 +71,14 @@ class Result:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """An image scaled to the encoder's size, uint8 [3, height, width], or why it is not."""
+    """An image, or why there is none.
+
+    Scaled to the encoder's size it is a tensor uint8 [3, height, width]; where the GPU does that, it is an
+    array uint8 [H, W, 3] of any size.
+    """
 
     path: str | None
-    pixels: torch.Tensor | None = None
+    pixels: torch.Tensor | np.ndarray | None = None
     error: str | None = None
     preprocess_ms: float = 0.0
 
@@ -133,6 +140,7 @@ class Recognizer:
         self._decoder = Decoder(self.backend, limit, self.settings)
         self.batch_size = self._check_batch_size(batch_size)
         self._processor = _load_image_processor(self.spec)
+        self._resize = DeviceResize.like(self._processor, _load_kernels(), self.backend.device)
         self._tokenizer = load_tokenizer(self.spec)
 
     def recognize(self, images: ImageSource | Iterable[ImageSource]) -> list[Result]:
@@ -177,15 +185,19 @@ class Recognizer:
 
     @staged("preprocess", (1,))
     def _prepare(self, number: int, source: ImageSource) -> _Prepared:
-        """Read one image and scale it with the checkpoint's own processor."""
+        """Read one image, and scale it with the checkpoint's own processor unless the GPU does."""
         path = str(source) if isinstance(source, str | Path) else None
         begin = time.perf_counter()
         try:
             image = load_image(source, path or f"image {number}")
         except ImageError as error:
             return _Prepared(path, error=str(error))
-        scaled = self._processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
-        return _Prepared(path, scaled.pixel_values[0], preprocess_ms=1e3 * (time.perf_counter() - begin))
+        if self._resize:
+            pixels = np.asarray(image)
+        else:
+            settings = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+            pixels = self._processor(image, **settings).pixel_values[0]
+        return _Prepared(path, pixels, preprocess_ms=1e3 * (time.perf_counter() - begin))
 
     def _encode(self, batch: list[_Prepared]) -> _Encoded:
         """Hand a batch to the encoder; on a GPU nothing waits for it."""
@@ -195,7 +207,8 @@ class Recognizer:
             return _Encoded(batch, None, begin)
         # The rest of the processor's work is the backend's, on the whole batch: uint8 travels there in a
         # quarter of the bytes, and normalising takes most of the processor's time on a CPU.
-        pixels = torch.stack([item.pixels for item in usable])
+        images = [item.pixels for item in usable]
+        pixels = self._resize(images) if self._resize else torch.stack(images)
         return _Encoded(batch, self.backend.encode(pixels), begin)
 
     def _decode(self, encoded: _Encoded) -> Iterator[Result]:
@@ -237,6 +250,14 @@ class Recognizer:
                 + (" --num-beams N" if beams else "")
             )
         return batch_size
+
+
+def _load_kernels() -> ModuleType | None:
+    """The module `trocr_kernels`, without which images are scaled on the CPU."""
+    try:
+        return load_kernels()
+    except ImportError:
+        return None
 
 
 def _load_image_processor(spec: ModelSpec):

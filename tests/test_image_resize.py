@@ -1,0 +1,133 @@
+"""Scaling on the GPU: the algorithm against the checkpoints' own processors, and the kernel against both."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor
+
+from runtime.device_resize import DeviceResize
+from runtime.images import load_image
+from runtime.kernels import load_kernels
+from tests.conftest import BUNDLED_MODEL
+
+SAMPLES = sorted((BUNDLED_MODEL.parents[1] / "samples").glob("*.jpg"))[:6]
+SIZES = ((64, 1200), (31, 90), (384, 384), (700, 500), (8, 16), (1, 5), (50, 3000))
+FILTERS = {"bilinear": 2, "bicubic": 3}
+
+
+def processor(filter: str, height: int = 384, width: int = 384):
+    """The bundled checkpoint's image processor with this filter and size."""
+    size = {"height": height, "width": width}
+    return AutoImageProcessor.from_pretrained(BUNDLED_MODEL, resample=FILTERS[filter], size=size)
+
+
+def by_processor(processor, images: list[np.ndarray]) -> torch.Tensor:
+    settings = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    return torch.cat([processor(image, **settings).pixel_values for image in images])
+
+
+def weights(filter: str, output: int, out_size: int, in_size: int) -> tuple[int, np.ndarray]:
+    """The first source pixel and the weights of an output pixel: the README's formula."""
+    ratio = in_size / out_size
+    stretch = max(ratio, 1)
+    support = (1 if filter == "bilinear" else 2) * stretch
+    center = ratio * (output + 0.5)
+    first, last = max(int(center - support + 0.5), 0), min(int(center + support + 0.5), in_size)
+    x = np.abs((np.arange(first, last) + 0.5 - center) / stretch)
+    if filter == "bilinear":
+        w = np.maximum(1 - x, 0)
+    else:
+        inner, outer = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * (x**3 - 5 * x**2 + 8 * x - 4)
+        w = np.where(x < 1, inner, np.where(x < 2, outer, 0))
+    return first, w / w.sum()
+
+
+def along(values: np.ndarray, axis: int, size: int, filter: str) -> np.ndarray:
+    moved = np.moveaxis(values.astype(np.float64), axis, 0)
+    out = []
+    for output in range(size):
+        first, w = weights(filter, output, size, len(moved))
+        out.append(np.tensordot(w, moved[first : first + len(w)], 1))
+    return np.clip(np.floor(np.moveaxis(np.stack(out), 0, axis) + 0.5), 0, 255)
+
+
+def by_formula(image: np.ndarray, height: int, width: int, filter: str) -> torch.Tensor:
+    """uint8 [3, height, width] of uint8 [H, W, 3]."""
+    scaled = along(along(image, 1, width, filter), 0, height, filter)
+    return torch.from_numpy(scaled.astype(np.uint8)).permute(2, 0, 1)
+
+
+def random_images() -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> int:
+    return (a.int() - b.int()).abs().max().item()
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+def test_the_formula_is_the_processors(filter: str):
+    lines = [np.asarray(load_image(path)) for path in SAMPLES[:2]]
+    images = lines + random_images()[:3]
+    expected = by_processor(processor(filter), images)
+    for number, (image, wanted) in enumerate(zip(images, expected, strict=True)):
+        # Noise overshoots the most; the processor rounds its weights to 16 bits, the formula does not.
+        allowed = 1 if number < len(lines) else 2
+        assert largest_difference(by_formula(image, 384, 384, filter), wanted) <= allowed
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    try:
+        return load_kernels()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("height", "width"), ((384, 384), (64, 640)))
+@pytest.mark.parametrize("filter", FILTERS)
+def test_the_kernel_is_the_processors(kernels, filter: str, height: int, width: int):
+    images = [np.asarray(load_image(path)) for path in SAMPLES] + random_images()
+    resize = DeviceResize.like(processor(filter, height, width), kernels, torch.device("cuda"))
+    found = resize(images)
+    assert found.shape == (len(images), 3, height, width) and found.dtype == torch.uint8
+    expected = by_processor(processor(filter, height, width), images)
+    difference = (found.cpu().int() - expected.int()).abs()
+    assert difference.max() <= 2
+    assert difference[: len(SAMPLES)].max() <= 1
+    assert (difference > 1).float().mean() < 1e-4
+    assert torch.equal(found, resize(images))
+
+
+@pytest.mark.gpu
+def test_the_kernel_refuses(kernels):
+    buffer = torch.zeros(4096, dtype=torch.uint8, device="cuda").data_ptr()
+    arguments = {"count": 1, "max_height": 4, "out_height": 8, "out_width": 8, "filter": "bilinear"}
+    for change, message in (
+        ({"out_width": 6}, "multiple of 4"),
+        ({"count": 0}, "number of images"),
+        ({"filter": "nearest"}, "neither"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            kernels.image_resize(buffer, buffer, buffer, buffer, **(arguments | change))
+
+
+def test_only_what_is_the_same_is_done_on_the_device():
+    """The processor decides: anything but scaling to a fixed size stays with it."""
+    like = processor("bicubic")
+    kernels, device = SimpleNamespace(), torch.device("cuda")
+    resize = DeviceResize.like(like, kernels, device)
+    assert (resize.height, resize.width, resize.filter) == (384, 384, "bicubic")
+    assert DeviceResize.like(like, None, device) is None
+    assert DeviceResize.like(like, kernels, torch.device("cpu")) is None
+    for change in ({"do_center_crop": True}, {"do_resize": False}, {"resample": 0}):
+        other = AutoImageProcessor.from_pretrained(BUNDLED_MODEL, **change)
+        assert DeviceResize.like(other, kernels, device) is None, change
