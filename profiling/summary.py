@@ -11,7 +11,8 @@ fills the marked places of the reports (docs/report.md and its translation):
     ... written anew ...
     <!-- end of results -->
 
-A place names what it shows (`PLACES`), a folder of results/, and for `layers` the graph and the batch.
+A place names what it shows (`PLACES`), a folder of results/, for `layers` and `layer` also the graph, the
+batch and the index of one of the model's layers, for `kernels` a model and the batch.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from profiling.records import PARTS, ROOT, VARIANTS, Record, RecordError, read
 README_BEGIN = "<!-- results: written by python -m profiling.summary --readme -->"
 README_END = "<!-- end of results -->"
 REPORTS = {"docs/report.md": "en", "docs/report.zh.md": "zh"}
+LAYERS = "layers/layers.json"
 MARK = re.compile(r"^<!-- (results: (?P<place>.+)|end of results) -->$", re.MULTILINE)
 CHINESE = {
     "precision": "精度",
@@ -63,10 +65,11 @@ CHINESE = {
     "byte floor us": "字节下限（微秒）",
     "of the floor": "占下限",
     "kernel": "核函数",
-    "model": "模型",
+    "shape": "形状",
     "fused us": "fused 微秒",
     "PyTorch us": "PyTorch 微秒",
     "error": "误差",
+    "the stock engine's layers": "stock 引擎的层",
     "PyTorch's error": "PyTorch 的误差",
     "{} tokens a line.": "每行 {} 个词元。",
     "Largest error relative to PyTorch fp32: {}.": "相对 PyTorch fp32 的最大误差：{}。",
@@ -277,16 +280,22 @@ def _environment_place(folder: Path, words: Sequence[str], language: str) -> str
         language,
     ).format(**vars(records[0]))
     commands = dict.fromkeys(record.command for record in records)
-    return f"{where} {_say('Commands:', language)}\n\n" + "\n".join(f"    {command}" for command in commands)
+    return f"{where}\n\n{_say('Commands:', language)}\n\n" + "\n".join(
+        f"    {command}" for command in commands
+    )
+
+
+def _comparison(folder: Path, graph: str, batch: str) -> dict[str, Any] | None:
+    """What profiling/layers.py found of a graph at a batch size."""
+    comparisons = (_content(folder / LAYERS) or {"comparisons": []})["comparisons"]
+    return next((c for c in comparisons if (c["graph"], str(c["batch"])) == (graph, batch)), None)
 
 
 def _layers_place(folder: Path, words: Sequence[str], language: str) -> str | None:
     """Both engines as a whole, then op by op; `words` are graph and batch."""
-    content = _content(folder / "layers" / "layers.json") or {"comparisons": []}
-    found = [c for c in content["comparisons"] if [c["graph"], str(c["batch"])] == list(words)]
-    if not found:
+    comparison = _comparison(folder, *words)
+    if comparison is None:
         return None
-    comparison = found[0]
     engines = [
         [variant, whole["layers"], f"{whole['sum_ms']:.3f}", f"{whole['replay_ms']:.3f}"]
         for variant in ("stock", "fused")
@@ -313,6 +322,25 @@ def _layers_place(folder: Path, words: Sequence[str], language: str) -> str | No
     )
 
 
+def _layer_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    """One of the model's layers op by op, with the stock layers; `words` are graph, batch and index."""
+    graph, batch, index = words
+    comparison = _comparison(folder, graph, batch)
+    units = comparison["units"] if comparison else []
+    rows = [
+        [
+            unit["op"],
+            f"{unit['fused_ms']:.4f}",
+            f"{unit['stock_ms']:.4f}",
+            " + ".join(f"`{layer['name'].rsplit('/', 1)[-1]}`" for layer in unit["stock_layers"]) or "-",
+        ]
+        for unit in units
+        if unit["module"] == f"{graph} layer {index}"
+    ]
+    header = ["op", "fused ms", "stock ms", "the stock engine's layers"]
+    return _table(rows, header, language) if rows else None
+
+
 def _greedy_place(folder: Path, words: Sequence[str], language: str) -> str | None:
     """The CUDA greedy decoder alone, against the bytes that it must read."""
     rows = [
@@ -330,11 +358,11 @@ def _greedy_place(folder: Path, words: Sequence[str], language: str) -> str | No
 
 
 def _kernels_place(folder: Path, words: Sequence[str], language: str) -> str | None:
-    """The single ops' kernels against PyTorch, of one model (the first of `words`) in float16."""
+    """The single ops' kernels against PyTorch, in float16; `words` are model and batch."""
     rows = [
         [
             row["op"],
-            row["batch"],
+            row["shape"],
             f"{row['fused_us']:.1f}",
             f"{row['torch_us']:.1f}",
             f"{row['torch_us'] / row['fused_us']:.2f}x",
@@ -342,9 +370,9 @@ def _kernels_place(folder: Path, words: Sequence[str], language: str) -> str | N
             f"{row['torch_error']:.1e}",
         ]
         for row in _content(folder / "kernels.json") or []
-        if [row["model"], row["precision"]] == [*words, "float16"]
+        if [row["model"], str(row["batch"]), row["precision"]] == [*words, "float16"]
     ]
-    header = ["kernel", "batch", "fused us", "PyTorch us", "speedup", "error", "PyTorch's error"]
+    header = ["kernel", "shape", "fused us", "PyTorch us", "speedup", "error", "PyTorch's error"]
     return _table(rows, header, language) if rows else None
 
 
@@ -353,9 +381,10 @@ PLACES: Mapping[str, tuple[Callable[[Path, Sequence[str], str], str | None], str
     **{part: (partial(_part_place, part), "bench.json", 0) for part in PARTS},
     "accuracy": (_accuracy_place, "accuracy.json", 0),
     "environment": (_environment_place, "bench.json", 0),
-    "layers": (_layers_place, "layers/layers.json", 2),
+    "layers": (_layers_place, LAYERS, 2),
+    "layer": (_layer_place, LAYERS, 3),
     "greedy": (_greedy_place, "greedy_decoder.json", 0),
-    "kernels": (_kernels_place, "kernels.json", 1),
+    "kernels": (_kernels_place, "kernels.json", 2),
 }
 
 
