@@ -413,6 +413,13 @@ def filled(text: str, results: Path, language: str) -> str:
     return "".join(parts) + text[end:]
 
 
+def _report(name: str, language: str) -> str:
+    try:
+        return filled((ROOT / name).read_text(encoding="utf-8"), ROOT / "results", language)
+    except RecordError as error:
+        raise RecordError(f"{name}: {error}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Write summary.md of a results folder, or the tables of README or of the reports."
@@ -428,12 +435,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = with_headline(readme.read_text(encoding="utf-8"), ROOT / "results")
             readme.write_text(text, encoding="utf-8")
         elif options.docs:
-            texts = {
-                ROOT / name: filled((ROOT / name).read_text(encoding="utf-8"), ROOT / "results", language)
-                for name, language in REPORTS.items()
-            }
-            for path, text in texts.items():
-                path.write_text(text, encoding="utf-8")
+            texts = {name: _report(name, language) for name, language in REPORTS.items()}
+            for name, text in texts.items():
+                (ROOT / name).write_text(text, encoding="utf-8")
         else:
             text = summarize(options.folder)
             (options.folder / "summary.md").write_text(text, encoding="utf-8")
