@@ -2,25 +2,86 @@
 
     python -m profiling.summary results/nvidia-h200/trocr-tiny-printed
     python -m profiling.summary --readme
+    python -m profiling.summary --docs
 
-The second command puts the headline tables of all results into README.md, between its two marks.
+The second command puts the headline tables of all results into README.md, between its two marks. The third
+fills the marked places of the reports (docs/report.md and its translation):
+
+    <!-- results: encoder nvidia-h200/trocr-small-random -->
+    ... written anew ...
+    <!-- end of results -->
+
+A place names what it shows (`PLACES`), a folder of results/, for `layers` and `layer` also the graph, the
+batch and the index of one of the model's layers, for `kernels` a model and the batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tabulate as tabulate_module
 from tabulate import tabulate
 
 from profiling.records import PARTS, ROOT, VARIANTS, Record, RecordError, read
 
 README_BEGIN = "<!-- results: written by python -m profiling.summary --readme -->"
 README_END = "<!-- end of results -->"
+REPORTS = {"docs/report.md": "en", "docs/report.zh.md": "zh"}
+LAYERS = "layers/layers.json"
+MARK = re.compile(r"^<!-- (results: (?P<place>.+)|end of results) -->$", re.MULTILINE)
+CHINESE = {
+    "precision": "精度",
+    "batch": "批大小",
+    "beams": "束宽",
+    "lines": "行数",
+    "variant": "变体",
+    "exact match": "完全匹配",
+    "as Hugging Face fp32": "与 Hugging Face fp32 相同",
+    "lines/s": "行/秒",
+    "fused lines/s": "fused 行/秒",
+    "fused us/token": "fused 微秒/词元",
+    "fused against stock": "fused 相对 stock",
+    "engine": "引擎",
+    "layers": "层数",
+    "sum of layers ms": "各层之和 ms",
+    "CUDA graph ms": "CUDA graph ms",
+    "op": "算子",
+    "count": "个数",
+    "of it shared": "其中分摊",
+    "speedup": "加速比",
+    "not attributed": "未归属",
+    "other arithmetic": "其他运算",
+    "data movement": "数据搬运",
+    "total": "合计",
+    "decoder": "解码器",
+    "us/token": "微秒/词元",
+    "byte floor us": "字节下限（微秒）",
+    "of the floor": "占下限",
+    "kernel": "核函数",
+    "shape": "形状",
+    "fused us": "fused 微秒",
+    "PyTorch us": "PyTorch 微秒",
+    "error": "误差",
+    "the stock engine's layers": "stock 引擎的层",
+    "PyTorch's error": "PyTorch 的误差",
+    "{} tokens a line.": "每行 {} 个词元。",
+    "Largest error relative to PyTorch fp32: {}.": "相对 PyTorch fp32 的最大误差：{}。",
+    "Smallest share of tokens as in PyTorch fp32: {}.": "与 PyTorch fp32 相同的词元所占的最小比例：{}。",
+    "Measured on {gpu}, driver {driver}, CUDA {cuda}, TensorRT {tensorrt}, commit {commit}, {date}.": (
+        "测于 {gpu}，驱动 {driver}，CUDA {cuda}，TensorRT {tensorrt}，提交 {commit}，{date}。"
+    ),
+    "Commands:": "命令：",
+    "Not measured yet: `{}` is not there, or does not have it; `make gpu-check` writes it.": (
+        "尚未测量：`{}` 不存在或没有这一项；由 `make gpu-check` 写出。"
+    ),
+}
 TITLES = {
     "encoder": "Encoder",
     "decoder": "Decoder",
@@ -48,7 +109,7 @@ def summary(
     return "\n".join(lines)
 
 
-def part_table(records: Sequence[Record]) -> str:
+def part_table(records: Sequence[Record], language: str = "en") -> str:
     """A row for each batch size: every variant's time, and how many times faster fused is than stock.
 
     Beams are a column where there are any. A page's times are seconds for all of its lines.
@@ -75,9 +136,9 @@ def part_table(records: Sequence[Record]) -> str:
         if part == "encoder":
             row += [_number(stock, "tflops"), _number(fused, "tflops")]
         rows.append(row)
-    table = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=_align(header))
-    table += f"\n\n{tokens} tokens a line." if tokens else ""
-    return table + _correctness(records)
+    table = _table(rows, header, language)
+    table += "\n\n" + _say("{} tokens a line.", language).format(tokens) if tokens else ""
+    return table + _correctness(records, language)
 
 
 def _key(record: Record) -> tuple[str, int, int, int]:
@@ -85,7 +146,7 @@ def _key(record: Record) -> tuple[str, int, int, int]:
     return record.precision, record.batch, record.num_beams, record.lines or 0
 
 
-def accuracy_table(accuracies: Sequence[dict[str, Any]]) -> str:
+def accuracy_table(accuracies: Sequence[dict[str, Any]], language: str = "en") -> str:
     header = ["variant", "precision", "lines", "CER", "exact match", "as Hugging Face fp32", "lines/s"]
     rows = [
         [
@@ -99,7 +160,7 @@ def accuracy_table(accuracies: Sequence[dict[str, Any]]) -> str:
         ]
         for entry in accuracies
     ]
-    return tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=_align(header))
+    return _table(rows, header, language)
 
 
 def stage_table(stages: Sequence[dict[str, Any]]) -> str:
@@ -107,7 +168,7 @@ def stage_table(stages: Sequence[dict[str, Any]]) -> str:
     return tabulate(rows, ["stage", "status", "seconds", "reason"], tablefmt="github", disable_numparse=True)
 
 
-def _correctness(records: Sequence[Record]) -> str:
+def _correctness(records: Sequence[Record], language: str) -> str:
     """The worst agreement of each variant with PyTorch in float32."""
     worst = []
     for variant in dict.fromkeys(record.variant for record in records):
@@ -118,8 +179,22 @@ def _correctness(records: Sequence[Record]) -> str:
         worst += [f"{variant} {min(same):.1%}"] if same else []
     if not worst:
         return ""
-    what = "Largest error relative to" if records[0].part == "encoder" else "Smallest share of tokens as in"
-    return f"\n\n{what} PyTorch fp32: {', '.join(worst)}."
+    encoder = records[0].part == "encoder"
+    what = "Largest error relative to" if encoder else "Smallest share of tokens as in"
+    return "\n\n" + _say(what + " PyTorch fp32: {}.", language).format(", ".join(worst))
+
+
+def _say(text: str, language: str) -> str:
+    """A word or sentence in "en" or "zh"; names, which have no entry, are the same in both."""
+    return CHINESE.get(text, text) if language == "zh" else text
+
+
+def _table(rows: Sequence[Sequence[Any]], header: Sequence[str], language: str = "en") -> str:
+    words = [_say(name, language) for name in header]
+    rows = [[_say(row[0], language), *row[1:]] for row in rows]
+    # Else the widths, and with them the text, depended on whether the package wcwidth is installed.
+    tabulate_module.WIDE_CHARS_MODE = False
+    return tabulate(rows, words, tablefmt="github", disable_numparse=True, colalign=_align(header))
 
 
 def _number(record: Record | None, field: str) -> str:
@@ -172,17 +247,197 @@ def with_headline(readme: str, results: Path) -> str:
     return f"{before}{README_BEGIN}\n\n{headline(results)}\n{README_END}{after}"
 
 
+def _content(file: Path) -> Any:
+    """A results file's content; None where there is no such file."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError as error:
+        raise RecordError(f"{file}: no JSON ({error}); measure again") from None
+
+
+# What a place shows: results folder, further words of the place, language -> text; None: not measured.
+
+
+def _part_place(part: str, folder: Path, words: Sequence[str], language: str) -> str | None:
+    bench = folder / "bench.json"
+    rows = [record for record in (read(bench) if bench.is_file() else []) if record.part == part]
+    return part_table(rows, language) if rows else None
+
+
+def _accuracy_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    accuracies = _content(folder / "accuracy.json")
+    return accuracy_table(accuracies, language) if accuracies else None
+
+
+def _environment_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    """Where and with what bench.json was measured, and the commands."""
+    bench = folder / "bench.json"
+    records = read(bench) if bench.is_file() else []
+    if not records:
+        return None
+    where = _say(
+        "Measured on {gpu}, driver {driver}, CUDA {cuda}, TensorRT {tensorrt}, commit {commit}, {date}.",
+        language,
+    ).format(**vars(records[0]))
+    commands = dict.fromkeys(record.command for record in records)
+    return f"{where}\n\n{_say('Commands:', language)}\n\n" + "\n".join(
+        f"    {command}" for command in commands
+    )
+
+
+def _comparison(folder: Path, graph: str, batch: str) -> dict[str, Any] | None:
+    """What profiling/layers.py found of a graph at a batch size."""
+    comparisons = (_content(folder / LAYERS) or {"comparisons": []})["comparisons"]
+    return next((c for c in comparisons if (c["graph"], str(c["batch"])) == (graph, batch)), None)
+
+
+def _layers_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    """Both engines as a whole, then op by op; `words` are graph and batch."""
+    comparison = _comparison(folder, *words)
+    if comparison is None:
+        return None
+    engines = [
+        [variant, whole["layers"], f"{whole['sum_ms']:.3f}", f"{whole['replay_ms']:.3f}"]
+        for variant in ("stock", "fused")
+        for whole in [comparison["whole"][variant]]
+    ]
+    ops = [
+        [
+            op["op"],
+            op["units"],
+            f"{op['stock_ms']:.4f}",
+            f"{op['stock_shared_ms'] / op['stock_ms']:.0%}" if op["stock_ms"] else "-",
+            f"{op['fused_ms']:.4f}",
+            f"{op['stock_ms'] / op['fused_ms']:.2f}x" if op["stock_ms"] and op["fused_ms"] else "-",
+        ]
+        for op in comparison["ops"]
+    ]
+    stock, fused = (sum(op[f"{variant}_ms"] for op in comparison["ops"]) for variant in ("stock", "fused"))
+    ops.append(["total", "", f"{stock:.4f}", "", f"{fused:.4f}", f"{stock / fused:.2f}x"])
+    return "\n\n".join(
+        [
+            _table(engines, ["engine", "layers", "sum of layers ms", "CUDA graph ms"], language),
+            _table(ops, ["op", "count", "stock ms", "of it shared", "fused ms", "speedup"], language),
+        ]
+    )
+
+
+def _layer_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    """One of the model's layers op by op, with the stock layers; `words` are graph, batch and index."""
+    graph, batch, index = words
+    comparison = _comparison(folder, graph, batch)
+    units = comparison["units"] if comparison else []
+    rows = [
+        [
+            unit["op"],
+            f"{unit['fused_ms']:.4f}",
+            f"{unit['stock_ms']:.4f}",
+            " + ".join(f"`{layer['name'].rsplit('/', 1)[-1]}`" for layer in unit["stock_layers"]) or "-",
+        ]
+        for unit in units
+        if unit["module"] == f"{graph} layer {index}"
+    ]
+    header = ["op", "fused ms", "stock ms", "the stock engine's layers"]
+    return _table(rows, header, language) if rows else None
+
+
+def _greedy_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    """The CUDA greedy decoder alone, against the bytes that it must read."""
+    rows = [
+        [
+            row["decoder"],
+            row["batch"],
+            f"{row['us_per_token']:.0f}",
+            f"{row['floor_us']:.0f}",
+            f"{row['of_floor']:.0%}",
+        ]
+        for row in _content(folder / "greedy_decoder.json") or []
+    ]
+    header = ["decoder", "batch", "us/token", "byte floor us", "of the floor"]
+    return _table(rows, header, language) if rows else None
+
+
+def _kernels_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    """The single ops' kernels against PyTorch, in float16; `words` are model and batch."""
+    rows = [
+        [
+            row["op"],
+            row["shape"],
+            f"{row['fused_us']:.1f}",
+            f"{row['torch_us']:.1f}",
+            f"{row['torch_us'] / row['fused_us']:.2f}x",
+            f"{row['error']:.1e}",
+            f"{row['torch_error']:.1e}",
+        ]
+        for row in _content(folder / "kernels.json") or []
+        if [row["model"], str(row["batch"]), row["precision"]] == [*words, "float16"]
+    ]
+    header = ["kernel", "shape", "fused us", "PyTorch us", "speedup", "error", "PyTorch's error"]
+    return _table(rows, header, language) if rows else None
+
+
+# Kind -> what fills it, the file it comes from, how many words follow the folder.
+PLACES: Mapping[str, tuple[Callable[[Path, Sequence[str], str], str | None], str, int]] = {
+    **{part: (partial(_part_place, part), "bench.json", 0) for part in PARTS},
+    "accuracy": (_accuracy_place, "accuracy.json", 0),
+    "environment": (_environment_place, "bench.json", 0),
+    "layers": (_layers_place, LAYERS, 2),
+    "layer": (_layer_place, LAYERS, 3),
+    "greedy": (_greedy_place, "greedy_decoder.json", 0),
+    "kernels": (_kernels_place, "kernels.json", 2),
+}
+
+
+def filled(text: str, results: Path, language: str) -> str:
+    """A report with what `results` holds in its marked places; a sentence in those that were not measured.
+
+    Raises RecordError for a place that is unknown or has no end, and for results that cannot be read.
+    """
+    parts, end = [], 0
+    marks = list(MARK.finditer(text))
+    for begin, close in zip(marks[::2], [*marks[1::2], None], strict=False):
+        if begin["place"] is None or close is None or close["place"] is not None:
+            raise RecordError(f"{begin[0]}: begin and end of results must take turns")
+        kind, *words = begin["place"].split()
+        if kind not in PLACES or len(words) != 1 + PLACES[kind][2]:
+            raise RecordError(
+                f"{begin[0]}: unknown; there are {', '.join(PLACES)}, each with a folder of results/"
+            )
+        fill, file, _ = PLACES[kind]
+        content = fill(results / words[0], words[1:], language)
+        if content is None:
+            missing = "Not measured yet: `{}` is not there, or does not have it; `make gpu-check` writes it."
+            content = _say(missing, language).format(f"results/{words[0]}/{file}")
+        parts.append(f"{text[end : begin.end()]}\n\n{content}\n\n")
+        end = close.start()
+    return "".join(parts) + text[end:]
+
+
+def _report(name: str, language: str) -> str:
+    try:
+        return filled((ROOT / name).read_text(encoding="utf-8"), ROOT / "results", language)
+    except RecordError as error:
+        raise RecordError(f"{name}: {error}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write summary.md of a results folder, or README's tables.")
+    parser = argparse.ArgumentParser(
+        description="Write summary.md of a results folder, or the tables of README or of the reports."
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("folder", type=Path, nargs="?", help="results/<gpu>/<model>")
     what.add_argument("--readme", action="store_true", help="put the headline tables into README.md")
+    what.add_argument("--docs", action="store_true", help="fill the reports' marked places")
     options = parser.parse_args(arguments)
     try:
         if options.readme:
             readme = ROOT / "README.md"
             text = with_headline(readme.read_text(encoding="utf-8"), ROOT / "results")
             readme.write_text(text, encoding="utf-8")
+        elif options.docs:
+            texts = {name: _report(name, language) for name, language in REPORTS.items()}
+            for name, text in texts.items():
+                (ROOT / name).write_text(text, encoding="utf-8")
         else:
             text = summarize(options.folder)
             (options.folder / "summary.md").write_text(text, encoding="utf-8")

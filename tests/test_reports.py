@@ -1,0 +1,90 @@
+"""The reports' tables are those of results/, in both languages, and what they name is there."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from profiling.records import ROOT, RecordError
+from profiling.summary import MARK, REPORTS, filled
+
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in REPORTS}
+FOLDER = "nvidia-h200/trocr-small-random"
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_tables_are_the_committed_ones(name: str):
+    expected = filled(TEXTS[name], ROOT / "results", REPORTS[name])
+    assert expected == TEXTS[name], "run: python -m profiling.summary --docs"
+
+
+def test_both_languages_show_the_same_results():
+    english, chinese = ([mark["place"] for mark in MARK.finditer(text)] for text in TEXTS.values())
+    assert english == chinese
+    assert len(english) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    sorted({(name, target) for name in TEXTS for target in re.findall(r"\]\(([^)#:]+)\)", TEXTS[name])}),
+)
+def test_links_lead_somewhere(name: str, target: str):
+    assert (ROOT / name).parent.joinpath(target).exists()
+
+
+def test_a_new_measurement_shows(tmp_path):
+    shutil.copytree(ROOT / "results" / FOLDER, tmp_path / FOLDER)
+    bench = tmp_path / FOLDER / "bench.json"
+    records = json.loads(bench.read_text())
+    changed = next(r for r in records if (r["part"], r["variant"], r["batch"]) == ("encoder", "fused", 8))
+    changed["median_ms"] = 123.0
+    bench.write_text(json.dumps(records))
+    text = filled(place(f"encoder {FOLDER}"), tmp_path, "en")
+    assert re.search(r"\| fp16 +\| +8 \|.*\| +123 \|", text)
+    assert filled(text, tmp_path, "en") == text
+
+
+def test_languages_have_the_same_figures():
+    english, chinese = (
+        filled(place(f"decoder {FOLDER}"), ROOT / "results", language) for language in ("en", "zh")
+    )
+    figures = [re.findall(r"\d+(?:\.\d+)?", text.split("|\n", 1)[1]) for text in (english, chinese)]
+    assert figures[0] == figures[1]
+    assert "batch" in english and "批大小" in chinese
+
+
+def test_layers_and_greedy_decoder(tmp_path):
+    (tmp_path / "gpu" / "layers").mkdir(parents=True)
+    whole = {"layers": 3, "sum_ms": 0.5, "replay_ms": 0.25}
+    op = {"op": "MatMul", "units": 2, "stock_ms": 0.5, "stock_shared_ms": 0.1, "fused_ms": 0.25}
+    comparison = {"graph": "encoder", "batch": 1, "whole": {"stock": whole, "fused": whole}, "ops": [op]}
+    (tmp_path / "gpu" / "layers" / "layers.json").write_text(json.dumps({"comparisons": [comparison]}))
+    row = {"decoder": "small", "batch": 1, "us_per_token": 20.4, "floor_us": 10.2, "of_floor": 0.5}
+    (tmp_path / "gpu" / "greedy_decoder.json").write_text(json.dumps([row]))
+    layers = re.sub(" +", " ", filled(place("layers gpu encoder 1"), tmp_path, "en"))
+    assert "| stock | 3 | 0.500 | 0.250 |" in layers
+    assert "| MatMul | 2 | 0.5000 | 20% | 0.2500 | 2.00x |" in layers
+    assert "| total | | 0.5000 | | 0.2500 | 2.00x |" in layers
+    greedy = re.sub(" +", " ", filled(place("greedy gpu"), tmp_path, "zh"))
+    assert "| small | 1 | 20 | 10 | 50% |" in greedy
+    assert "`results/gpu/layers/layers.json`" in filled(place("layers gpu encoder 64"), tmp_path, "en")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- results: encoder -->\n<!-- end of results -->\n",
+        "<!-- results: speed nvidia-h200 -->\n<!-- end of results -->\n",
+        f"<!-- results: encoder {FOLDER} -->\n",
+        f"<!-- results: encoder {FOLDER} -->\n<!-- results: decoder {FOLDER} -->\n<!-- end of results -->\n",
+        "<!-- end of results -->\n",
+    ],
+)
+def test_a_wrong_place_is_refused(text: str):
+    with pytest.raises(RecordError, match="<!-- "):
+        filled(text, ROOT / "results", "en")
+
+
+def place(what: str) -> str:
+    return f"# Title\n\n<!-- results: {what} -->\n<!-- end of results -->\n\nMore.\n"
