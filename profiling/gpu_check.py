@@ -161,8 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)  # so that the recorded commands have no path of this machine
     out = parent / folder.resolve().name
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("bench.json", "accuracy.json", "kernels.json", "load.json"):  # of an earlier run
-        (out / name).unlink(missing_ok=True)
+    for name in ("bench", "accuracy", "kernels", "load", "greedy_decoder"):  # of an earlier run
+        (out / f"{name}.json").unlink(missing_ok=True)
     shutil.rmtree(out / "layers", ignore_errors=True)
 
     scratch = Path("build") / "gpu-check"

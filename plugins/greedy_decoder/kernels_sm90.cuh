@@ -230,7 +230,9 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
     sm90::clusterSyncRelaxed(); // every block of the cluster runs: its shared memory may be written
 
     int const firstKey = p.length * rank / kBLOCKS;
-    int const lastKey = p.length * (rank + 1) / kBLOCKS;    sm90::waitForPriorGrids();
+    int const lastKey = p.length * (rank + 1) / kBLOCKS;
+
+    sm90::waitForPriorGrids();
 
 #pragma unroll 1
     for (int first = blockIdx.y * kROWS; first < p.link.rows; first += gridDim.y * kROWS)

@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 # Rows that the CUDA greedy decoder works on at a time; it refills those that have ended.
 GREEDY_SLOTS = 64
+# The most images that it decodes where heads have 64 elements: its time grows with every 8 rows, the step
+# engine's hardly does. An estimate (docs/optimisation-log.md), from its own time and the engine's bytes.
+GREEDY_MOST_WIDE = 8
 
 MOST_BEAMS = 16  # of the kernel reorder_cache
 
@@ -301,7 +304,7 @@ class TensorRTBackend(Backend):
         return selected
 
     def greedy(self, encoding: Encoding, max_new_tokens: int, stop: bool = True) -> GreedyResult | None:
-        if self._greedy is None:
+        if self._greedy is None or (self._head_dim == 64 and encoding.images > GREEDY_MOST_WIDE):
             return None
         torch.cuda.current_stream().wait_event(encoding.ready)
         with stage("greedy search", (encoding.images, max_new_tokens)):
