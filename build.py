@@ -50,7 +50,7 @@ DEFAULT_MODEL = "models/trocr-tiny-printed"
 GRAPHS = ("encoder", "cross_kv", "decoder")
 PRECISIONS = ("fp32", "fp16", "bf16")
 CACHE_MULTIPLE = 32  # a fixed cache's capacity is rounded up to it: aligned rows, few different engines
-CHECKPOINT_FILES = {".json", ".model", ".safetensors", ".txt"}
+CHECKPOINT_FILES = {".bin", ".json", ".model", ".safetensors", ".txt"}
 PACKAGES = ("onnx", "onnx-graphsurgeon", "torch", "transformers")  # whose versions change the graphs
 
 Range = tuple[int, int, int]
@@ -289,8 +289,9 @@ def _write_graphs(
 
 
 def _weights_hash(checkpoint: Mapping[str, str]) -> str:
-    """The hash of the weight file; of the hashes where there are several."""
+    """The hash of the weight file; of the hashes where there are several. `.bin` only without others."""
     hashes = [value for name, value in checkpoint.items() if name.endswith(".safetensors")]
+    hashes = hashes or [value for name, value in checkpoint.items() if name.endswith(".bin")]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -82,7 +82,7 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
         # Random weights read nothing.
         *([Stage("accuracy", accuracy, 20)] if folder == BUNDLED else []),
         Stage("bench", bench("bench.json", parts, "stock,fused,fused_steps,torch"), 30),
-        Stage("tests", [*python, "-m", "pytest", "-m", "gpu", "-q"], 60),
+        Stage("tests", [*python, "-m", "pytest", "-m", "gpu", "-q", "-n", "6"], 60),
         Stage("page", page, 30),
         *([Stage("load", load, 30)] if folder == BUNDLED else []),
         Stage("layers", layers, 30),

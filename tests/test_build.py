@@ -1,6 +1,7 @@
 """build.py without a GPU: graphs, manifest, no-op builds, folders that are whole or not there."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import build as build_module
 from build import BuildError, NoEngines, build, default_folder, main
@@ -117,6 +120,23 @@ def test_changed_option_builds_again(model: str, tmp_path: Path, capsys, change:
     build(model, **(options | change))
     assert f"building again, changed: {named}\n" in capsys.readouterr().out
     assert snapshot(tmp_path / "engines")["manifest.json"] != before["manifest.json"]
+
+
+def test_changed_bin_weights_build_again(model: str, tmp_path: Path, capsys):
+    """Weights that are only there as `.bin` are part of the inputs and of the manifest as well."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    options = {"plugins": "none", "precision": "fp32", "out": tmp_path / "engines", "onnx_only": True}
+    build(str(folder), **options)
+    before = Manifest.read(tmp_path / "engines").weights_sha256
+    torch.save({name: weight * 1.5 for name, weight in weights.items()}, folder / "pytorch_model.bin")
+    capsys.readouterr()
+    build(str(folder), **options)
+    assert "building again, changed: checkpoint\n" in capsys.readouterr().out
+    assert Manifest.read(tmp_path / "engines").weights_sha256 != before
 
 
 def test_missing_file_builds_again(model: str, tmp_path: Path, capsys):
