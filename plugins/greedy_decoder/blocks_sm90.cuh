@@ -14,15 +14,15 @@ namespace trocr::greedy
 
 constexpr int kTHREADS = 256;
 constexpr int kWARPS = kTHREADS / kWARP_SIZE;
-constexpr int kCHUNK = 32;     //!< inputs of a product that a lane reads with one 16-byte access (4 lanes a row)
+constexpr int kCHUNK = 32;  //!< inputs of a product that a lane reads with one 16-byte access (4 lanes a row)
 
-//! The widest decoder that a kernel's code is made for: narrow ones, with heads of 32, get shorter code. Every kernel of the
-//! chain runs each of its instructions about once, so that fetching them is a good part of its time.
+//! The widest decoder that a kernel's code is made for: narrow ones, with heads of 32, get shorter code. Every kernel
+//! of the chain runs each of its instructions about once, so that fetching them is a good part of its time.
 __host__ __device__ constexpr int maxWidth(int headDim)
 {
     return headDim == 32 ? 256 : 1024;
 }
-constexpr float kNO_SCORE = -1e30F; //!< below every score; finite, so that differences of two are 0
+constexpr float kNO_SCORE = -1e30F;  //!< below every score; finite, so that differences of two are 0
 
 //! Reads 8 bytes that other kernels write, past L1. The compiler leaves it where it stands: early.
 __device__ __forceinline__ int2 loadEarly(int2 const* address)
@@ -60,22 +60,22 @@ __device__ __forceinline__ float2 fromSum(int2 words)
 //! What a row works on.
 struct RowState
 {
-    int line;     //!< -1: idle
-    int position; //!< of its newest token
+    int line;      //!< -1: idle
+    int position;  //!< of its newest token
 };
 
 //! What every kernel of the chain is given.
 struct Link
 {
-    int rows;               //!< slots
-    int width;              //!< D
-    SumPair const* input;   //!< [rows, D / 2], complete when the kernel before has ended
-    SumPair* output;        //!< [rows, D / 2], zero
-    SumPair* cleared;       //!< [rows, D / 2], set to zero for the next kernel
-    void const* norm;       //!< T [2, D], gamma and beta; nullptr: the input is taken as it is
+    int rows;              //!< slots
+    int width;             //!< D
+    SumPair const* input;  //!< [rows, D / 2], complete when the kernel before has ended
+    SumPair* output;       //!< [rows, D / 2], zero
+    SumPair* cleared;      //!< [rows, D / 2], set to zero for the next kernel
+    void const* norm;      //!< T [2, D], gamma and beta; nullptr: the input is taken as it is
     float epsilon;
-    float inverseWidth;     //!< 1 / D
-    RowState const* states; //!< [rows]
+    float inverseWidth;      //!< 1 / D
+    RowState const* states;  //!< [rows]
 };
 
 //! Up to kROWS rows that a block works on at once; each warp has the state of row `lane` in its lane.
@@ -83,9 +83,9 @@ template <int kROWS>
 struct Pass
 {
     int first;
-    int count;       //!< rows in it
-    RowState state;  //!< of row first + lane
-    unsigned active; //!< bit i: row first + i has a line
+    int count;        //!< rows in it
+    RowState state;   //!< of row first + lane
+    unsigned active;  //!< bit i: row first + i has a line
 
     __device__ __forceinline__ static Pass load(Link const& link, int first)
     {
@@ -102,7 +102,7 @@ struct Pass
 
     __device__ __forceinline__ bool isActive(int row) const
     {
-        return kROWS == 1 || (active >> row & 1) != 0; // a pass without an active row is not worked on
+        return kROWS == 1 || (active >> row & 1) != 0;  // a pass without an active row is not worked on
     }
 
     __device__ __forceinline__ int lineOf(int row) const
@@ -116,8 +116,8 @@ struct Pass
     }
 };
 
-//! Distance of two rows of `width` elements in shared memory: 64 bytes behind a multiple of 128, so that the eight lanes
-//! of a phase, two rows of 64 bytes, meet no bank twice.
+//! Distance of two rows of `width` elements in shared memory: 64 bytes behind a multiple of 128, so that the eight
+//! lanes of a phase, two rows of 64 bytes, meet no bank twice.
 template <typename T>
 __host__ __device__ constexpr int rowPitch(int width)
 {
@@ -138,8 +138,8 @@ __device__ __forceinline__ void clearSums(Link const& link)
     }
 }
 
-//! LayerNorm of a pass's rows, kROW_WARPS warps a row: few rows are spread over the block for their latency. In two parts, so
-//! that other loads can be on their way with those of the first rows.
+//! LayerNorm of a pass's rows, kROW_WARPS warps a row: few rows are spread over the block for their latency. In two
+//! parts, so that other loads can be on their way with those of the first rows.
 template <typename T, int kROWS, int kMAX_WIDTH>
 struct RowNorm
 {
@@ -147,7 +147,7 @@ struct RowNorm
     static constexpr bool kEVERY_WARP = kROWS == 1 && kMAX_WIDTH == kWARPS * kCHUNK;
     static constexpr int kROW_WARPS = kEVERY_WARP || kROWS >= kWARPS ? 1 : kWARPS / kROWS;
     static constexpr int kPAIRS = kMAX_WIDTH / 2 / kWARP_SIZE / kROW_WARPS;
-    static constexpr int kAT_ONCE = kEVERY_WARP ? 1 : kWARPS / kROW_WARPS; //!< rows
+    static constexpr int kAT_ONCE = kEVERY_WARP ? 1 : kWARPS / kROW_WARPS;  //!< rows
     static_assert(kPAIRS >= 1);
 
     int2 raw[kPAIRS];
@@ -180,8 +180,8 @@ struct RowNorm
         }
     }
 
-    //! Waits for what load() asked for. To be called before other loads are issued: those that a thread has under way may
-    //! share one counter, and a wait for the first then is a wait for all.
+    //! Waits for what load() asked for. To be called before other loads are issued: those that a thread has under way
+    //! may share one counter, and a wait for the first then is a wait for all.
     __device__ __forceinline__ void take()
     {
         sum = 0.0F;
@@ -193,14 +193,14 @@ struct RowNorm
             sum += values[i].x + values[i].y;
             squares += values[i].x * values[i].x + values[i].y * values[i].y;
         }
-        asm volatile("" : "+f"(sum), "+f"(squares)); // here, not where they are needed
+        asm volatile("" : "+f"(sum), "+f"(squares));  // here, not where they are needed
     }
 
-    //! hidden [count, pitch] = LayerNorm(input) of rows first to first + count, of which load(first + firstRow()) and take()
-    //! have been called; ready for multiplySplit, and after the next barrier for all. `norm` is gamma and beta; nullptr: rows
-    //! are only rounded. `scratch`: [kWARPS].
-    __device__ __forceinline__ void run(
-        Link const& link, int first, int count, T const* norm, T* hidden, int pitch, float2* scratch)
+    //! hidden [count, pitch] = LayerNorm(input) of rows first to first + count, of which load(first + firstRow()) and
+    //! take() have been called; ready for multiplySplit, and after the next barrier for all. `norm` is gamma and beta;
+    //! nullptr: rows are only rounded. `scratch`: [kWARPS].
+    __device__ __forceinline__ void run(Link const& link, int first, int count, T const* norm, T* hidden, int pitch,
+                                        float2* scratch)
     {
         int const pairs = link.width / 2;
         int const warp = threadIdx.x / kWARP_SIZE;
@@ -326,11 +326,11 @@ __device__ __forceinline__ uint4 weightsOf(T const* tile)
     return reinterpret_cast<uint4 const*>(tile)[threadIdx.x % kWARP_SIZE];
 }
 
-//! partial [warp][kROWS][8 kTILES] = the warp's part of the inputs of rows x weights^T; weights [chunks, kTILES, 8, 32].
-//! The sum over the warps is the caller's.
+//! partial [warp][kROWS][8 kTILES] = the warp's part of the inputs of rows x weights^T; weights [chunks, kTILES, 8,
+//! 32]. The sum over the warps is the caller's.
 template <int kROWS, int kTILES, typename T>
-__device__ __forceinline__ void multiplySplit(
-    T const* rows, int pitch, int count, T const* weights, int chunks, float* partial)
+__device__ __forceinline__ void multiplySplit(T const* rows, int pitch, int count, T const* weights, int chunks,
+                                              float* partial)
 {
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
@@ -376,11 +376,12 @@ __device__ __forceinline__ float2 collectPair(float const* partial, int row, int
     return sum;
 }
 
-//! Adds rows x weights^T to the sums; weights [kCHUNKS, tiles, 8, 32] give columns firstColumn on. With `bias` the block
-//! also adds that and the residual, the rows of `hidden`: exactly one block a column does.
+//! Adds rows x weights^T to the sums; weights [kCHUNKS, tiles, 8, 32] give columns firstColumn on. With `bias` the
+//! block also adds that and the residual, the rows of `hidden`: exactly one block a column does.
 template <int kROWS, int kCHUNKS, typename T>
 __device__ __forceinline__ void multiplyToSums(Link const& link, Pass<kROWS> const& pass, T const* rows, int pitch,
-    T const* weights, int tiles, int firstColumn, float const* bias, T const* hidden, int hiddenPitch)
+                                               T const* weights, int tiles, int firstColumn, float const* bias,
+                                               T const* hidden, int hiddenPitch)
 {
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
@@ -410,8 +411,8 @@ __device__ __forceinline__ void multiplyToSums(Link const& link, Pass<kROWS> con
                 float2 sum = {c[2 * half], c[2 * half + 1]};
                 if (bias != nullptr)
                 {
-                    float2 const h
-                        = unpackPair<T>(*reinterpret_cast<unsigned const*>(hidden + row * hiddenPitch + column));
+                    float2 const h =
+                        unpackPair<T>(*reinterpret_cast<unsigned const*>(hidden + row * hiddenPitch + column));
                     sum.x += bias[inTile] + h.x;
                     sum.y += bias[inTile + 1] + h.y;
                 }
@@ -424,14 +425,14 @@ __device__ __forceinline__ void multiplyToSums(Link const& link, Pass<kROWS> con
 
 // ---- attention of one query a row ----
 
-//! Keys and values that one lane holds. A key is shared by kLANES neighbouring lanes, eight elements each; kROW_WARPS warps
-//! take turns at a row's keys.
+//! Keys and values that one lane holds. A key is shared by kLANES neighbouring lanes, eight elements each; kROW_WARPS
+//! warps take turns at a row's keys.
 template <typename T, int kHEAD_DIM, int kROW_WARPS, int kPASSES>
 struct Keys
 {
     static constexpr int kLANES = kHEAD_DIM / 8;
     static constexpr int kGROUPS = kWARP_SIZE / kLANES;
-    static constexpr int kSPAN = kPASSES * kROW_WARPS * kGROUPS; //!< keys that a row's warps hold
+    static constexpr int kSPAN = kPASSES * kROW_WARPS * kGROUPS;  //!< keys that a row's warps hold
 
     uint4 keys[kPASSES];
     uint4 values[kPASSES];
@@ -463,8 +464,8 @@ struct Keys
 
 //! The row's newest key and value, at index `position`, from shared memory (`offset`: the lane's first element).
 template <typename T, int kHEAD_DIM, int kROW_WARPS, int kPASSES>
-__device__ __forceinline__ void insertNewest(
-    Keys<T, kHEAD_DIM, kROW_WARPS, kPASSES>& held, int first, int position, T const* key, T const* value)
+__device__ __forceinline__ void insertNewest(Keys<T, kHEAD_DIM, kROW_WARPS, kPASSES>& held, int first, int position,
+                                             T const* key, T const* value)
 {
 #pragma unroll
     for (int pass = 0; pass < kPASSES; ++pass)
@@ -483,7 +484,7 @@ struct Softmax
 {
     static constexpr int kLANES = kHEAD_DIM / 8;
 
-    float query[8]; //!< times log2(e) / sqrt(kHEAD_DIM)
+    float query[8];  //!< times log2(e) / sqrt(kHEAD_DIM)
     float maximum;
     float total;
     float context[8];
@@ -593,8 +594,8 @@ struct Softmax
     }
 };
 
-//! Four elements of a context from kPARTS partial ones, contexts [kPARTS, stride] and scales [kPARTS]; not yet divided by
-//! the total.
+//! Four elements of a context from kPARTS partial ones, contexts [kPARTS, stride] and scales [kPARTS]; not yet divided
+//! by the total.
 template <int kPARTS>
 __device__ __forceinline__ float4 combine(float const* contexts, int stride, float2 const* scales, float2& scale)
 {
@@ -643,8 +644,8 @@ __device__ __forceinline__ void copyBulk(void* to, void const* from, uint32_t by
                  : "memory");
 }
 
-//! The block's constants, on their way into shared memory since before the kernel before has ended: first the norm, then
-//! the blob.
+//! The block's constants, on their way into shared memory since before the kernel before has ended: first the norm,
+//! then the blob.
 struct Constants
 {
     uint32_t normBarrier;
@@ -652,7 +653,8 @@ struct Constants
 
     //! By all threads, first thing in the kernel. `barriers`: 16 bytes.
     __device__ __forceinline__ static Constants fetch(uint64_t* barriers, void* normTo, void const* norm,
-        uint32_t normBytes, void* blobTo, void const* blob, uint32_t blobBytes)
+                                                      uint32_t normBytes, void* blobTo, void const* blob,
+                                                      uint32_t blobBytes)
     {
         Constants const constants{sm90::sharedAddress(barriers), sm90::sharedAddress(barriers + 1)};
         if (threadIdx.x == 0)
@@ -683,4 +685,4 @@ struct Constants
     }
 };
 
-} // namespace trocr::greedy
+}  // namespace trocr::greedy

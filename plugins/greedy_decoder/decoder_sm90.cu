@@ -1,9 +1,8 @@
-#include "greedy_decoder/kernel.h"
-
 #include <algorithm>
 #include <utility>
 
 #include "common/launch.h"
+#include "greedy_decoder/kernel.h"
 #include "greedy_decoder/kernels_sm90.cuh"
 
 namespace trocr
@@ -14,7 +13,8 @@ namespace
 
 using namespace greedy;
 
-//! Tokens in one turn of the WHILE node: a turn costs 5 us by itself, and a text's end inside a turn the idle rest of it.
+//! Tokens in one turn of the WHILE node: a turn costs 5 us by itself, and a text's end inside a turn the idle rest of
+//! it.
 constexpr int kTOKENS_A_TURN = 2;
 constexpr size_t kMAX_GRAPHS = 64;
 
@@ -27,7 +27,7 @@ constexpr size_t align256(size_t bytes)
 struct Workspace
 {
     size_t sums[3], choices, states, scalars, keys, values, bytes;
-    size_t layerCache; //!< bytes of a layer's keys
+    size_t layerCache;  //!< bytes of a layer's keys
 
     Workspace(GreedyDecoderConfig const& config, int32_t slots, int32_t capacity, int32_t blocks)
     {
@@ -50,10 +50,11 @@ struct Workspace
 //! Launches a link of the chain, which may start while the one before still runs.
 template <typename Params>
 cudaError_t launchLink(void (*kernel)(Params), dim3 grid, unsigned cluster, size_t sharedBytes, cudaStream_t stream,
-    Params const& params)
+                       Params const& params)
 {
-    cudaError_t const status = cudaFuncSetAttribute(
-        reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes));
+    cudaError_t const status =
+        cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(sharedBytes));
     if (status != cudaSuccess)
     {
         return status;
@@ -116,8 +117,8 @@ cudaError_t addWhile(cudaGraph_t graph, cudaGraphConditionalHandle& conditional,
 template <typename Enqueue>
 cudaError_t captureInto(cudaGraph_t graph, cudaStream_t stream, Enqueue const& enqueue)
 {
-    cudaError_t status = cudaStreamBeginCaptureToGraph(
-        stream, graph, nullptr, nullptr, 0, cudaStreamCaptureModeThreadLocal);
+    cudaError_t status =
+        cudaStreamBeginCaptureToGraph(stream, graph, nullptr, nullptr, 0, cudaStreamCaptureModeThreadLocal);
     if (status != cudaSuccess)
     {
         return status;
@@ -127,7 +128,7 @@ cudaError_t captureInto(cudaGraph_t graph, cudaStream_t stream, Enqueue const& e
     return status != cudaSuccess ? status : ended;
 }
 
-} // namespace
+}  // namespace
 
 bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason)
 {
@@ -171,8 +172,8 @@ GreedyBlobBytes greedyBlobBytes(GreedyDecoderConfig const& config)
 {
     int32_t const headDim = config.width / config.heads;
     return {static_cast<size_t>(SelfLayout(headDim, config.width, 1, 1).blobBytes),
-        static_cast<size_t>(CrossLayout(headDim, config.width, 1, 1).blobBytes),
-        static_cast<size_t>(FeedForwardLayout(config.width, 1, 1).blobBytes)};
+            static_cast<size_t>(CrossLayout(headDim, config.width, 1, 1).blobBytes),
+            static_cast<size_t>(FeedForwardLayout(config.width, 1, 1).blobBytes)};
 }
 
 struct GreedyDecoder::Graph
@@ -193,12 +194,9 @@ struct GreedyDecoder::Graph
     }
 };
 
-GreedyDecoder::GreedyDecoder(
-    GreedyDecoderConfig config, GreedyDecoderWeights weights, int32_t maxSlots, int32_t capacity)
-    : mConfig(std::move(config))
-    , mWeights(weights)
-    , mMaxSlots(maxSlots)
-    , mCapacity(capacity)
+GreedyDecoder::GreedyDecoder(GreedyDecoderConfig config, GreedyDecoderWeights weights, int32_t maxSlots,
+                             int32_t capacity)
+    : mConfig(std::move(config)), mWeights(weights), mMaxSlots(maxSlots), mCapacity(capacity)
 {
     mStatus = deviceAttribute(cudaDevAttrMultiProcessorCount, mMultiprocessors);
     mMultiprocessors = std::min(mMultiprocessors, kCHOOSERS_A_LANE * kWARP_SIZE);
@@ -229,8 +227,8 @@ GreedyDecoder::~GreedyDecoder()
 }
 
 template <typename T>
-cudaError_t GreedyDecoder::enqueueNext(
-    GreedyRequest const& request, bool first, unsigned long long conditional, bool last, cudaStream_t stream)
+cudaError_t GreedyDecoder::enqueueNext(GreedyRequest const& request, bool first, unsigned long long conditional,
+                                       bool last, cudaStream_t stream)
 {
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
     auto* const scalars = reinterpret_cast<int*>(mWorkspace + at.scalars);
@@ -260,8 +258,8 @@ cudaError_t GreedyDecoder::enqueueNext(
 }
 
 template <typename T, int kHEAD_DIM, int kROWS>
-cudaError_t GreedyDecoder::enqueueToken(
-    GreedyRequest const& request, unsigned long long conditional, bool last, cudaStream_t stream)
+cudaError_t GreedyDecoder::enqueueToken(GreedyRequest const& request, unsigned long long conditional, bool last,
+                                        cudaStream_t stream)
 {
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
     auto const sums = [&](int i) { return reinterpret_cast<SumPair*>(mWorkspace + at.sums[i % 3]); };
@@ -273,12 +271,13 @@ cudaError_t GreedyDecoder::enqueueToken(
     unsigned const headBlocks = heads * kCLUSTER;
     unsigned const innerBlocks = mConfig.ffnWidth / kCHUNK;
     // Where one pass of rows leaves multiprocessors idle, several go side by side.
-    auto const sideBySide
-        = [&](unsigned blocks) { return std::clamp<unsigned>(mMultiprocessors / blocks, 1U, passes); };
+    auto const sideBySide = [&](unsigned blocks)
+    { return std::clamp<unsigned>(mMultiprocessors / blocks, 1U, passes); };
     GreedyBlobBytes const blob = greedyBlobBytes(mConfig);
 
-    int index = 0; // in the chain; also of the norm
-    auto const link = [&]() {
+    int index = 0;  // in the chain; also of the norm
+    auto const link = [&]()
+    {
         Link l{};
         l.rows = request.slots;
         l.width = width;
@@ -286,8 +285,9 @@ cudaError_t GreedyDecoder::enqueueToken(
         l.output = sums(index + 1);
         l.cleared = sums(index + 2);
         bool const identity = index == 0 && !mConfig.embeddingNorm;
-        l.norm = identity ? nullptr
-                          : static_cast<uint8_t const*>(mWeights.norms) + static_cast<size_t>(index) * 2 * width * kELEMENT;
+        l.norm = identity
+                     ? nullptr
+                     : static_cast<uint8_t const*>(mWeights.norms) + static_cast<size_t>(index) * 2 * width * kELEMENT;
         l.epsilon = mConfig.epsilon;
         l.inverseWidth = 1.0F / static_cast<float>(width);
         l.states = reinterpret_cast<RowState const*>(mWorkspace + at.states);
@@ -298,60 +298,67 @@ cudaError_t GreedyDecoder::enqueueToken(
     cudaError_t status = cudaSuccess;
     for (int layer = 0; layer < mConfig.layers && status == cudaSuccess; ++layer)
     {
-        SelfParams const self{link(),
+        SelfParams const self{
+            link(),
             static_cast<uint8_t const*>(mWeights.selfBlobs) + static_cast<size_t>(layer) * headBlocks * blob.self,
-            mWorkspace + at.keys + layer * at.layerCache, mWorkspace + at.values + layer * at.layerCache, heads,
+            mWorkspace + at.keys + layer * at.layerCache,
+            mWorkspace + at.values + layer * at.layerCache,
+            heads,
             mCapacity};
         status = launchLink(selfAttention<T, kHEAD_DIM, kROWS>, dim3(headBlocks, sideBySide(headBlocks)), kCLUSTER,
-            SelfLayout(kHEAD_DIM, width, rows, kROWS).bytes, stream, self);
+                            SelfLayout(kHEAD_DIM, width, rows, kROWS).bytes, stream, self);
         if (status != cudaSuccess)
         {
             break;
         }
-        CrossParams const cross{link(),
+        CrossParams const cross{
+            link(),
             static_cast<uint8_t const*>(mWeights.crossBlobs) + static_cast<size_t>(layer) * headBlocks * blob.cross,
-            request.crossKeys[layer], request.crossValues[layer], heads, mConfig.sourceLength};
+            request.crossKeys[layer],
+            request.crossValues[layer],
+            heads,
+            mConfig.sourceLength};
         status = launchLink(crossAttention<T, kHEAD_DIM, kROWS>, dim3(headBlocks, sideBySide(headBlocks)), kCLUSTER,
-            CrossLayout(kHEAD_DIM, width, rows, kROWS).bytes, stream, cross);
+                            CrossLayout(kHEAD_DIM, width, rows, kROWS).bytes, stream, cross);
         if (status != cudaSuccess)
         {
             break;
         }
         FeedForwardParams const inner{link(),
-            static_cast<uint8_t const*>(mWeights.feedForwardBlobs)
-                + static_cast<size_t>(layer) * innerBlocks * blob.feedForward,
-            mWeights.feedForwardBias + static_cast<size_t>(layer) * width, mConfig.gelu};
+                                      static_cast<uint8_t const*>(mWeights.feedForwardBlobs) +
+                                          static_cast<size_t>(layer) * innerBlocks * blob.feedForward,
+                                      mWeights.feedForwardBias + static_cast<size_t>(layer) * width, mConfig.gelu};
         status = launchLink(feedForward<T, kHEAD_DIM, kROWS>, dim3(innerBlocks, sideBySide(innerBlocks)), 1,
-            FeedForwardLayout(width, rows, kROWS).bytes, stream, inner);
+                            FeedForwardLayout(width, rows, kROWS).bytes, stream, inner);
     }
     if (status == cudaSuccess)
     {
-        HeadParams const params{
-            link(), mWeights.head, mConfig.vocabulary, reinterpret_cast<float4*>(mWorkspace + at.choices)};
+        HeadParams const params{link(), mWeights.head, mConfig.vocabulary,
+                                reinterpret_cast<float4*>(mWorkspace + at.choices)};
         // Weights are read once for so many rows.
         int const headRows = request.slots <= 1 ? 1 : std::min(ceilDiv(request.slots, 16), 4) * 16;
-        void (*const kernel)(HeadParams) = headRows == 1 ? head<T, kHEAD_DIM, 1>
-            : headRows == 16                             ? head<T, kHEAD_DIM, 16>
-            : headRows == 32                             ? head<T, kHEAD_DIM, 32>
-                                                         : head<T, kHEAD_DIM, 64>;
+        void (*const kernel)(HeadParams) = headRows == 1    ? head<T, kHEAD_DIM, 1>
+                                           : headRows == 16 ? head<T, kHEAD_DIM, 16>
+                                           : headRows == 32 ? head<T, kHEAD_DIM, 32>
+                                                            : head<T, kHEAD_DIM, 64>;
         status = launchLink(kernel, dim3(mMultiprocessors), 1,
-            HeadLayout(width, std::min(request.slots, headRows)).bytes, stream, params);
+                            HeadLayout(width, std::min(request.slots, headRows)).bytes, stream, params);
     }
     return status != cudaSuccess ? status : enqueueNext<T>(request, false, conditional, last, stream);
 }
 
 template <typename T, int kHEAD_DIM>
-cudaError_t GreedyDecoder::enqueueRows(
-    GreedyRequest const& request, unsigned long long conditional, bool last, cudaStream_t stream)
+cudaError_t GreedyDecoder::enqueueRows(GreedyRequest const& request, unsigned long long conditional, bool last,
+                                       cudaStream_t stream)
 {
-    // As few rows a block as still make one wave of blocks. At most 8 of heads of 64: with 16, a block takes more than half
-    // of a multiprocessor's shared memory, and with one block on each only 15 of base's 16 clusters find room.
+    // As few rows a block as still make one wave of blocks. At most 8 of heads of 64: with 16, a block takes more than
+    // half of a multiprocessor's shared memory, and with one block on each only 15 of base's 16 clusters find room.
     constexpr int kMOST = kHEAD_DIM == 32 ? 16 : 8;
     int const sideBySide = std::max(1, mMultiprocessors / (mConfig.heads * kHEAD_DIM / 8));
     int const rows = ceilDiv(request.slots, sideBySide);
-    return rows <= 1 ? enqueueToken<T, kHEAD_DIM, 1>(request, conditional, last, stream)
-        : rows <= 4  ? enqueueToken<T, kHEAD_DIM, 4>(request, conditional, last, stream)
-                     : enqueueToken<T, kHEAD_DIM, kMOST>(request, conditional, last, stream);
+    return rows <= 1   ? enqueueToken<T, kHEAD_DIM, 1>(request, conditional, last, stream)
+           : rows <= 4 ? enqueueToken<T, kHEAD_DIM, 4>(request, conditional, last, stream)
+                       : enqueueToken<T, kHEAD_DIM, kMOST>(request, conditional, last, stream);
 }
 
 cudaError_t GreedyDecoder::capture(GreedyRequest const& request, std::unique_ptr<Graph>& captured)
@@ -362,10 +369,12 @@ cudaError_t GreedyDecoder::capture(GreedyRequest const& request, std::unique_ptr
     cudaError_t status = cudaGraphCreate(&graph->graph, 0);
     if (status == cudaSuccess)
     {
-        status = captureInto(graph->graph, mCaptureStream, [&]() {
-            return half ? enqueueNext<__half>(request, true, 0, false, mCaptureStream)
-                        : enqueueNext<__nv_bfloat16>(request, true, 0, false, mCaptureStream);
-        });
+        status = captureInto(graph->graph, mCaptureStream,
+                             [&]()
+                             {
+                                 return half ? enqueueNext<__half>(request, true, 0, false, mCaptureStream)
+                                             : enqueueNext<__nv_bfloat16>(request, true, 0, false, mCaptureStream);
+                             });
     }
     cudaGraphConditionalHandle conditional{};
     cudaGraph_t body{};
@@ -375,24 +384,27 @@ cudaError_t GreedyDecoder::capture(GreedyRequest const& request, std::unique_ptr
     }
     if (status == cudaSuccess)
     {
-        status = captureInto(body, mCaptureStream, [&]() {
-            cudaError_t enqueued = cudaSuccess;
-            for (int token = 0; token < kTOKENS_A_TURN && enqueued == cudaSuccess; ++token)
+        status = captureInto(
+            body, mCaptureStream,
+            [&]()
             {
-                bool const last = token == kTOKENS_A_TURN - 1;
-                if (half)
+                cudaError_t enqueued = cudaSuccess;
+                for (int token = 0; token < kTOKENS_A_TURN && enqueued == cudaSuccess; ++token)
                 {
-                    enqueued = wide ? enqueueRows<__half, 64>(request, conditional, last, mCaptureStream)
-                                    : enqueueRows<__half, 32>(request, conditional, last, mCaptureStream);
+                    bool const last = token == kTOKENS_A_TURN - 1;
+                    if (half)
+                    {
+                        enqueued = wide ? enqueueRows<__half, 64>(request, conditional, last, mCaptureStream)
+                                        : enqueueRows<__half, 32>(request, conditional, last, mCaptureStream);
+                    }
+                    else
+                    {
+                        enqueued = wide ? enqueueRows<__nv_bfloat16, 64>(request, conditional, last, mCaptureStream)
+                                        : enqueueRows<__nv_bfloat16, 32>(request, conditional, last, mCaptureStream);
+                    }
                 }
-                else
-                {
-                    enqueued = wide ? enqueueRows<__nv_bfloat16, 64>(request, conditional, last, mCaptureStream)
-                                    : enqueueRows<__nv_bfloat16, 32>(request, conditional, last, mCaptureStream);
-                }
-            }
-            return enqueued;
-        });
+                return enqueued;
+            });
     }
     if (status == cudaSuccess)
     {
@@ -408,16 +420,18 @@ cudaError_t GreedyDecoder::capture(GreedyRequest const& request, std::unique_ptr
 cudaError_t GreedyDecoder::run(GreedyRequest const& request, cudaStream_t stream)
 {
     auto const layers = static_cast<size_t>(mConfig.layers);
-    bool const possible = request.lines >= 1 && request.slots >= 1 && request.slots <= mMaxSlots
-        && request.maxNewTokens >= 1 && request.maxNewTokens <= std::min(mCapacity, mConfig.positions)
-        && request.crossKeys.size() == layers && request.crossValues.size() == layers;
+    bool const possible = request.lines >= 1 && request.slots >= 1 && request.slots <= mMaxSlots &&
+                          request.maxNewTokens >= 1 && request.maxNewTokens <= std::min(mCapacity, mConfig.positions) &&
+                          request.crossKeys.size() == layers && request.crossValues.size() == layers;
     if (!possible)
     {
         return cudaErrorInvalidValue;
     }
-    std::vector<uintptr_t> key = {static_cast<uintptr_t>(request.lines), static_cast<uintptr_t>(request.slots),
-        static_cast<uintptr_t>(request.maxNewTokens), static_cast<uintptr_t>(request.stops), reinterpret_cast<uintptr_t>(request.tokens),
-        reinterpret_cast<uintptr_t>(request.logProbs), reinterpret_cast<uintptr_t>(request.lengths)};
+    std::vector<uintptr_t> key = {
+        static_cast<uintptr_t>(request.lines),        static_cast<uintptr_t>(request.slots),
+        static_cast<uintptr_t>(request.maxNewTokens), static_cast<uintptr_t>(request.stops),
+        reinterpret_cast<uintptr_t>(request.tokens),  reinterpret_cast<uintptr_t>(request.logProbs),
+        reinterpret_cast<uintptr_t>(request.lengths)};
     for (auto const* pointers : {&request.crossKeys, &request.crossValues})
     {
         for (void const* pointer : *pointers)
@@ -443,4 +457,4 @@ cudaError_t GreedyDecoder::run(GreedyRequest const& request, cudaStream_t stream
     return cudaGraphLaunch(found->second->executable, stream);
 }
 
-} // namespace trocr
+}  // namespace trocr

@@ -1,7 +1,7 @@
 #pragma once
 
-// The kernels of one decoder step: `next` (end the token before, embed the new one), then for every layer `selfAttention`,
-// `crossAttention` and `feedForward`, then `head`. README.md draws the chain.
+// The kernels of one decoder step: `next` (end the token before, embed the new one), then for every layer
+// `selfAttention`, `crossAttention` and `feedForward`, then `head`. README.md draws the chain.
 
 #include "greedy_decoder/blocks_sm90.cuh"
 #include "greedy_decoder/layout.h"
@@ -12,10 +12,10 @@ namespace trocr::greedy
 //! What the search keeps in global memory besides caches and sums.
 struct State
 {
-    RowState* rows; //!< [slots]
-    int* next;      //!< the first line that no row has taken yet
-    int* remaining; //!< lines not yet ended
-    int* arrived;   //!< blocks of `next` that are done
+    RowState* rows;  //!< [slots]
+    int* next;       //!< the first line that no row has taken yet
+    int* remaining;  //!< lines not yet ended
+    int* arrived;    //!< blocks of `next` that are done
 };
 
 // ---- self-attention ----
@@ -23,24 +23,24 @@ struct State
 struct SelfParams
 {
     Link link;
-    uint8_t const* blobs; //!< this layer's
-    void* keys;           //!< T [slots, H, capacity, d]
+    uint8_t const* blobs;  //!< this layer's
+    void* keys;            //!< T [slots, H, capacity, d]
     void* values;
     int heads;
     int capacity;
 };
 
-//! sums += W_out attention(W_qkv h) + b + h, h = LayerNorm(sums before). A cluster a head; a block computes eight columns
-//! each of the head's query, key and value, and gives them to its cluster. With more than one row the cluster's blocks
-//! attend for a part of the rows each.
+//! sums += W_out attention(W_qkv h) + b + h, h = LayerNorm(sums before). A cluster a head; a block computes eight
+//! columns each of the head's query, key and value, and gives them to its cluster. With more than one row the cluster's
+//! blocks attend for a part of the rows each.
 template <typename T, int kHEAD_DIM, int kROWS>
 __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
 {
-    constexpr int kBLOCKS = kHEAD_DIM / 8; // of a cluster
+    constexpr int kBLOCKS = kHEAD_DIM / 8;  // of a cluster
     constexpr bool kDEAL = kROWS > 1;
-    constexpr int kMINE = (kROWS + kBLOCKS - 1) / kBLOCKS; // rows that a block attends for
+    constexpr int kMINE = (kROWS + kBLOCKS - 1) / kBLOCKS;  // rows that a block attends for
     constexpr int kROW_WARPS = kWARPS / kMINE;
-    constexpr int kPASSES = 64 * kHEAD_DIM / 8 / kWARP_SIZE / kROW_WARPS; // 64 keys are held
+    constexpr int kPASSES = 64 * kHEAD_DIM / 8 / kWARP_SIZE / kROW_WARPS;  // 64 keys are held
     using HeadKeys = Keys<T, kHEAD_DIM, kROW_WARPS, kPASSES>;
     extern __shared__ __align__(128) uint8_t shared[];
     int const rank = blockIdx.x % kBLOCKS;
@@ -58,17 +58,18 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
     auto* const qkvWeights = reinterpret_cast<T*>(outBias + columns);
     auto* const outWeights = qkvWeights + 24 * width;
     auto* const hidden = reinterpret_cast<T*>(shared + layout.hidden);
-    auto* const partial = reinterpret_cast<float*>(shared + layout.partial); // products, then contexts [warp][d]
-    auto* const scales = reinterpret_cast<float2*>(shared + layout.scales);  // [warp]; before that RowNorm's
-    auto* const qkv = reinterpret_cast<T*>(shared + layout.exchange);        // [row][3][d], written by the cluster
-    auto* const context = reinterpret_cast<T*>(shared + layout.context);     // [row][d], likewise
+    auto* const partial = reinterpret_cast<float*>(shared + layout.partial);  // products, then contexts [warp][d]
+    auto* const scales = reinterpret_cast<float2*>(shared + layout.scales);   // [warp]; before that RowNorm's
+    auto* const qkv = reinterpret_cast<T*>(shared + layout.exchange);         // [row][3][d], written by the cluster
+    auto* const context = reinterpret_cast<T*>(shared + layout.context);      // [row][d], likewise
     int const pitch = rowPitch<T>(width);
     constexpr int kCONTEXT_PITCH = rowPitch<T>(kHEAD_DIM);
 
     sm90::launchDependents();
-    Constants const constants = Constants::fetch(reinterpret_cast<uint64_t*>(shared), norm, p.link.norm,
-        2 * width * sizeof(T), qkvBias, p.blobs + blockIdx.x * layout.blobBytes, layout.blobBytes);
-    sm90::clusterSyncRelaxed(); // every block of the cluster runs: its shared memory may be written
+    Constants const constants =
+        Constants::fetch(reinterpret_cast<uint64_t*>(shared), norm, p.link.norm, 2 * width * sizeof(T), qkvBias,
+                         p.blobs + blockIdx.x * layout.blobBytes, layout.blobBytes);
+    sm90::clusterSyncRelaxed();  // every block of the cluster runs: its shared memory may be written
     sm90::waitForPriorGrids();
 
 #pragma unroll 1
@@ -147,10 +148,10 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
             {
                 float2 scale;
                 float4 const sum = combine<kROW_WARPS>(partial + mine * kROW_WARPS * kHEAD_DIM + element, kHEAD_DIM,
-                    scales + mine * kROW_WARPS, scale);
+                                                       scales + mine * kROW_WARPS, scale);
                 float const factor = 1.0F / scale.y;
-                uint2 const bits
-                    = {packPair<T>(sum.x * factor, sum.y * factor), packPair<T>(sum.z * factor, sum.w * factor)};
+                uint2 const bits = {packPair<T>(sum.x * factor, sum.y * factor),
+                                    packPair<T>(sum.z * factor, sum.w * factor)};
                 T* const to = context + of * kCONTEXT_PITCH + element;
 #pragma unroll
                 for (int other = 0; other < (kDEAL ? kBLOCKS : 1); ++other)
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
             __syncthreads();
         }
         multiplyToSums<kROWS, kHEAD_DIM / kCHUNK>(p.link, pass, context, kCONTEXT_PITCH, outWeights, columns / 8,
-            rank * columns, head == 0 ? outBias : nullptr, hidden, pitch);
+                                                  rank * columns, head == 0 ? outBias : nullptr, hidden, pitch);
         __syncthreads();
     }
     clearSums(p.link);
@@ -182,20 +183,20 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
 struct CrossParams
 {
     Link link;
-    uint8_t const* blobs; //!< this layer's
-    void const* keys;     //!< T [lines, H, S, d]
+    uint8_t const* blobs;  //!< this layer's
+    void const* keys;      //!< T [lines, H, S, d]
     void const* values;
     int heads;
-    int length; //!< S
+    int length;  //!< S
 };
 
-//! sums += W_out attention(W_q h) + b + h. A cluster a head; a block computes eight columns of the query, and attends to its
-//! part of the keys for every row.
+//! sums += W_out attention(W_q h) + b + h. A cluster a head; a block computes eight columns of the query, and attends
+//! to its part of the keys for every row.
 template <typename T, int kHEAD_DIM, int kROWS>
 __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
 {
     constexpr int kBLOCKS = kHEAD_DIM / 8;
-    constexpr int kAT_ONCE = kROWS < kWARPS ? kROWS : kWARPS; // rows
+    constexpr int kAT_ONCE = kROWS < kWARPS ? kROWS : kWARPS;  // rows
     constexpr int kROW_WARPS = kWARPS / kAT_ONCE;
     // One row: all keys of a block at 577 tokens. More: a part, while the next part is on its way.
     using HeadKeys = Keys<T, kHEAD_DIM, kROW_WARPS, kROWS == 1 ? 3 : 4>;
@@ -215,19 +216,20 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
     auto* const queryWeights = reinterpret_cast<T*>(outBias + columns);
     auto* const outWeights = queryWeights + 8 * width;
     auto* const hidden = reinterpret_cast<T*>(shared + layout.hidden);
-    auto* const partial = reinterpret_cast<float*>(shared + layout.partial); // products, then contexts [row, warp][d]
-    auto* const scales = reinterpret_cast<float2*>(shared + layout.scales);  // [row, warp]; before that RowNorm's
-    auto* const query = reinterpret_cast<T*>(shared + layout.exchange);      // [row][d], written by the cluster
-    auto* const parts = reinterpret_cast<float*>(shared + layout.parts);     // [row][block][d], likewise
-    auto* const partScales = reinterpret_cast<float2*>(shared + layout.partScales); // [row][block], likewise
+    auto* const partial = reinterpret_cast<float*>(shared + layout.partial);  // products, then contexts [row, warp][d]
+    auto* const scales = reinterpret_cast<float2*>(shared + layout.scales);   // [row, warp]; before that RowNorm's
+    auto* const query = reinterpret_cast<T*>(shared + layout.exchange);       // [row][d], written by the cluster
+    auto* const parts = reinterpret_cast<float*>(shared + layout.parts);      // [row][block][d], likewise
+    auto* const partScales = reinterpret_cast<float2*>(shared + layout.partScales);  // [row][block], likewise
     auto* const context = reinterpret_cast<T*>(shared + layout.context);
     int const pitch = rowPitch<T>(width);
     constexpr int kCONTEXT_PITCH = rowPitch<T>(kHEAD_DIM);
 
     sm90::launchDependents();
-    Constants const constants = Constants::fetch(reinterpret_cast<uint64_t*>(shared), norm, p.link.norm,
-        2 * width * sizeof(T), queryBias, p.blobs + blockIdx.x * layout.blobBytes, layout.blobBytes);
-    sm90::clusterSyncRelaxed(); // every block of the cluster runs: its shared memory may be written
+    Constants const constants =
+        Constants::fetch(reinterpret_cast<uint64_t*>(shared), norm, p.link.norm, 2 * width * sizeof(T), queryBias,
+                         p.blobs + blockIdx.x * layout.blobBytes, layout.blobBytes);
+    sm90::clusterSyncRelaxed();  // every block of the cluster runs: its shared memory may be written
 
     int const firstKey = p.length * rank / kBLOCKS;
     int const lastKey = p.length * (rank + 1) / kBLOCKS;
@@ -245,14 +247,16 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
             continue;
         }
         rowNorm.take();
-        auto const nextRow = [&](int row) {
+        auto const nextRow = [&](int row)
+        {
             do
             {
                 row += kAT_ONCE;
             } while (row < pass.count && !pass.isActive(row));
             return row;
         };
-        auto const fetch = [&](HeadKeys& keys, int row, int key) {
+        auto const fetch = [&](HeadKeys& keys, int row, int key)
+        {
             size_t const at = (static_cast<size_t>(pass.lineOf(row)) * p.heads + head) * p.length * kHEAD_DIM;
             keys.load(static_cast<T const*>(p.keys) + at, static_cast<T const*>(p.values) + at, key, lastKey);
         };
@@ -284,9 +288,8 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
         sm90::clusterSync();
 
         Softmax<T, kHEAD_DIM> softmax;
-        auto const begin = [&](int of) {
-            softmax.begin(*reinterpret_cast<uint4 const*>(query + of * kHEAD_DIM + lane % HeadKeys::kLANES * 8));
-        };
+        auto const begin = [&](int of)
+        { softmax.begin(*reinterpret_cast<uint4 const*>(query + of * kHEAD_DIM + lane % HeadKeys::kLANES * 8)); };
         if (row < pass.count)
         {
             begin(row);
@@ -342,12 +345,13 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
             if (pass.isActive(of))
             {
                 float2 scale;
-                float4 const sum = combine<kROW_WARPS>(
-                    partial + of * kROW_WARPS * kHEAD_DIM + element, kHEAD_DIM, scales + of * kROW_WARPS, scale);
+                float4 const sum = combine<kROW_WARPS>(partial + of * kROW_WARPS * kHEAD_DIM + element, kHEAD_DIM,
+                                                       scales + of * kROW_WARPS, scale);
 #pragma unroll
                 for (int other = 0; other < kBLOCKS; ++other)
                 {
-                    *reinterpret_cast<float4*>(atRank(parts + (of * kBLOCKS + rank) * kHEAD_DIM + element, other)) = sum;
+                    *reinterpret_cast<float4*>(atRank(parts + (of * kBLOCKS + rank) * kHEAD_DIM + element, other)) =
+                        sum;
                     if (element == 0)
                     {
                         *atRank(partScales + of * kBLOCKS + rank, other) = scale;
@@ -364,16 +368,16 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
             if (pass.isActive(of))
             {
                 float2 scale;
-                float4 const sum = combine<kBLOCKS>(
-                    parts + of * kBLOCKS * kHEAD_DIM + element, kHEAD_DIM, partScales + of * kBLOCKS, scale);
+                float4 const sum = combine<kBLOCKS>(parts + of * kBLOCKS * kHEAD_DIM + element, kHEAD_DIM,
+                                                    partScales + of * kBLOCKS, scale);
                 float const factor = 1.0F / scale.y;
-                *reinterpret_cast<uint2*>(context + of * kCONTEXT_PITCH + element)
-                    = {packPair<T>(sum.x * factor, sum.y * factor), packPair<T>(sum.z * factor, sum.w * factor)};
+                *reinterpret_cast<uint2*>(context + of * kCONTEXT_PITCH + element) = {
+                    packPair<T>(sum.x * factor, sum.y * factor), packPair<T>(sum.z * factor, sum.w * factor)};
             }
         }
         __syncthreads();
         multiplyToSums<kROWS, kHEAD_DIM / kCHUNK>(p.link, pass, context, kCONTEXT_PITCH, outWeights, columns / 8,
-            rank * columns, head == 0 ? outBias : nullptr, hidden, pitch);
+                                                  rank * columns, head == 0 ? outBias : nullptr, hidden, pitch);
         __syncthreads();
     }
     clearSums(p.link);
@@ -387,8 +391,8 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
 struct FeedForwardParams
 {
     Link link;
-    uint8_t const* blobs; //!< this layer's
-    float const* bias;    //!< [D], of the second product
+    uint8_t const* blobs;  //!< this layer's
+    float const* bias;     //!< [D], of the second product
     bool gelu;
 };
 
@@ -413,14 +417,15 @@ __global__ void __launch_bounds__(kTHREADS, kROWS == 1 ? 2 : 1) feedForward(Feed
     auto* const secondWeights = firstWeights + kCHUNK * width;
     auto* const hidden = reinterpret_cast<T*>(shared + layout.hidden);
     auto* const partial = reinterpret_cast<float*>(shared + layout.partial);
-    auto* const inner = reinterpret_cast<T*>(shared + layout.inner); // [row][32]; before that RowNorm's
-    auto* const outBias = reinterpret_cast<float*>(shared + layout.bias); // of the one block that adds it
+    auto* const inner = reinterpret_cast<T*>(shared + layout.inner);       // [row][32]; before that RowNorm's
+    auto* const outBias = reinterpret_cast<float*>(shared + layout.bias);  // of the one block that adds it
     int const pitch = rowPitch<T>(width);
     constexpr int kINNER_PITCH = rowPitch<T>(kCHUNK);
 
     sm90::launchDependents();
-    Constants const constants = Constants::fetch(reinterpret_cast<uint64_t*>(shared), norm, p.link.norm,
-        2 * width * sizeof(T), innerBias, p.blobs + blockIdx.x * layout.blobBytes, layout.blobBytes);
+    Constants const constants =
+        Constants::fetch(reinterpret_cast<uint64_t*>(shared), norm, p.link.norm, 2 * width * sizeof(T), innerBias,
+                         p.blobs + blockIdx.x * layout.blobBytes, layout.blobBytes);
     for (int i = threadIdx.x; blockIdx.x == 0 && i < width; i += kTHREADS)
     {
         outBias[i] = p.bias[i];
@@ -453,7 +458,7 @@ __global__ void __launch_bounds__(kTHREADS, kROWS == 1 ? 2 : 1) feedForward(Feed
         }
         __syncthreads();
         multiplyToSums<kROWS, 1>(p.link, pass, inner, kINNER_PITCH, secondWeights, width / 8, 0,
-            blockIdx.x == 0 ? outBias : nullptr, hidden, pitch);
+                                 blockIdx.x == 0 ? outBias : nullptr, hidden, pitch);
         __syncthreads();
     }
     clearSums(p.link);
@@ -467,9 +472,9 @@ __global__ void __launch_bounds__(kTHREADS, kROWS == 1 ? 2 : 1) feedForward(Feed
 struct HeadParams
 {
     Link link;
-    void const* weights; //!< T [tiles, D / 32, 8, 32]
+    void const* weights;  //!< T [tiles, D / 32, 8, 32]
     int vocabulary;
-    float4* choices; //!< [blocks, rows]: best logit, its token (bits), sum of exp(logit - best)
+    float4* choices;  //!< [blocks, rows]: best logit, its token (bits), sum of exp(logit - best)
 };
 
 //! The best of some logits, the lowest token among equals, and what log softmax needs.
@@ -506,7 +511,7 @@ struct Choice
     __device__ __forceinline__ Choice shuffled(int offset) const
     {
         return {__shfl_xor_sync(kFULL_WARP, best, offset), __shfl_xor_sync(kFULL_WARP, token, offset),
-            __shfl_xor_sync(kFULL_WARP, total, offset)};
+                __shfl_xor_sync(kFULL_WARP, total, offset)};
     }
 };
 
@@ -516,7 +521,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
 {
     constexpr int kTILE_ROWS = kROWS < 16 ? kROWS : 16;
     constexpr int kTILES = kROWS / kTILE_ROWS;
-    constexpr int kBATCH = 8; // chunks in registers, and as many on their way
+    constexpr int kBATCH = 8;  // chunks in registers, and as many on their way
     extern __shared__ __align__(128) uint8_t shared[];
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
@@ -528,13 +533,14 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
     HeadLayout const layout(width, min(kROWS, p.link.rows));
     auto* const hidden = reinterpret_cast<T*>(shared + layout.hidden);
     auto* const norm = reinterpret_cast<unsigned*>(shared + layout.norm);
-    auto* const choices = reinterpret_cast<Choice*>(shared + layout.choices); // [warp][row]; before that RowNorm's
+    auto* const choices = reinterpret_cast<Choice*>(shared + layout.choices);  // [warp][row]; before that RowNorm's
     int const pitch = rowPitch<T>(width);
 
     sm90::launchDependents();
     // Weights are constants: the first are fetched before the kernel before has ended.
     auto const* const weights = static_cast<uint4 const*>(p.weights);
-    auto const fetch = [&](uint4(&to)[kBATCH], int tile, int batch) {
+    auto const fetch = [&](uint4(&to)[kBATCH], int tile, int batch)
+    {
 #pragma unroll
         for (int i = 0; i < kBATCH; ++i)
         {
@@ -548,7 +554,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
     uint4 held[kBATCH];
     int const firstTile = blockIdx.x * kWARPS + warp;
     fetch(held, firstTile, 0);
-    for (int i = threadIdx.x; i < width; i += kTHREADS) // gamma and beta, two elements a word
+    for (int i = threadIdx.x; i < width; i += kTHREADS)  // gamma and beta, two elements a word
     {
         norm[i] = static_cast<unsigned const*>(p.link.norm)[i];
     }
@@ -574,10 +580,10 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
         }
         rowNorm.take();
         rowNorm.run(p.link, first, count, reinterpret_cast<T const*>(norm), hidden, pitch,
-            reinterpret_cast<float2*>(choices));
-        __syncthreads(); // each warp reads whole rows
+                    reinterpret_cast<float2*>(choices));
+        __syncthreads();  // each warp reads whole rows
 
-        constexpr int kMINE = kROWS > 8 ? 2 * kTILES : 1; // rows of a lane
+        constexpr int kMINE = kROWS > 8 ? 2 * kTILES : 1;  // rows of a lane
         Choice best[kMINE];
 #pragma unroll
         for (int i = 0; i < kMINE; ++i)
@@ -606,9 +612,9 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
                             if (m == 0 || m * kTILE_ROWS < count)
                             {
                                 multiplyChunk<T>(c[m],
-                                    Activations::load<kTILE_ROWS>(hidden + m * kTILE_ROWS * pitch, pitch,
-                                        count - m * kTILE_ROWS, chunk),
-                                    held[i]);
+                                                 Activations::load<kTILE_ROWS>(hidden + m * kTILE_ROWS * pitch, pitch,
+                                                                               count - m * kTILE_ROWS, chunk),
+                                                 held[i]);
                             }
                         }
                     }
@@ -653,13 +659,13 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
             {
                 choice.merge(choices[other * count + row]);
             }
-            p.choices[static_cast<size_t>(blockIdx.x) * p.link.rows + first + row]
-                = {choice.best, __int_as_float(choice.token), choice.total, 0.0F};
+            p.choices[static_cast<size_t>(blockIdx.x) * p.link.rows + first + row] = {
+                choice.best, __int_as_float(choice.token), choice.total, 0.0F};
         }
         __syncthreads();
         if (first + kROWS < p.link.rows)
         {
-            fetch(held, firstTile, 0); // again
+            fetch(held, firstTile, 0);  // again
         }
     }
 }
@@ -667,13 +673,13 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
 // ---- next token ----
 
 constexpr int kMAX_END_IDS = 8;
-constexpr int kCHOOSERS_A_LANE = 8; //!< of `next`: up to 256 multiprocessors
+constexpr int kCHOOSERS_A_LANE = 8;  //!< of `next`: up to 256 multiprocessors
 
 struct NextParams
 {
     State state;
-    float4 const* choices; //!< of `head`
-    int choosers;          //!< its blocks
+    float4 const* choices;  //!< of `head`
+    int choosers;           //!< its blocks
     int rows;
     int lines;
     int width;
@@ -683,15 +689,15 @@ struct NextParams
     int endIds[kMAX_END_IDS];
     int ends;
     float embedScale;
-    void const* embedding; //!< T [V, D]
-    void const* positions; //!< T [positions, D]
-    SumPair* sums;         //!< of the first layer
-    SumPair* cleared;      //!< that the first layer adds to
-    int* tokens;           //!< [lines, maxNewTokens]
-    float* logProbs;       //!< [lines]
-    int* lengths;          //!< [lines]
+    void const* embedding;  //!< T [V, D]
+    void const* positions;  //!< T [positions, D]
+    SumPair* sums;          //!< of the first layer
+    SumPair* cleared;       //!< that the first layer adds to
+    int* tokens;            //!< [lines, maxNewTokens]
+    float* logProbs;        //!< [lines]
+    int* lengths;           //!< [lines]
     cudaGraphConditionalHandle conditional;
-    bool decides; //!< this launch ends a turn of the WHILE node
+    bool decides;  //!< this launch ends a turn of the WHILE node
 };
 
 //! Sums of the row's newest token: its embedding and its place's.
@@ -705,8 +711,8 @@ __device__ __forceinline__ void embed(NextParams const& p, int row, int input, i
     {
         float2 const a = unpackPair<T>(reinterpret_cast<unsigned const*>(token)[pair]);
         float2 const b = unpackPair<T>(reinterpret_cast<unsigned const*>(place)[pair]);
-        p.sums[static_cast<size_t>(row) * p.width / 2 + pair]
-            = toSum(a.x * p.embedScale + b.x, a.y * p.embedScale + b.y);
+        p.sums[static_cast<size_t>(row) * p.width / 2 + pair] =
+            toSum(a.x * p.embedScale + b.x, a.y * p.embedScale + b.y);
     }
 }
 
@@ -744,7 +750,8 @@ __global__ void __launch_bounds__(kTHREADS) begin(NextParams p)
     }
 }
 
-//! Ends every row's token; a row whose line has ended takes the next line. Then embeds the row's newest token. A block a row.
+//! Ends every row's token; a row whose line has ended takes the next line. Then embeds the row's newest token. A block
+//! a row.
 template <typename T>
 __global__ void __launch_bounds__(kTHREADS) next(NextParams p)
 {
@@ -795,7 +802,7 @@ __global__ void __launch_bounds__(kTHREADS) next(NextParams p)
             if (state.line >= 0)
             {
                 p.tokens[static_cast<size_t>(state.line) * p.maxNewTokens + state.position] = token;
-                atomicAdd(p.logProbs + state.line, -logf(total)); // the chosen token's own exponent is 0
+                atomicAdd(p.logProbs + state.line, -logf(total));  // the chosen token's own exponent is 0
                 if (ended)
                 {
                     p.lengths[state.line] = state.position + 1;
@@ -829,4 +836,4 @@ __global__ void __launch_bounds__(kTHREADS) next(NextParams p)
     }
 }
 
-} // namespace trocr::greedy
+}  // namespace trocr::greedy

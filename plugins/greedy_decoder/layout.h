@@ -4,13 +4,13 @@
 #include <cstdint>
 
 //! Where things lie in a block's shared memory and in its packed constants ("blob"), for kernels and host alike.
-//! T has two bytes. Offsets are multiples of 16; the first 16 bytes hold two mbarriers. `rows` is the most that a pass has, at
-//! most `kernelRows`, the kernel's kROWS.
+//! T has two bytes. Offsets are multiples of 16; the first 16 bytes hold two mbarriers. `rows` is the most that a pass
+//! has, at most `kernelRows`, the kernel's kROWS.
 
 namespace trocr::greedy
 {
 
-constexpr int32_t kELEMENT = 2; //!< bytes
+constexpr int32_t kELEMENT = 2;  //!< bytes
 
 #ifdef __CUDACC__
 #define TROCR_BOTH __host__ __device__
@@ -40,15 +40,15 @@ struct SelfLayout
     int32_t blobBytes, norm, blob, hidden, partial, scales, exchange, context, bytes;
 
     TROCR_BOTH constexpr SelfLayout(int32_t headDim, int32_t width, int32_t rows, int32_t kernelRows)
-        : blobBytes((24 + width / (headDim / 8)) * 4 + (24 * width + width / (headDim / 8) * headDim) * kELEMENT)
-        , norm(128)
-        , blob(norm + alignUp(2 * width * kELEMENT))
-        , hidden(blob + alignUp(blobBytes))
-        , partial(hidden + alignUp(rowsBytes(rows, width)))
-        , scales(partial + larger(8 * kernelRows * 24 * 4, 8 * headDim * 4))
-        , exchange(scales + 128)
-        , context(exchange + alignUp(rows * 3 * headDim * kELEMENT))
-        , bytes(context + alignUp(rowsBytes(rows, headDim)))
+        : blobBytes((24 + width / (headDim / 8)) * 4 + (24 * width + width / (headDim / 8) * headDim) * kELEMENT),
+          norm(128),
+          blob(norm + alignUp(2 * width * kELEMENT)),
+          hidden(blob + alignUp(blobBytes)),
+          partial(hidden + alignUp(rowsBytes(rows, width))),
+          scales(partial + larger(8 * kernelRows * 24 * 4, 8 * headDim * 4)),
+          exchange(scales + 128),
+          context(exchange + alignUp(rows * 3 * headDim * kELEMENT)),
+          bytes(context + alignUp(rowsBytes(rows, headDim)))
     {
     }
 };
@@ -59,17 +59,17 @@ struct CrossLayout
     int32_t blobBytes, norm, blob, hidden, partial, scales, exchange, parts, partScales, context, bytes;
 
     TROCR_BOTH constexpr CrossLayout(int32_t headDim, int32_t width, int32_t rows, int32_t kernelRows)
-        : blobBytes((8 + width / (headDim / 8)) * 4 + (8 * width + width / (headDim / 8) * headDim) * kELEMENT)
-        , norm(128)
-        , blob(norm + alignUp(2 * width * kELEMENT))
-        , hidden(blob + alignUp(blobBytes))
-        , partial(hidden + alignUp(rowsBytes(rows, width)))
-        , scales(partial + larger(8 * kernelRows * 8 * 4, larger(8, rows) * headDim * 4))
-        , exchange(scales + alignUp(larger(8, rows) * 8))
-        , parts(exchange + alignUp(rows * headDim * kELEMENT))
-        , partScales(parts + alignUp(rows * (headDim / 8) * headDim * 4))
-        , context(partScales + alignUp(rows * (headDim / 8) * 8))
-        , bytes(context + alignUp(rowsBytes(rows, headDim)))
+        : blobBytes((8 + width / (headDim / 8)) * 4 + (8 * width + width / (headDim / 8) * headDim) * kELEMENT),
+          norm(128),
+          blob(norm + alignUp(2 * width * kELEMENT)),
+          hidden(blob + alignUp(blobBytes)),
+          partial(hidden + alignUp(rowsBytes(rows, width))),
+          scales(partial + larger(8 * kernelRows * 8 * 4, larger(8, rows) * headDim * 4)),
+          exchange(scales + alignUp(larger(8, rows) * 8)),
+          parts(exchange + alignUp(rows * headDim * kELEMENT)),
+          partScales(parts + alignUp(rows * (headDim / 8) * headDim * 4)),
+          context(partScales + alignUp(rows * (headDim / 8) * 8)),
+          bytes(context + alignUp(rowsBytes(rows, headDim)))
     {
     }
 };
@@ -80,14 +80,14 @@ struct FeedForwardLayout
     int32_t blobBytes, norm, blob, hidden, partial, inner, bias, bytes;
 
     TROCR_BOTH constexpr FeedForwardLayout(int32_t width, int32_t rows, int32_t kernelRows)
-        : blobBytes(32 * 4 + 2 * 32 * width * kELEMENT)
-        , norm(128)
-        , blob(norm + alignUp(2 * width * kELEMENT))
-        , hidden(blob + alignUp(blobBytes))
-        , partial(hidden + alignUp(rowsBytes(rows, width)))
-        , inner(partial + 8 * kernelRows * 32 * 4)
-        , bias(inner + alignUp(rowsBytes(rows, 32)))
-        , bytes(bias + alignUp(width * 4))
+        : blobBytes(32 * 4 + 2 * 32 * width * kELEMENT),
+          norm(128),
+          blob(norm + alignUp(2 * width * kELEMENT)),
+          hidden(blob + alignUp(blobBytes)),
+          partial(hidden + alignUp(rowsBytes(rows, width))),
+          inner(partial + 8 * kernelRows * 32 * 4),
+          bias(inner + alignUp(rowsBytes(rows, 32))),
+          bytes(bias + alignUp(width * 4))
     {
     }
 };
@@ -97,14 +97,14 @@ struct HeadLayout
     int32_t hidden, norm, choices, bytes;
 
     TROCR_BOTH constexpr HeadLayout(int32_t width, int32_t rows)
-        : hidden(0)
-        , norm(alignUp(rowsBytes(rows, width)))
-        , choices(norm + alignUp(2 * width * kELEMENT))
-        , bytes(choices + alignUp(larger(128, 8 * rows * 12)))
+        : hidden(0),
+          norm(alignUp(rowsBytes(rows, width))),
+          choices(norm + alignUp(2 * width * kELEMENT)),
+          bytes(choices + alignUp(larger(128, 8 * rows * 12)))
     {
     }
 };
 
 #undef TROCR_BOTH
 
-} // namespace trocr::greedy
+}  // namespace trocr::greedy

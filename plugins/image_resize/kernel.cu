@@ -1,6 +1,5 @@
-#include "image_resize/kernel.h"
-
 #include "common/launch.h"
+#include "image_resize/kernel.h"
 
 namespace trocr
 {
@@ -28,8 +27,8 @@ __device__ __forceinline__ float filterWeight(ResizeFilter filter, float x)
 struct Taps
 {
     int first;
-    int last;     //!< one behind
-    float offset; //!< weight of pixel i: filterWeight((i + offset) * scale)
+    int last;      //!< one behind
+    float offset;  //!< weight of pixel i: filterWeight((i + offset) * scale)
     float scale;
 
     __device__ __forceinline__ Taps(ResizeFilter filter, int output, int outSize, int inSize)
@@ -83,8 +82,8 @@ __global__ void __launch_bounds__(kTHREADS) resizeRows(ImageResizeParams p)
 #pragma unroll
     for (int channel = 0; channel < 3; ++channel)
     {
-        p.intermediate[image.intermediate + (static_cast<int64_t>(channel) * image.height + y) * p.outWidth + x]
-            = static_cast<uint8_t>(toByte(sum[channel] / total));
+        p.intermediate[image.intermediate + (static_cast<int64_t>(channel) * image.height + y) * p.outWidth + x] =
+            static_cast<uint8_t>(toByte(sum[channel] / total));
     }
 }
 
@@ -101,8 +100,8 @@ __global__ void __launch_bounds__(kTHREADS) resizeColumns(ImageResizeParams p)
         return;
     }
     Taps const taps(p.filter, y, p.outHeight, image.height);
-    uint8_t const* const column
-        = p.intermediate + image.intermediate + static_cast<int64_t>(channel) * image.height * p.outWidth + x;
+    uint8_t const* const column =
+        p.intermediate + image.intermediate + static_cast<int64_t>(channel) * image.height * p.outWidth + x;
     float sum[4] = {};
     float total = 0.0F;
     for (int i = taps.first; i < taps.last; ++i)
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(kTHREADS) resizeColumns(ImageResizeParams p)
     *reinterpret_cast<unsigned*>(p.out + (plane * p.outHeight + y) * p.outWidth + x) = bytes;
 }
 
-} // namespace
+}  // namespace
 
 bool canImplementImageResize(ImageResizeParams const& params, char const** reason)
 {
@@ -146,19 +145,20 @@ bool canImplementImageResize(ImageResizeParams const& params, char const** reaso
 
 cudaError_t imageResize(ImageResizeParams const& params, cudaStream_t stream)
 {
-    bool const aligned = areAligned(4, params.intermediate, params.out) && areAligned(8, params.images)
-        && areAligned(1, params.sources);
+    bool const aligned =
+        areAligned(4, params.intermediate, params.out) && areAligned(8, params.images) && areAligned(1, params.sources);
     if (!canImplementImageResize(params) || !aligned)
     {
         return cudaErrorInvalidValue;
     }
     unsigned const width = params.outWidth;
-    cudaError_t const status = launch(resizeRows,
-        dim3(ceilDiv<unsigned>(width, kTHREADS), params.maxHeight, params.count), dim3(kTHREADS), stream, params);
+    cudaError_t const status =
+        launch(resizeRows, dim3(ceilDiv<unsigned>(width, kTHREADS), params.maxHeight, params.count), dim3(kTHREADS),
+               stream, params);
     return status != cudaSuccess
-        ? status
-        : launch(resizeColumns, dim3(ceilDiv<unsigned>(width / 4, kTHREADS), params.outHeight, params.count * 3),
-              dim3(kTHREADS), stream, params);
+               ? status
+               : launch(resizeColumns, dim3(ceilDiv<unsigned>(width / 4, kTHREADS), params.outHeight, params.count * 3),
+                        dim3(kTHREADS), stream, params);
 }
 
-} // namespace trocr
+}  // namespace trocr

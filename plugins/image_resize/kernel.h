@@ -1,8 +1,8 @@
 #pragma once
 
-#include <cstdint>
-
 #include <cuda_runtime_api.h>
+
+#include <cstdint>
 
 namespace trocr
 {
@@ -10,31 +10,31 @@ namespace trocr
 enum class ResizeFilter : int32_t
 {
     kBILINEAR = 0,
-    kBICUBIC = 1, //!< a = -0.5
+    kBICUBIC = 1,  //!< a = -0.5
 };
 
 //! Where an image lies in the buffers.
 struct ResizeSource
 {
-    int64_t pixels;       //!< offset of its uint8 [height, width, 3] in `sources`
-    int64_t intermediate; //!< offset of its uint8 [3, height, outWidth] in `intermediate`
+    int64_t pixels;        //!< offset of its uint8 [height, width, 3] in `sources`
+    int64_t intermediate;  //!< offset of its uint8 [3, height, outWidth] in `intermediate`
     int32_t height;
     int32_t width;
 };
 
-//! Images of different sizes -> uint8 [images, 3, outHeight, outWidth], antialiased as Pillow and torchvision do it: rows
-//! first, rounded to uint8, then columns.
+//! Images of different sizes -> uint8 [images, 3, outHeight, outWidth], antialiased as Pillow and torchvision do it:
+//! rows first, rounded to uint8, then columns.
 struct ImageResizeParams
 {
     uint8_t const* sources;
-    ResizeSource const* images; //!< [count], on the device
-    int32_t count;              //!< 1 to 65535
-    int32_t maxHeight;          //!< of the images, at most 65535
-    int32_t outHeight;          //!< at most 65535
-    int32_t outWidth;           //!< a multiple of 4
+    ResizeSource const* images;  //!< [count], on the device
+    int32_t count;               //!< 1 to 65535
+    int32_t maxHeight;           //!< of the images, at most 65535
+    int32_t outHeight;           //!< at most 65535
+    int32_t outWidth;            //!< a multiple of 4
     ResizeFilter filter;
     uint8_t* intermediate;
-    uint8_t* out;               //!< a multiple of 4 bytes
+    uint8_t* out;  //!< a multiple of 4 bytes
 };
 
 //! Whether the sizes are supported; pointers are not looked at. When not, *reason (if given) says why.
@@ -43,4 +43,4 @@ bool canImplementImageResize(ImageResizeParams const& params, char const** reaso
 //! Enqueues both passes. Returns cudaErrorInvalidValue for what cannot be implemented and for null pointers.
 cudaError_t imageResize(ImageResizeParams const& params, cudaStream_t stream);
 
-} // namespace trocr
+}  // namespace trocr
