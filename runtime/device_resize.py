@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL.Image import Resampling
 
+from runtime.kernels import optional_kernels
+
 FILTERS = {Resampling.BILINEAR: "bilinear", Resampling.BICUBIC: "bicubic"}
 
 # As ResizeSource in plugins/image_resize/kernel.h.
@@ -34,16 +36,17 @@ class DeviceResize:
         )
 
     @classmethod
-    def like(cls, processor: Any, kernels: ModuleType | None, device: torch.device) -> DeviceResize | None:
+    def like(cls, processor: Any, device: torch.device) -> DeviceResize | None:
         """What scales on `device` as the processor does; None where the processor does more, or no GPU."""
-        if kernels is None or device.type != "cuda":
+        if device.type != "cuda":
             return None
         size, resample = processor.size, FILTERS.get(getattr(processor, "resample", None))
         height, width = getattr(size, "height", None), getattr(size, "width", None)
         crops = bool(getattr(processor, "do_center_crop", False)) or bool(getattr(processor, "do_pad", False))
         if not processor.do_resize or crops or resample is None or not height or not width or width % 4:
             return None
-        return cls(kernels, height, width, resample, device)
+        kernels = optional_kernels()
+        return None if kernels is None else cls(kernels, height, width, resample, device)
 
     def __call__(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """uint8 [images, 3, height, width] on the device, of uint8 [H, W, 3] RGB; asynchronous."""

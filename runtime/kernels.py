@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -27,3 +29,15 @@ def load_kernels() -> ModuleType:
             f"no trocr_kernels for this Python in {build} ({error}); "
             "build it: cmake -S . -B build && cmake --build build"
         ) from error
+
+
+@cache
+def optional_kernels() -> ModuleType | None:
+    """The module, or None after one warning: recognition on a GPU can do without it, slower."""
+    try:
+        return load_kernels()
+    except ImportError as error:
+        logging.getLogger(__name__).warning(
+            "%s. Without it images are scaled on the CPU, and the host decodes step by step.", error
+        )
+        return None

@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from runtime.backends.choice import open_backend
 from runtime.device_resize import DeviceResize
 from runtime.generation import Decoder, new_token_limit
 from runtime.images import ImageError, ImageSource, load_image
-from runtime.kernels import load_kernels
 from runtime.ranges import stage, staged
 from runtime.search import SearchSettings
 from runtime.tokenizer import load_tokenizer
@@ -140,7 +138,7 @@ class Recognizer:
         self._decoder = Decoder(self.backend, limit, self.settings)
         self.batch_size = self._check_batch_size(batch_size)
         self._processor = _load_image_processor(self.spec)
-        self._resize = DeviceResize.like(self._processor, _load_kernels(), self.backend.device)
+        self._resize = DeviceResize.like(self._processor, self.backend.device)
         self._tokenizer = load_tokenizer(self.spec)
 
     def recognize(self, images: ImageSource | Iterable[ImageSource]) -> list[Result]:
@@ -250,14 +248,6 @@ class Recognizer:
                 + (" --num-beams N" if beams else "")
             )
         return batch_size
-
-
-def _load_kernels() -> ModuleType | None:
-    """The module `trocr_kernels`, without which images are scaled on the CPU."""
-    try:
-        return load_kernels()
-    except ImportError:
-        return None
 
 
 def _load_image_processor(spec: ModelSpec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import AutoImageProcessor
 
 from runtime.device_resize import DeviceResize
 from runtime.images import load_image
-from runtime.kernels import load_kernels
+from runtime.kernels import load_kernels, optional_kernels
 from tests.conftest import BUNDLED_MODEL
 
 SAMPLES = sorted((BUNDLED_MODEL.parents[1] / "samples").glob("*.jpg"))[:6]
@@ -96,7 +97,7 @@ def kernels():
 @pytest.mark.parametrize("filter", FILTERS)
 def test_the_kernel_is_the_processors(kernels, filter: str, height: int, width: int):
     images = [np.asarray(load_image(path)) for path in SAMPLES] + random_images()
-    resize = DeviceResize.like(processor(filter, height, width), kernels, torch.device("cuda"))
+    resize = DeviceResize.like(processor(filter, height, width), torch.device("cuda"))
     found = resize(images)
     assert found.shape == (len(images), 3, height, width) and found.dtype == torch.uint8
     expected = by_processor(processor(filter, height, width), images)
@@ -120,14 +121,26 @@ def test_the_kernel_refuses(kernels):
             kernels.image_resize(buffer, buffer, buffer, buffer, **(arguments | change))
 
 
-def test_only_what_is_the_same_is_done_on_the_device():
-    """The processor decides: anything but scaling to a fixed size stays with it."""
-    like = processor("bicubic")
-    kernels, device = SimpleNamespace(), torch.device("cuda")
-    resize = DeviceResize.like(like, kernels, device)
+def test_only_what_is_the_same_is_done_on_the_device(monkeypatch):
+    """The processor decides: anything but scaling to a fixed size stays with it, and so does a CPU."""
+    monkeypatch.setattr("runtime.device_resize.optional_kernels", SimpleNamespace)
+    like, device = processor("bicubic"), torch.device("cuda")
+    resize = DeviceResize.like(like, device)
     assert (resize.height, resize.width, resize.filter) == (384, 384, "bicubic")
-    assert DeviceResize.like(like, None, device) is None
-    assert DeviceResize.like(like, kernels, torch.device("cpu")) is None
+    assert DeviceResize.like(like, torch.device("cpu")) is None
     for change in ({"do_center_crop": True}, {"do_resize": False}, {"resample": 0}):
         other = AutoImageProcessor.from_pretrained(BUNDLED_MODEL, **change)
-        assert DeviceResize.like(other, kernels, device) is None, change
+        assert DeviceResize.like(other, device) is None, change
+
+
+def test_without_the_kernels_there_is_one_warning(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("TROCR_BUILD_DIR", str(tmp_path))
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if "build" not in entry])
+    monkeypatch.delitem(sys.modules, "trocr_kernels", raising=False)
+    optional_kernels.cache_clear()
+    try:
+        assert DeviceResize.like(processor("bicubic"), torch.device("cuda")) is None
+        assert optional_kernels() is None
+    finally:
+        optional_kernels.cache_clear()
+    assert len(caplog.records) == 1 and "scaled on the CPU" in caplog.text

@@ -18,7 +18,7 @@ from runtime.backends.base import Backend, GreedyResult, check_bytes, image_rows
 from runtime.engine import ALIGNMENT, BoundEngine, Engine, EngineError, capture
 from runtime.greedy_decoder import GreedyDecoder
 from runtime.greedy_weights import FILE_NAME, GreedyWeightsError, load_decoder
-from runtime.kernels import load_kernels
+from runtime.kernels import optional_kernels
 from runtime.manifest import Manifest, ManifestError
 from runtime.ranges import stage, staged
 
@@ -182,7 +182,7 @@ class TensorRTBackend(Backend):
         # Graphs that may run at the same time must not share their memory.
         self._encode_pool = torch.cuda.graph_pool_handle()
         self._step_pool = torch.cuda.graph_pool_handle()
-        self._kernels = _load_kernels()
+        self._kernels = optional_kernels()
         self._greedy = None
         if greedy_kernels and self._kernels is not None:
             self._greedy = GreedyKernels.load(
@@ -432,14 +432,6 @@ class GreedyKernels:
         )
         self._decoder.run(keys, values, outputs, stop=stop)
         return GreedyResult(*outputs)
-
-
-def _load_kernels() -> ModuleType | None:
-    """The module `trocr_kernels`, which engines can do without."""
-    try:
-        return load_kernels()
-    except ImportError:
-        return None
 
 
 def _bindable(ids: torch.Tensor, rows: int) -> torch.Tensor:
