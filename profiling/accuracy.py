@@ -22,6 +22,7 @@ from build import BuildError
 from graph_surgery.checkpoint import CheckpointError
 from graph_surgery.fused_ops import SurgeryError
 from profiling.records import environment
+from runtime.archive import unpack
 from runtime.backends.base import BackendError
 from runtime.generation import GenerationError
 from runtime.manifest import Manifest, ManifestError
@@ -45,7 +46,7 @@ def line_images(archive: Path = LINES, most: int | None = None) -> Iterator[list
             with tarfile.open(archive) as tar:
                 images = [member for member in tar if member.name.endswith(".jpg")]
                 images.sort(key=lambda image: image.name)
-                tar.extractall(folder, images[:most], filter="data")
+                unpack(tar, Path(folder), images[:most])
         except (OSError, tarfile.TarError) as error:
             raise LinesError(f"{archive}: cannot be unpacked ({error}); fetch the file again") from None
         yield [Path(folder) / image.name for image in images[:most]]

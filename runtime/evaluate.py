@@ -29,6 +29,7 @@ from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
+from runtime.archive import unpack
 from runtime.images import SUFFIXES
 from runtime.metrics import Accuracy, LineErrors, accuracy, by_length, line_errors
 from runtime.recognize import (
@@ -81,7 +82,7 @@ def open_data(data: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="trocr-lines-") as folder:
         try:
             with tarfile.open(data) as archive:
-                archive.extractall(folder, filter="data")  # refuses names that lead out of the folder
+                unpack(archive, Path(folder))
         except (OSError, tarfile.TarError) as error:
             reason = str(error).splitlines()[0].rstrip(":")
             raise UsageError(f"{data}: {reason}; give a folder of images, or a tar file of one") from error
