@@ -310,10 +310,19 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(
         }
         return input(address);
     };
-    GreedyDecoderWeights const packed{pointer("self"), pointer("cross"), pointer("feed_forward"),
-        static_cast<float const*>(pointer("feed_forward_bias")), pointer("head"), pointer("norms"),
-        pointer("embedding"), pointer("position_embedding")};
-    auto decoder = std::make_unique<GreedyDecoder>(parsed, packed, maxSlots, capacity);
+    auto const make = [&]() {
+        if (decodesInTeams(parsed))
+        {
+            TeamWeights const packed{pointer("layers"), pointer("constants"), pointer("head"),
+                pointer("embedding_norm"), pointer("embedding"), pointer("position_embedding")};
+            return makeTeamDecoder(parsed, packed, maxSlots, capacity);
+        }
+        ChainWeights const packed{pointer("self"), pointer("cross"), pointer("feed_forward"),
+            static_cast<float const*>(pointer("feed_forward_bias")), pointer("head"), pointer("norms"),
+            pointer("embedding"), pointer("position_embedding")};
+        return makeChainDecoder(parsed, packed, maxSlots, capacity);
+    };
+    std::unique_ptr<GreedyDecoder> decoder = make();
     if (decoder->status() != cudaSuccess)
     {
         throw std::runtime_error(op + " cannot be made: " + cudaGetErrorString(decoder->status()));
@@ -492,10 +501,25 @@ PYBIND11_MODULE(trocr_kernels, module)
     module.def(
         "greedy_blob_bytes",
         [](py::dict const& config) {
-            GreedyBlobBytes const bytes = greedyBlobBytes(parseGreedyConfig(config));
-            return py::make_tuple(bytes.self, bytes.cross, bytes.feedForward);
+            GreedyDecoderConfig const parsed = parseGreedyConfig(config);
+            py::dict sizes;
+            if (decodesInTeams(parsed))
+            {
+                TeamBytes const bytes = teamBytes();
+                sizes["layers"] = bytes.layer;
+                sizes["constants"] = bytes.constants;
+                sizes["head"] = bytes.head;
+            }
+            else
+            {
+                ChainBytes const bytes = chainBytes(parsed);
+                sizes["self"] = bytes.self;
+                sizes["cross"] = bytes.cross;
+                sizes["feed_forward"] = bytes.feedForward;
+            }
+            return sizes;
         },
-        "config"_a, "Bytes of a block's packed weights: self, cross, feed-forward.");
+        "config"_a, "Bytes of the pieces of packed weights, by name.");
 
     module.def("patch_embedding", bindPatchEmbedding, "pixels"_a, "weight"_a, "bias"_a, "positions"_a, "y"_a,
         py::kw_only(), "statistics"_a = 0, "scale"_a, "batch"_a, "height"_a, "width"_a, "special_tokens"_a, "outputs"_a,

@@ -11,14 +11,106 @@ from torch import Tensor
 
 CHUNK = 32  # inputs of a product that a lane of the kernel reads at once, times four lanes
 TILE = 8  # outputs of a tile
+TEAM_HEADS = 8  # of the team decoder, and its feed-forward columns a head
+TEAM_INNER = 128
 
 
 def pack_blobs(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tensor]:
-    """The weights as the kernels read them: for every block of a kernel one contiguous piece.
+    """The weights as the decoder that serves these sizes reads them: one contiguous piece a block.
 
     Args:
         weights: as `greedy_weights.pack_decoder` makes them, on any device.
         config: as `greedy_weights.decoder_config` makes it.
+
+    Returns:
+        For heads of 32 what the team decoder takes, else what the chain takes
+        (plugins/greedy_decoder/README.md).
+    """
+    if config["hidden_size"] == 32 * config["num_heads"]:
+        return _pack_for_teams(weights, config)
+    return _pack_for_chain(weights, config)
+
+
+def _units(weight: Tensor) -> Tensor:
+    """Units [..., out / 16, in / 32, 512] of T [..., out, in]: in each, what the 32 lanes of a warp hold.
+
+    Lane 4 g + t has, for each of two matrix products, inputs 8 t + 4 s + (0, 1), then (2, 3), of outputs g
+    and g + 8.
+    """
+    *rest, outputs, inputs = weight.shape
+    n = len(rest)
+    parts = weight.reshape(*rest, outputs // 16, 2, 8, inputs // 32, 4, 2, 2, 2)  # h, g; t, s, q, e
+    order = (*range(n), *(n + i for i in (0, 3, 5, 2, 4, 6, 1, 7)))
+    return parts.permute(order).reshape(*rest, outputs // 16, inputs // 32, 512)
+
+
+def _pack_for_teams(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tensor]:
+    """The weights in the order in which the team decoder's eight blocks, one a head, stream them.
+
+    Narrower decoders are padded with zeros: heads to 8, with them the width to 256, feed-forward columns to
+    128 a head.
+
+    Returns:
+        "layers" uint8 [L, 8, bytes], "constants" uint8 [L, 8, bytes], "head" T [ceil(V / 32), 2, 8, 512],
+        "embedding_norm" T [2, 256], "embedding" T [V, 256], "position_embedding" T [positions, 256].
+    """
+    layers, width, inner = config["num_layers"], TEAM_HEADS * CHUNK, TEAM_HEADS * TEAM_INNER
+    missing = width - config["hidden_size"]
+
+    def wide(name: str, parts: int = 1) -> Tensor:  # [..., parts * D] -> [..., parts, 256]
+        return F.pad(weights[name].unflatten(-1, (parts, -1)), (0, missing))
+
+    def first(name: str, parts: int) -> Tensor:  # [L, parts * D, D] -> [L, 8, parts * 32, 256]
+        weight = F.pad(weights[name].unflatten(1, (parts, -1)), (0, missing, 0, missing))
+        weight = weight.view(layers, parts, TEAM_HEADS, CHUNK, width)
+        return weight.transpose(1, 2).reshape(layers, TEAM_HEADS, parts * CHUNK, width)
+
+    def output(name: str) -> Tensor:  # [L, D in, D out] -> [L, 8, 256 out, 32 in]
+        weight = F.pad(weights[name], (0, missing, 0, missing))
+        return weight.view(layers, TEAM_HEADS, CHUNK, width).transpose(2, 3)
+
+    def feed_forward(name: str) -> Tensor:  # [L, F, D] -> [L, 8, 128, 256]
+        weight = F.pad(weights[name], (0, missing, 0, inner - config["ffn_size"]))
+        return weight.view(layers, TEAM_HEADS, TEAM_INNER, width)
+
+    def for_all(tensor: Tensor) -> Tensor:
+        return tensor[:, None].expand(layers, TEAM_HEADS, *tensor.shape[1:])
+
+    def rows(name: str) -> Tensor:
+        return F.pad(weights[name], (0, missing)).contiguous()
+
+    norms = torch.stack([rows("norm_gamma"), rows("norm_beta")], 2)  # [L, 3, 2, 256]
+    first_bias = F.pad(weights["fc1_bias"], (0, inner - config["ffn_size"]))
+    head = rows("head_weight")
+    head = F.pad(head, (0, 0, 0, -len(head) % (2 * 16)))
+    norm = [rows(f"embedding_norm_{name}") for name in ("gamma", "beta") if config["embedding_norm"]]
+    return {
+        "layers": _blobs(
+            2,
+            _units(first("self_qkv_weight", 3)),
+            _units(output("self_out_weight")),
+            _units(first("cross_query_weight", 1)),
+            _units(output("cross_out_weight")),
+            _units(feed_forward("fc1_weight")),
+            _units(feed_forward("fc2_weight").transpose(2, 3)),
+        ),
+        "constants": _blobs(
+            2,
+            wide("self_qkv_bias", 3).view(layers, 3, TEAM_HEADS, CHUNK).transpose(1, 2),
+            wide("cross_query_bias").view(layers, TEAM_HEADS, CHUNK),
+            first_bias.view(layers, TEAM_HEADS, TEAM_INNER),
+            *(for_all(wide(f"{name}_bias")) for name in ("self_out", "cross_out", "fc2")),
+            for_all(norms),
+        ),
+        "head": _units(head).view(-1, 2, width // CHUNK, 512),
+        "embedding_norm": torch.stack(norm or [norms[0, 0, 0]] * 2),
+        "embedding": rows("token_embedding"),
+        "position_embedding": rows("position_embedding"),
+    }
+
+
+def _pack_for_chain(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tensor]:
+    """The weights as the chain's kernels read them: for every block of a kernel one contiguous piece.
 
     Returns:
         "self" and "cross" uint8 [L, H, C, bytes], "feed_forward" uint8 [L, F / 32, bytes],
@@ -108,7 +200,7 @@ class GreedyDecoder:
             raise RuntimeError(f"cannot decode on the GPU because {obstacle}")
         self.max_slots, self.max_new_tokens = max_slots, max_new_tokens
         self._blobs = pack_blobs(weights, config)
-        self._device = self._blobs["norms"].device
+        self._device = self._blobs["head"].device
         self._decoder = kernels.GreedyDecoder(
             dict(config),
             {name: blob.data_ptr() for name, blob in self._blobs.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product as cartesian
 
 import pytest
 import torch
@@ -237,13 +238,18 @@ def test_needs_hopper(kernels):
 
 
 @pytest.mark.parametrize("name", ("small", "base", "odd"))
-def test_packing_keeps_every_weight(kernels, name):
-    """Pieces have the kernel's size, and hold each weight once."""
+def test_pieces_have_the_size_that_the_kernel_reads(kernels, name):
     config = settings(name, torch.float16) | {"vocab_size": 51}
+    blobs = pack_blobs(random_weights(config, torch.float16, "cpu"), config)
+    sizes = kernels.greedy_blob_bytes(config)
+    pieces = {part: blobs[part][0].nbytes if part == "head" else blobs[part].shape[-1] for part in sizes}
+    assert pieces == sizes
+
+
+def test_the_chains_pieces_hold_every_weight():
+    config = settings("base", torch.float16) | {"vocab_size": 51}
     weights = random_weights(config, torch.float16, "cpu")
     blobs = pack_blobs(weights, config)
-    sizes = kernels.greedy_blob_bytes(config)
-    assert tuple(blobs[part].shape[-1] for part in ("self", "cross", "feed_forward")) == sizes
 
     def same(part: str, floats: int, *names: str) -> None:
         pieces = blobs[part].flatten(0, -2)
@@ -251,37 +257,35 @@ def test_packing_keeps_every_weight(kernels, name):
         expected = torch.cat([weights[name].flatten() for name in names])
         assert torch.equal(stored.sort().values, expected.sort().values)
 
-    size = config["hidden_size"] // config["num_heads"]
-    columns = 8 * config["num_heads"]
-    assert columns == config["hidden_size"] // (size // 8)
+    columns = 1024 * 8 // 64
     same("self", 24 + columns, "self_qkv_weight", "self_out_weight")
     same("cross", 8 + columns, "cross_query_weight", "cross_out_weight")
     same("feed_forward", 32, "fc1_weight", "fc2_weight")
-    assert blobs["head"].shape == (7, config["hidden_size"] // 32, 8, 32)
+    assert blobs["head"].shape == (7, 32, 8, 32)
     assert not blobs["head"][6, :, 3:].any()  # rows behind the vocabulary
-    assert blobs["norms"].shape == (1 + 3 * config["num_layers"], 2, config["hidden_size"])
+    assert blobs["norms"].shape == (1 + 3 * config["num_layers"], 2, 1024)
 
 
-def test_a_piece_is_what_its_block_reads(kernels):
+def test_a_piece_of_the_chain_is_what_its_block_reads():
     """By the definition: layer 1, block 2 of head 3; inner columns 64 to 95."""
-    config = settings("small", torch.float16) | {"vocab_size": 51}
+    config = settings("base", torch.float16) | {"vocab_size": 51}
     weights = random_weights(config, torch.float16, "cpu")
     blobs = pack_blobs(weights, config)
-    width, columns = 256, 64
-    rows = 3 * 32 + 2 * 8 + torch.arange(8)  # of the head's query, key or value
+    width, columns = 1024, 128
+    rows = 3 * 64 + 2 * 8 + torch.arange(8)  # of the head's query, key or value
 
     piece = blobs["self"][1, 3, 2]
     floats = piece[: 4 * (24 + columns)].view(torch.float32)
     halves = piece[4 * (24 + columns) :].view(torch.float16)
     qkv = halves[: 24 * width].view(width // 32, 3, 8, 32)
-    out = halves[24 * width :].view(1, columns, 32)
+    out = halves[24 * width :].view(2, columns, 32)
     for part in range(3):
         expected = weights["self_qkv_weight"][1, part * width + rows]  # [8, inputs]
         assert torch.equal(qkv[:, part].transpose(0, 1).flatten(1), expected)
         assert torch.equal(floats[8 * part : 8 * part + 8], weights["self_qkv_bias"][1, part * width + rows])
-    # out[in, out] of inputs 96 to 127 (the head) and outputs 128 to 191 (block 2 of 4)
-    assert torch.equal(out[0], weights["self_out_weight"][1, 96:128, 128:192].T)
-    assert torch.equal(floats[24:], weights["self_out_bias"][1, 128:192])
+    # out[in, out] of inputs 192 to 255 (the head) and outputs 256 to 383 (block 2 of 8)
+    assert torch.equal(out.transpose(0, 1).flatten(1), weights["self_out_weight"][1, 192:256, 256:384].T)
+    assert torch.equal(floats[24:], weights["self_out_bias"][1, 256:384])
 
     piece = blobs["feed_forward"][1, 2]
     assert torch.equal(piece[:128].view(torch.float32), weights["fc1_bias"][1, 64:96])
@@ -289,6 +293,68 @@ def test_a_piece_is_what_its_block_reads(kernels):
     first = halves[: 32 * width].view(width // 32, 32, 32)
     assert torch.equal(first.transpose(0, 1).flatten(1), weights["fc1_weight"][1, 64:96])
     assert torch.equal(halves[32 * width :].view(width, 32), weights["fc2_weight"][1, 64:96].T)
+
+
+def product(units: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """rows [n, inputs] times units [outputs / 16, inputs / 32, 512], as the lanes of a warp hold them."""
+    tiles, chunks, _ = units.shape
+    out = torch.zeros(len(rows), tiles * 16)
+    # step, g, t; which two of the eight inputs, which output, which of the two
+    lanes = units.view(tiles, chunks, 2, 8, 4, 2, 2, 2).float()
+    for step, g, t, pair, high, e in cartesian(*map(range, (2, 8, 4, 2, 2, 2))):
+        inputs = torch.arange(chunks) * 32 + 8 * t + 4 * step + 2 * pair + e
+        outputs = torch.arange(tiles) * 16 + g + 8 * high
+        out[:, outputs] += rows[:, inputs].float() @ lanes[:, :, step, g, t, pair, high, e].T
+    return out
+
+
+@pytest.mark.parametrize("name", ("small", "odd"))
+def test_a_piece_of_a_team_is_what_its_block_multiplies(name):
+    """Layer 1, head 3, with random rows; narrower decoders are padded with zeros."""
+    config = settings(name, torch.float16) | {"vocab_size": 51}
+    width, inner = config["hidden_size"], config["ffn_size"]
+    weights = random_weights(config, torch.float16, "cpu")
+    blobs = pack_blobs(weights, config)
+    layer, head, wide = 1, 3, 256
+    units = blobs["layers"][layer, head].view(torch.float16).view(-1, 512)
+    parts = iter(units.split((48, 16, 16, 16, 64, 64)))
+    hidden = torch.zeros(3, wide)
+    hidden[:, :width] = torch.randn(3, width, generator=torch.Generator().manual_seed(1))
+    context = hidden[:, :32]
+    mine = torch.arange(32) + 32 * head
+    qkv = torch.cat([mine + part * width for part in range(3)])
+    columns = torch.arange(128) + 128 * head
+    columns = columns[columns < inner]
+
+    def check(chunks: int, rows: torch.Tensor, expected: torch.Tensor) -> None:
+        found = product(next(parts).view(-1, chunks, 512), rows)
+        assert torch.allclose(found[:, : expected.shape[1]], expected, atol=1e-4)
+        assert not found[:, expected.shape[1] :].any()
+
+    real = hidden[:, :width]
+    check(8, hidden, real @ weights["self_qkv_weight"][layer, qkv].float().T)
+    check(1, context, context @ weights["self_out_weight"][layer, mine].float())
+    check(8, hidden, real @ weights["cross_query_weight"][layer, mine].float().T)
+    check(1, context, context @ weights["cross_out_weight"][layer, mine].float())
+    check(8, hidden, real @ weights["fc1_weight"][layer, columns].float().T)
+    expanded = torch.ones(3, 128)
+    check(4, expanded, expanded[:, : len(columns)] @ weights["fc2_weight"][layer, columns].float())
+
+    floats = blobs["constants"][layer, head].view(torch.float32)
+    assert torch.equal(floats[:96], weights["self_qkv_bias"][layer, qkv])
+    assert torch.equal(floats[96:128], weights["cross_query_bias"][layer, mine])
+    assert torch.equal(floats[128 : 128 + len(columns)], weights["fc1_bias"][layer, columns])
+    biases = floats[256 : 256 + 3 * wide].view(3, wide)
+    for bias, of in zip(biases, ("self_out_bias", "cross_out_bias", "fc2_bias"), strict=True):
+        assert torch.equal(bias[:width], weights[of][layer])
+    norms = blobs["constants"][layer, head].view(torch.float16)[-6 * wide :].view(3, 2, wide)
+    assert torch.equal(norms[:, 0, :width], weights["norm_gamma"][layer])
+    assert torch.equal(norms[:, 1, :width], weights["norm_beta"][layer])
+    assert not norms[:, :, width:].any()
+
+    logits = product(blobs["head"].view(-1, 8, 512), hidden)
+    assert torch.allclose(logits[:, :51], real @ weights["head_weight"].float().T, atol=1e-4)
+    assert not logits[:, 51:].any()
 
 
 def test_no_end_is_no_token():

@@ -4,8 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "common/data_type.h"
@@ -15,6 +15,11 @@
 
 namespace trocr
 {
+
+namespace greedy
+{
+constexpr int kMAX_END_IDS = 8;
+}
 
 //! Sizes of a TrOCR decoder, and what its search starts and ends with.
 struct GreedyDecoderConfig
@@ -33,13 +38,13 @@ struct GreedyDecoderConfig
     float epsilon;         //!< of every LayerNorm
     int32_t startId;
     int32_t padId;
-    std::vector<int32_t> endIds;  //!< at most 8; empty: every text has its full length
+    std::vector<int32_t> endIds;  //!< at most kMAX_END_IDS; empty: every text has its full length
 };
 
 //! Device pointers, T = dataType, all multiples of 16 bytes. Products' weights are packed a block: every block of a
 //! kernel copies one contiguous piece, in which the weights stand as the tensor cores read them (README.md, "Packed
 //! weights").
-struct GreedyDecoderWeights
+struct ChainWeights
 {
     void const* selfBlobs;         //!< [L, H, C] pieces of selfBlobBytes; C = head size / 8
     void const* crossBlobs;        //!< [L, H, C] pieces of crossBlobBytes
@@ -49,6 +54,17 @@ struct GreedyDecoderWeights
     void const* norms;      //!< T [1 + 3 L, 2, D]: gamma and beta of the embedding and, a layer, self, cross, final
     void const* embedding;  //!< T [V, D]
     void const* positionEmbedding;  //!< T [positions, D]; row p is added to the token after p others
+};
+
+//! The same of the team decoder: what a block streams, in the order in which it does.
+struct TeamWeights
+{
+    void const* layers;         //!< [L, H] pieces of units
+    void const* constants;      //!< [L, H] pieces of biases and norms
+    void const* head;           //!< [ceil(V / 32)] pieces of units, rows from V on are zero
+    void const* embeddingNorm;  //!< T [2, D]; not read without `embeddingNorm`
+    void const* embedding;      //!< T [V, D]
+    void const* positionEmbedding;  //!< T [positions, D]
 };
 
 //! One batch: `lines` lines decoded in `slots` rows. Buffers must stay where they are: the graph is kept a request.
@@ -68,34 +84,47 @@ struct GreedyRequest
 //! Whether the current device and these sizes are served; the reason where not.
 bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason);
 
-//! Bytes of one block's piece of packed weights.
-struct GreedyBlobBytes
+//! Which of the two decoders serves these sizes: the team decoder takes heads of 32.
+inline bool decodesInTeams(GreedyDecoderConfig const& config)
+{
+    return config.width == config.heads * 32;
+}
+
+//! Bytes of one block's piece of the chain's packed weights.
+struct ChainBytes
 {
     size_t self;
     size_t cross;
     size_t feedForward;
 };
 
-GreedyBlobBytes greedyBlobBytes(GreedyDecoderConfig const& config);
+ChainBytes chainBytes(GreedyDecoderConfig const& config);
 
+//! Bytes of a piece of the team decoder's packed weights.
+struct TeamBytes
+{
+    size_t layer;
+    size_t constants;
+    size_t head;
+};
+
+TeamBytes teamBytes();
+
+//! Owns the workspace: caches for `maxSlots` rows of `capacity` tokens. Check `status()` before use.
 class GreedyDecoder
 {
 public:
-    //! Allocates the workspace: caches and sums for `maxSlots` rows of `capacity` tokens.
-    //! Check `status()` before use.
-    GreedyDecoder(GreedyDecoderConfig config, GreedyDecoderWeights weights, int32_t maxSlots, int32_t capacity);
-    ~GreedyDecoder();
+    virtual ~GreedyDecoder() = default;
     GreedyDecoder(GreedyDecoder const&) = delete;
     GreedyDecoder& operator=(GreedyDecoder const&) = delete;
+
+    //! Enqueues the search on `stream`; returns at once.
+    virtual cudaError_t run(GreedyRequest const& request, cudaStream_t stream) = 0;
 
     cudaError_t status() const
     {
         return mStatus;
     }
-
-    //! Enqueues the search on `stream`; returns at once. A request that differs in any member from the earlier ones is
-    //! captured first (about a millisecond). The last few graphs are kept.
-    cudaError_t run(GreedyRequest const& request, cudaStream_t stream);
 
     int32_t maxSlots() const
     {
@@ -112,29 +141,33 @@ public:
         return mConfig;
     }
 
-private:
-    struct Graph;
+protected:
+    GreedyDecoder(GreedyDecoderConfig config, int32_t maxSlots, int32_t capacity)
+        : mConfig(std::move(config)), mMaxSlots(maxSlots), mCapacity(capacity)
+    {
+    }
 
-    cudaError_t capture(GreedyRequest const& request, std::unique_ptr<Graph>& graph);
-    template <typename T, int kHEAD_DIM>
-    cudaError_t enqueueRows(GreedyRequest const& request, unsigned long long conditional, bool last,
-                            cudaStream_t stream);
-    template <typename T, int kHEAD_DIM, int kROWS>
-    cudaError_t enqueueToken(GreedyRequest const& request, unsigned long long conditional, bool last,
-                             cudaStream_t stream);
-    template <typename T>
-    cudaError_t enqueueNext(GreedyRequest const& request, bool first, unsigned long long conditional, bool last,
-                            cudaStream_t stream);
+    bool isPossible(GreedyRequest const& request) const
+    {
+        auto const layers = static_cast<size_t>(mConfig.layers);
+        return request.lines >= 1 && request.slots >= 1 && request.slots <= mMaxSlots && request.maxNewTokens >= 1
+            && request.maxNewTokens <= mCapacity && request.maxNewTokens <= mConfig.positions
+            && request.crossKeys.size() == layers && request.crossValues.size() == layers;
+    }
 
     GreedyDecoderConfig mConfig;
-    GreedyDecoderWeights mWeights;
     int32_t mMaxSlots;
     int32_t mCapacity;
-    int32_t mMultiprocessors{};
     cudaError_t mStatus{cudaSuccess};
-    uint8_t* mWorkspace{};
-    cudaStream_t mCaptureStream{};
-    std::map<std::vector<uintptr_t>, std::unique_ptr<Graph>> mGraphs;
 };
+
+//! A CUDA graph whose WHILE node repeats a chain of fused kernels. A request that differs in any member from earlier
+//! ones is captured first (about a millisecond); the last few graphs are kept.
+std::unique_ptr<GreedyDecoder> makeChainDecoder(GreedyDecoderConfig config, ChainWeights const& weights,
+                                                int32_t maxSlots, int32_t capacity);
+
+//! One persistent kernel, in which a cluster decodes up to eight rows.
+std::unique_ptr<GreedyDecoder> makeTeamDecoder(GreedyDecoderConfig config, TeamWeights const& weights,
+                                               int32_t maxSlots, int32_t capacity);
 
 }  // namespace trocr

@@ -23,7 +23,7 @@ TROCR_BOTH constexpr int32_t alignUp(int32_t bytes)
     return (bytes + 127) / 128 * 128;
 }
 
-//! Bytes of `rows` rows in the pitch of rowPitch (blocks_sm90.cuh).
+//! Bytes of `rows` rows in the pitch of rowPitch (chain_blocks_sm90.cuh).
 TROCR_BOTH constexpr int32_t rowsBytes(int32_t rows, int32_t width)
 {
     return rows * ((width * kELEMENT + 63) / 128 * 128 + 64);

@@ -1,9 +1,10 @@
 #include <algorithm>
+#include <map>
 #include <utility>
 
 #include "common/launch.h"
 #include "greedy_decoder/kernel.h"
-#include "greedy_decoder/kernels_sm90.cuh"
+#include "greedy_decoder/chain_kernels_sm90.cuh"
 
 namespace trocr
 {
@@ -130,45 +131,7 @@ cudaError_t captureInto(cudaGraph_t graph, cudaStream_t stream, Enqueue const& e
 
 }  // namespace
 
-bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason)
-{
-    int major{};
-    if (deviceAttribute(cudaDevAttrComputeCapabilityMajor, major) != cudaSuccess || major != 9)
-    {
-        return refuse(reason, "the GPU's compute capability is not 9.0");
-    }
-    if (config.dataType != DataType::kHALF && config.dataType != DataType::kBF16)
-    {
-        return refuse(reason, "the data type is neither float16 nor bfloat16");
-    }
-    if (config.layers < 1 || config.vocabulary < 1 || config.sourceLength < 8 || config.positions < 1)
-    {
-        return refuse(reason, "layers, vocabulary and positions must be at least 1, the encoder's states at least 8");
-    }
-    if (config.width < 64 || config.width % 64 != 0)
-    {
-        return refuse(reason, "the width is no multiple of 64");
-    }
-    if (config.heads < 1 || (config.width != config.heads * 32 && config.width != config.heads * 64))
-    {
-        return refuse(reason, "the head size is neither 32 nor 64");
-    }
-    if (config.width > maxWidth(config.width / config.heads))
-    {
-        return refuse(reason, "the width is above 256 with heads of 32, or above 1024");
-    }
-    if (config.ffnWidth < 32 || config.ffnWidth % 32 != 0)
-    {
-        return refuse(reason, "the feed-forward width is no multiple of 32");
-    }
-    if (config.endIds.size() > kMAX_END_IDS)
-    {
-        return refuse(reason, "there are more than 8 ids that end a text");
-    }
-    return true;
-}
-
-GreedyBlobBytes greedyBlobBytes(GreedyDecoderConfig const& config)
+ChainBytes chainBytes(GreedyDecoderConfig const& config)
 {
     int32_t const headDim = config.width / config.heads;
     return {static_cast<size_t>(SelfLayout(headDim, config.width, 1, 1).blobBytes),
@@ -176,27 +139,56 @@ GreedyBlobBytes greedyBlobBytes(GreedyDecoderConfig const& config)
             static_cast<size_t>(FeedForwardLayout(config.width, 1, 1).blobBytes)};
 }
 
-struct GreedyDecoder::Graph
+namespace
 {
-    cudaGraph_t graph{};
-    cudaGraphExec_t executable{};
 
-    ~Graph()
+class ChainDecoder : public GreedyDecoder
+{
+public:
+    ChainDecoder(GreedyDecoderConfig config, ChainWeights weights, int32_t maxSlots, int32_t capacity);
+    ~ChainDecoder() override;
+
+    cudaError_t run(GreedyRequest const& request, cudaStream_t stream) override;
+
+private:
+    struct Graph
     {
-        if (executable != nullptr)
+        cudaGraph_t graph{};
+        cudaGraphExec_t executable{};
+
+        ~Graph()
         {
-            cudaGraphExecDestroy(executable);
+            if (executable != nullptr)
+            {
+                cudaGraphExecDestroy(executable);
+            }
+            if (graph != nullptr)
+            {
+                cudaGraphDestroy(graph);
+            }
         }
-        if (graph != nullptr)
-        {
-            cudaGraphDestroy(graph);
-        }
-    }
+    };
+
+    cudaError_t capture(GreedyRequest const& request, std::unique_ptr<Graph>& graph);
+    template <typename T, int kHEAD_DIM>
+    cudaError_t enqueueRows(GreedyRequest const& request, unsigned long long conditional, bool last,
+                            cudaStream_t stream);
+    template <typename T, int kHEAD_DIM, int kROWS>
+    cudaError_t enqueueToken(GreedyRequest const& request, unsigned long long conditional, bool last,
+                             cudaStream_t stream);
+    template <typename T>
+    cudaError_t enqueueNext(GreedyRequest const& request, bool first, unsigned long long conditional, bool last,
+                            cudaStream_t stream);
+
+    ChainWeights mWeights;
+    int32_t mMultiprocessors{};
+    uint8_t* mWorkspace{};
+    cudaStream_t mCaptureStream{};
+    std::map<std::vector<uintptr_t>, std::unique_ptr<Graph>> mGraphs;
 };
 
-GreedyDecoder::GreedyDecoder(GreedyDecoderConfig config, GreedyDecoderWeights weights, int32_t maxSlots,
-                             int32_t capacity)
-    : mConfig(std::move(config)), mWeights(weights), mMaxSlots(maxSlots), mCapacity(capacity)
+ChainDecoder::ChainDecoder(GreedyDecoderConfig config, ChainWeights weights, int32_t maxSlots, int32_t capacity)
+    : GreedyDecoder(std::move(config), maxSlots, capacity), mWeights(weights)
 {
     mStatus = deviceAttribute(cudaDevAttrMultiProcessorCount, mMultiprocessors);
     mMultiprocessors = std::min(mMultiprocessors, kCHOOSERS_A_LANE * kWARP_SIZE);
@@ -216,7 +208,7 @@ GreedyDecoder::GreedyDecoder(GreedyDecoderConfig config, GreedyDecoderWeights we
     }
 }
 
-GreedyDecoder::~GreedyDecoder()
+ChainDecoder::~ChainDecoder()
 {
     mGraphs.clear();
     if (mCaptureStream != nullptr)
@@ -227,7 +219,7 @@ GreedyDecoder::~GreedyDecoder()
 }
 
 template <typename T>
-cudaError_t GreedyDecoder::enqueueNext(GreedyRequest const& request, bool first, unsigned long long conditional,
+cudaError_t ChainDecoder::enqueueNext(GreedyRequest const& request, bool first, unsigned long long conditional,
                                        bool last, cudaStream_t stream)
 {
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
@@ -258,7 +250,7 @@ cudaError_t GreedyDecoder::enqueueNext(GreedyRequest const& request, bool first,
 }
 
 template <typename T, int kHEAD_DIM, int kROWS>
-cudaError_t GreedyDecoder::enqueueToken(GreedyRequest const& request, unsigned long long conditional, bool last,
+cudaError_t ChainDecoder::enqueueToken(GreedyRequest const& request, unsigned long long conditional, bool last,
                                         cudaStream_t stream)
 {
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
@@ -273,7 +265,7 @@ cudaError_t GreedyDecoder::enqueueToken(GreedyRequest const& request, unsigned l
     // Where one pass of rows leaves multiprocessors idle, several go side by side.
     auto const sideBySide = [&](unsigned blocks)
     { return std::clamp<unsigned>(mMultiprocessors / blocks, 1U, passes); };
-    GreedyBlobBytes const blob = greedyBlobBytes(mConfig);
+    ChainBytes const blob = chainBytes(mConfig);
 
     int index = 0;  // in the chain; also of the norm
     auto const link = [&]()
@@ -348,12 +340,12 @@ cudaError_t GreedyDecoder::enqueueToken(GreedyRequest const& request, unsigned l
 }
 
 template <typename T, int kHEAD_DIM>
-cudaError_t GreedyDecoder::enqueueRows(GreedyRequest const& request, unsigned long long conditional, bool last,
+cudaError_t ChainDecoder::enqueueRows(GreedyRequest const& request, unsigned long long conditional, bool last,
                                        cudaStream_t stream)
 {
-    // As few rows a block as still make one wave of blocks. At most 8 of heads of 64: with 16, a block takes more than
+    // As few rows a block as still make one wave of blocks, at most 8: with 16, a block takes more than
     // half of a multiprocessor's shared memory, and with one block on each only 15 of base's 16 clusters find room.
-    constexpr int kMOST = kHEAD_DIM == 32 ? 16 : 8;
+    constexpr int kMOST = 8;
     int const sideBySide = std::max(1, mMultiprocessors / (mConfig.heads * kHEAD_DIM / 8));
     int const rows = ceilDiv(request.slots, sideBySide);
     return rows <= 1   ? enqueueToken<T, kHEAD_DIM, 1>(request, conditional, last, stream)
@@ -361,11 +353,10 @@ cudaError_t GreedyDecoder::enqueueRows(GreedyRequest const& request, unsigned lo
                        : enqueueToken<T, kHEAD_DIM, kMOST>(request, conditional, last, stream);
 }
 
-cudaError_t GreedyDecoder::capture(GreedyRequest const& request, std::unique_ptr<Graph>& captured)
+cudaError_t ChainDecoder::capture(GreedyRequest const& request, std::unique_ptr<Graph>& captured)
 {
     auto graph = std::make_unique<Graph>();
     bool const half = mConfig.dataType == DataType::kHALF;
-    bool const wide = mConfig.width == mConfig.heads * 64;
     cudaError_t status = cudaGraphCreate(&graph->graph, 0);
     if (status == cudaSuccess)
     {
@@ -394,13 +385,11 @@ cudaError_t GreedyDecoder::capture(GreedyRequest const& request, std::unique_ptr
                     bool const last = token == kTOKENS_A_TURN - 1;
                     if (half)
                     {
-                        enqueued = wide ? enqueueRows<__half, 64>(request, conditional, last, mCaptureStream)
-                                        : enqueueRows<__half, 32>(request, conditional, last, mCaptureStream);
+                        enqueued = enqueueRows<__half, 64>(request, conditional, last, mCaptureStream);
                     }
                     else
                     {
-                        enqueued = wide ? enqueueRows<__nv_bfloat16, 64>(request, conditional, last, mCaptureStream)
-                                        : enqueueRows<__nv_bfloat16, 32>(request, conditional, last, mCaptureStream);
+                        enqueued = enqueueRows<__nv_bfloat16, 64>(request, conditional, last, mCaptureStream);
                     }
                 }
                 return enqueued;
@@ -417,13 +406,9 @@ cudaError_t GreedyDecoder::capture(GreedyRequest const& request, std::unique_ptr
     return status;
 }
 
-cudaError_t GreedyDecoder::run(GreedyRequest const& request, cudaStream_t stream)
+cudaError_t ChainDecoder::run(GreedyRequest const& request, cudaStream_t stream)
 {
-    auto const layers = static_cast<size_t>(mConfig.layers);
-    bool const possible = request.lines >= 1 && request.slots >= 1 && request.slots <= mMaxSlots &&
-                          request.maxNewTokens >= 1 && request.maxNewTokens <= std::min(mCapacity, mConfig.positions) &&
-                          request.crossKeys.size() == layers && request.crossValues.size() == layers;
-    if (!possible)
+    if (!isPossible(request))
     {
         return cudaErrorInvalidValue;
     }
@@ -455,6 +440,14 @@ cudaError_t GreedyDecoder::run(GreedyRequest const& request, cudaStream_t stream
         found = mGraphs.emplace(std::move(key), std::move(graph)).first;
     }
     return cudaGraphLaunch(found->second->executable, stream);
+}
+
+}  // namespace
+
+std::unique_ptr<GreedyDecoder> makeChainDecoder(GreedyDecoderConfig config, ChainWeights const& weights,
+                                                int32_t maxSlots, int32_t capacity)
+{
+    return std::make_unique<ChainDecoder>(std::move(config), weights, maxSlots, capacity);
 }
 
 }  // namespace trocr

@@ -16,12 +16,7 @@ constexpr int kTHREADS = 256;
 constexpr int kWARPS = kTHREADS / kWARP_SIZE;
 constexpr int kCHUNK = 32;  //!< inputs of a product that a lane reads with one 16-byte access (4 lanes a row)
 
-//! The widest decoder that a kernel's code is made for: narrow ones, with heads of 32, get shorter code. Every kernel
-//! of the chain runs each of its instructions about once, so that fetching them is a good part of its time.
-__host__ __device__ constexpr int maxWidth(int headDim)
-{
-    return headDim == 32 ? 256 : 1024;
-}
+constexpr int kMAX_WIDTH = 1024;
 constexpr float kNO_SCORE = -1e30F;  //!< below every score; finite, so that differences of two are 0
 
 //! Reads 8 bytes that other kernels write, past L1. The compiler leaves it where it stands: early.
@@ -140,14 +135,12 @@ __device__ __forceinline__ void clearSums(Link const& link)
 
 //! LayerNorm of a pass's rows, kROW_WARPS warps a row: few rows are spread over the block for their latency. In two
 //! parts, so that other loads can be on their way with those of the first rows.
-template <typename T, int kROWS, int kMAX_WIDTH>
+template <typename T, int kROWS>
 struct RowNorm
 {
-    //! One narrow row: every warp computes all of it, and keeps the chunk of inputs that it needs in multiplySplit.
-    static constexpr bool kEVERY_WARP = kROWS == 1 && kMAX_WIDTH == kWARPS * kCHUNK;
-    static constexpr int kROW_WARPS = kEVERY_WARP || kROWS >= kWARPS ? 1 : kWARPS / kROWS;
+    static constexpr int kROW_WARPS = kROWS >= kWARPS ? 1 : kWARPS / kROWS;
     static constexpr int kPAIRS = kMAX_WIDTH / 2 / kWARP_SIZE / kROW_WARPS;
-    static constexpr int kAT_ONCE = kEVERY_WARP ? 1 : kWARPS / kROW_WARPS;  //!< rows
+    static constexpr int kAT_ONCE = kWARPS / kROW_WARPS;  //!< rows
     static_assert(kPAIRS >= 1);
 
     int2 raw[kPAIRS];
@@ -157,7 +150,7 @@ struct RowNorm
 
     static __device__ __forceinline__ int firstRow()
     {
-        return kEVERY_WARP ? 0 : threadIdx.x / kWARP_SIZE / kROW_WARPS;
+        return threadIdx.x / kWARP_SIZE / kROW_WARPS;
     }
 
     static __device__ __forceinline__ int pairOf(int i)
@@ -248,8 +241,7 @@ struct RowNorm
             for (int i = 0; i < kPAIRS; ++i)
             {
                 int const pair = pairOf(i);
-                bool const keeps = !kEVERY_WARP || pair / (kCHUNK / 2) == warp;
-                if (row < count && pair < pairs && keeps)
+                if (row < count && pair < pairs)
                 {
                     float x = values[i].x * scale + shift;
                     float y = values[i].y * scale + shift;
@@ -268,14 +260,7 @@ struct RowNorm
                 take();
             }
         }
-        if constexpr (kEVERY_WARP)
-        {
-            __syncwarp();
-        }
-        else
-        {
-            __syncthreads();
-        }
+        __syncthreads();
     }
 };
 

@@ -3,8 +3,8 @@
 // The kernels of one decoder step: `next` (end the token before, embed the new one), then for every layer
 // `selfAttention`, `crossAttention` and `feedForward`, then `head`. README.md draws the chain.
 
-#include "greedy_decoder/blocks_sm90.cuh"
-#include "greedy_decoder/layout.h"
+#include "greedy_decoder/chain_blocks_sm90.cuh"
+#include "greedy_decoder/chain_layout.h"
 
 namespace trocr::greedy
 {
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
 #pragma unroll 1
     for (int first = blockIdx.y * kROWS; first < p.link.rows; first += gridDim.y * kROWS)
     {
-        RowNorm<T, kROWS, maxWidth(kHEAD_DIM)> rowNorm;
+        RowNorm<T, kROWS> rowNorm;
         rowNorm.load(p.link, first + rowNorm.firstRow(), p.link.rows);
         auto const pass = Pass<kROWS>::load(p.link, first);
         if (pass.active == 0)
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
 #pragma unroll 1
     for (int first = blockIdx.y * kROWS; first < p.link.rows; first += gridDim.y * kROWS)
     {
-        RowNorm<T, kROWS, maxWidth(kHEAD_DIM)> rowNorm;
+        RowNorm<T, kROWS> rowNorm;
         rowNorm.load(p.link, first + rowNorm.firstRow(), p.link.rows);
         auto const pass = Pass<kROWS>::load(p.link, first);
         if (pass.active == 0)
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(kTHREADS, kROWS == 1 ? 2 : 1) feedForward(Feed
 #pragma unroll 1
     for (int first = blockIdx.y * kROWS; first < p.link.rows; first += gridDim.y * kROWS)
     {
-        RowNorm<T, kROWS, maxWidth(kHEAD_DIM)> rowNorm;
+        RowNorm<T, kROWS> rowNorm;
         rowNorm.load(p.link, first + rowNorm.firstRow(), p.link.rows);
         auto const pass = Pass<kROWS>::load(p.link, first);
         if (pass.active == 0)
@@ -565,7 +565,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
 #pragma unroll 1
     for (int first = 0; first < p.link.rows; first += kROWS)
     {
-        RowNorm<T, kROWS, maxWidth(kHEAD_DIM)> rowNorm;
+        RowNorm<T, kROWS> rowNorm;
         rowNorm.load(p.link, first + rowNorm.firstRow(), p.link.rows);
         int const count = kROWS == 1 ? 1 : min(kROWS, p.link.rows - first);
         bool active = false;
@@ -672,7 +672,6 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
 
 // ---- next token ----
 
-constexpr int kMAX_END_IDS = 8;
 constexpr int kCHOOSERS_A_LANE = 8;  //!< of `next`: up to 256 multiprocessors
 
 struct NextParams

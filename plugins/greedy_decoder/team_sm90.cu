@@ -1,0 +1,192 @@
+#include <algorithm>
+#include <utility>
+
+#include "common/launch.h"
+#include "greedy_decoder/kernel.h"
+#include "greedy_decoder/team_sm90.cuh"
+
+namespace trocr
+{
+
+namespace
+{
+
+using namespace greedy;
+
+constexpr size_t align256(size_t bytes)
+{
+    return (bytes + 255) / 256 * 256;
+}
+
+using Kernel = void (*)(TeamParams);
+
+template <typename T>
+Kernel kernelOf(int rows)
+{
+    return rows <= 1 ? decodeInTeams<T, 1> : rows <= 2 ? decodeInTeams<T, 2> : rows <= 4 ? decodeInTeams<T, 4>
+                                                                                        : decodeInTeams<T, kMAX_ROWS>;
+}
+
+//! Rows of the kernel that serves teams of so many.
+int kernelRows(int rows)
+{
+    return rows <= 2 ? rows : rows <= 4 ? 4 : kMAX_ROWS;
+}
+
+class TeamDecoder : public GreedyDecoder
+{
+public:
+    TeamDecoder(GreedyDecoderConfig config, TeamWeights weights, int32_t maxSlots, int32_t capacity)
+        : GreedyDecoder(std::move(config), maxSlots, capacity), mWeights(weights)
+    {
+        size_t const slots = std::min(maxSlots, kMAX_SLOTS);
+        size_t at = 0;
+        auto const take = [&](size_t bytes) { return std::exchange(at, at + align256(bytes)); };
+        mCounters = take(sizeof(TeamCounters));
+        mHidden = take(slots * kWIDTH * 2);
+        mChoices = take(slots * kMAX_BLOCKS * sizeof(float4));
+        mKeys = take(mConfig.layers * slots * kWIDTH * capacity * 2);
+        mValues = take(mConfig.layers * slots * kWIDTH * capacity * 2);
+        mStatus = cudaMalloc(reinterpret_cast<void**>(&mWorkspace), at);
+        if (mStatus == cudaSuccess)
+        {
+            mStatus = cudaMemset(mWorkspace, 0, at);
+        }
+        for (int rows : {1, 2, 4, kMAX_ROWS})
+        {
+            if (mStatus == cudaSuccess)
+            {
+                mStatus = findClusters(rows);
+            }
+        }
+    }
+
+    ~TeamDecoder() override
+    {
+        cudaFree(mWorkspace);
+    }
+
+    cudaError_t run(GreedyRequest const& request, cudaStream_t stream) override
+    {
+        if (!isPossible(request))
+        {
+            return cudaErrorInvalidValue;
+        }
+        int const slots = std::min({request.slots, kMAX_SLOTS, mClusters * kMAX_ROWS});
+        int const teams = std::min(mClusters, slots);
+        int const rows = kernelRows(ceilDiv(slots, teams));
+
+        TeamParams params{};
+        params.weights = static_cast<uint8_t const*>(mWeights.layers);
+        params.constants = static_cast<uint8_t const*>(mWeights.constants);
+        params.head = static_cast<uint8_t const*>(mWeights.head);
+        params.embeddingNorm = mConfig.embeddingNorm ? mWeights.embeddingNorm : nullptr;
+        params.embedding = mWeights.embedding;
+        params.positions = mWeights.positionEmbedding;
+        std::copy(request.crossKeys.begin(), request.crossKeys.end(), params.crossKeys);
+        std::copy(request.crossValues.begin(), request.crossValues.end(), params.crossValues);
+        params.keys = mWorkspace + mKeys;
+        params.values = mWorkspace + mValues;
+        params.hidden = mWorkspace + mHidden;
+        params.choices = reinterpret_cast<float4*>(mWorkspace + mChoices);
+        params.counters = reinterpret_cast<TeamCounters*>(mWorkspace + mCounters);
+        params.tokens = request.tokens;
+        params.logProbs = request.logProbs;
+        params.lengths = request.lengths;
+        params.layers = mConfig.layers;
+        params.heads = mConfig.heads;
+        params.inverseWidth = 1.0F / static_cast<float>(mConfig.width);
+        params.lines = request.lines;
+        params.slots = slots;
+        params.teams = teams;
+        params.capacity = mCapacity;
+        params.maxNewTokens = request.maxNewTokens;
+        params.sourceLength = mConfig.sourceLength;
+        params.vocabulary = mConfig.vocabulary;
+        params.startId = mConfig.startId;
+        params.padId = mConfig.padId;
+        std::copy(mConfig.endIds.begin(), mConfig.endIds.end(), params.endIds);
+        params.ends = request.stops ? static_cast<int>(mConfig.endIds.size()) : 0;
+        params.embedScale = mConfig.embedScale;
+        params.epsilon = mConfig.epsilon;
+        params.gelu = mConfig.gelu;
+
+        Launch launch(sharedBytes(rows), mClusters, stream);
+        return cudaLaunchKernelEx(&launch.config, kernelOf(rows), params);
+    }
+
+private:
+    struct Launch
+    {
+        cudaLaunchAttribute attributes[2]{};
+        cudaLaunchConfig_t config{};
+
+        Launch(int sharedBytes, int clusters, cudaStream_t stream)
+        {
+            attributes[0].id = cudaLaunchAttributeClusterDimension;
+            attributes[0].val.clusterDim.x = kTEAM_BLOCKS;
+            attributes[0].val.clusterDim.y = 1;
+            attributes[0].val.clusterDim.z = 1;
+            // All blocks run at once, or none does.
+            attributes[1].id = cudaLaunchAttributeCooperative;
+            attributes[1].val.cooperative = 1;
+            config.gridDim = dim3(clusters * kTEAM_BLOCKS);
+            config.blockDim = dim3(kTEAM_THREADS);
+            config.dynamicSmemBytes = sharedBytes;
+            config.stream = stream;
+            config.attrs = attributes;
+            config.numAttrs = 2;
+        }
+    };
+
+    Kernel kernelOf(int rows) const
+    {
+        return mConfig.dataType == DataType::kHALF ? trocr::kernelOf<__half>(rows)
+                                                   : trocr::kernelOf<__nv_bfloat16>(rows);
+    }
+
+    static int sharedBytes(int rows)
+    {
+        return rows == 1   ? TeamLayout<1>::bytes
+               : rows == 2 ? TeamLayout<2>::bytes
+               : rows == 4 ? TeamLayout<4>::bytes
+                           : TeamLayout<kMAX_ROWS>::bytes;
+    }
+
+    //! Sets up the kernel for teams of `rows` and finds how many clusters of it run at once.
+    cudaError_t findClusters(int rows)
+    {
+        auto const* const kernel = reinterpret_cast<void const*>(kernelOf(rows));
+        cudaError_t status =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sharedBytes(rows));
+        Launch launch(sharedBytes(rows), 1, nullptr);
+        launch.config.numAttrs = 1;
+        int clusters{};
+        if (status == cudaSuccess)
+        {
+            status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
+        }
+        mClusters = std::min(mClusters, clusters);
+        return status == cudaSuccess && mClusters == 0 ? cudaErrorLaunchOutOfResources : status;
+    }
+
+    TeamWeights mWeights;
+    uint8_t* mWorkspace{};
+    size_t mCounters{}, mHidden{}, mChoices{}, mKeys{}, mValues{};
+    int mClusters{kMAX_TEAMS};
+};
+
+}  // namespace
+
+TeamBytes teamBytes()
+{
+    return {size_t{kLAYER_SLOTS} * kSLOT_BYTES, size_t{kCONSTANT_BYTES}, size_t{kSLOT_BYTES}};
+}
+
+std::unique_ptr<GreedyDecoder> makeTeamDecoder(GreedyDecoderConfig config, TeamWeights const& weights,
+                                               int32_t maxSlots, int32_t capacity)
+{
+    return std::make_unique<TeamDecoder>(std::move(config), weights, maxSlots, capacity);
+}
+
+}  // namespace trocr

@@ -1,0 +1,1466 @@
+#pragma once
+
+// The team decoder: one persistent kernel for narrow decoders (heads of 32, widths up to 256). README.md draws it.
+//
+// A warp runs most instructions of a layer once a token, so their number is what time there is to save: sizes are
+// constants, and what every warp would compute alike is computed by as few as possible.
+
+#include "common/device.cuh"
+#include "common/mma.cuh"
+#include "common/sm90.cuh"
+#include "greedy_decoder/kernel.h"
+#include "greedy_decoder/team_layout.h"
+
+namespace trocr::greedy
+{
+
+constexpr int kTEAM_COMPUTE = kTEAM_WARPS * kWARP_SIZE;  //!< threads that compute
+// One thread more would do, which fetches; but it can hand its registers over only with a whole warpgroup. Not one may be
+// spilled: beside so much shared memory there is no cache for it.
+constexpr int kTEAM_THREADS = kTEAM_COMPUTE + 4 * kWARP_SIZE;
+constexpr int kCOMPUTE_REGISTERS = 112;  // 4 x 112 + 32 = 5 x 96, with which the block starts
+constexpr int kFETCH_REGISTERS = 32;
+constexpr float kNO_SCORE = -1e30F;  //!< below every score; finite, so that differences of two are 0
+
+//! What blocks tell each other through global memory. All zero between launches: the last block to leave sees to it.
+struct TeamCounters
+{
+    int hiddenReady;   //!< teams whose layers are done, over all tokens
+    int choicesReady;  //!< blocks whose part of the head is done, over all tokens
+    int ended;         //!< lines
+    int taken;         //!< lines that rows took after their first
+    int left;          //!< blocks that have ended
+};
+
+struct TeamParams
+{
+    uint8_t const* weights;     //!< [L, 8] pieces of kLAYER_SLOTS slots
+    uint8_t const* constants;   //!< [L, 8] pieces of kCONSTANT_BYTES
+    uint8_t const* head;        //!< [ceil(V / 32)] slots
+    void const* embeddingNorm;  //!< T [2, 256]; nullptr: none
+    void const* embedding;      //!< T [V, 256]
+    void const* positions;      //!< T [positions, 256]
+    void const* crossKeys[kMAX_LAYERS];  //!< T [lines, heads, S, 32]
+    void const* crossValues[kMAX_LAYERS];
+    void* keys;  //!< T [L, slots, 8, capacity, 32]
+    void* values;
+    void* hidden;     //!< T [slots, 256]: what the head multiplies
+    float4* choices;  //!< [slots, blocks]: best logit, its token (bits), sum of exp(logit - best)
+    TeamCounters* counters;
+    int* tokens;      //!< [lines, maxNewTokens]
+    float* logProbs;  //!< [lines]
+    int* lengths;     //!< [lines]
+    int layers;
+    int heads;
+    float inverseWidth;  //!< of the width without padding
+    int lines;
+    int slots;  //!< rows of all teams
+    int teams;
+    int capacity;
+    int maxNewTokens;
+    int sourceLength;
+    int vocabulary;
+    int startId;
+    int padId;
+    int endIds[kMAX_END_IDS];
+    int ends;
+    float embedScale;
+    float epsilon;
+    bool gelu;
+};
+
+// ---- between blocks ----
+
+//! st.async: to another block's shared memory, whose barrier it counts on; both addresses from mapToRank.
+__device__ __forceinline__ void send(uint32_t remote, float value, uint32_t barrier)
+{
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(remote), "f"(value),
+                 "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void send(uint32_t remote, uint4 const& value, uint32_t barrier)
+{
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     remote),
+                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+                 : "memory");
+}
+
+//! barrierWait for what other blocks of the cluster sent.
+__device__ __forceinline__ void waitForCluster(uint32_t barrier, uint32_t parity)
+{
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+//! mbarrier.arrive for two.
+__device__ __forceinline__ void barrierArriveTwice(uint32_t barrier)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 2;" ::"r"(barrier) : "memory");
+}
+
+//! Adds one, after everything that this thread has seen done.
+__device__ __forceinline__ void announce(int* counter)
+{
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+__device__ __forceinline__ int readAcquired(int const* counter)
+{
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void waitUntil(int const* counter, int least)
+{
+    while (readAcquired(counter) < least)
+    {
+    }
+}
+
+//! A barrier of the warps that compute.
+__device__ __forceinline__ void computeSync()
+{
+    asm volatile("bar.sync 1, %0;" ::"n"(kTEAM_COMPUTE) : "memory");
+}
+
+//! How long L2 is to keep what a copy reads. Weights and the head are read again with every token, by several teams;
+//! keys and values of many lines would drive them out.
+struct CachePolicies
+{
+    uint64_t keep;
+    uint64_t drop;
+
+    static __device__ __forceinline__ CachePolicies make()
+    {
+        CachePolicies policies;
+        asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policies.keep));
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policies.drop));
+        return policies;
+    }
+};
+
+//! cp.async.bulk: `bytes` (a multiple of 16) to this block's shared memory; they count on `barrier`.
+__device__ __forceinline__ void copyBulk(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier,
+                                         uint64_t policy)
+{
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// ---- the stream ----
+//
+// Everything a block reads but its own cache of keys comes through one ring of slots, in an order known in advance:
+// a layer's weights, with keys and values of the lines in between, and at the end the head's. One lane of the last
+// warp fetches as far ahead as there are slots; the other warps read.
+
+extern __shared__ __align__(1024) uint8_t teamShared[];
+
+__device__ __forceinline__ uint32_t teamMemory()
+{
+    return sm90::sharedAddress(teamShared);
+}
+
+//! A place in the stream, for the lane that fetches and for the warps that read. Slot i of the stream is slot i % kRING
+//! of the ring, in its round i / kRING.
+struct Ring
+{
+    uint32_t next{0};  //!< slot of the stream
+
+    static __device__ __forceinline__ uint32_t data()
+    {
+        return teamMemory() + kRING_OFFSET;
+    }
+    //! Barriers in front of all shared memory: the bytes have arrived.
+    static __device__ __forceinline__ uint32_t fullBarrier(uint32_t slot)
+    {
+        return teamMemory() + slot % kRING * 8;
+    }
+    //! kTEAM_WARPS arrivals.
+    static __device__ __forceinline__ uint32_t emptyBarrier(uint32_t slot)
+    {
+        return teamMemory() + kRING * 8 + slot % kRING * 8;
+    }
+
+    // For the lane that fetches.
+
+    //! Waits until the next slot has been read, and announces `bytes`; the caller copies them to what is returned.
+    __device__ __forceinline__ uint32_t open(uint32_t bytes)
+    {
+        sm90::barrierWait(emptyBarrier(next), next / kRING % 2 ^ 1);
+        sm90::barrierArriveExpect(fullBarrier(next), bytes);
+        return data() + next % kRING * kSLOT_BYTES;
+    }
+
+    __device__ __forceinline__ void fetch(uint8_t const* from, int slots, uint64_t policy)
+    {
+#pragma unroll 1
+        for (int i = 0; i < slots; ++i, ++next)
+        {
+            uint32_t const to = open(kSLOT_BYTES);
+            copyBulk(to, from + i * kSLOT_BYTES, kSLOT_BYTES, fullBarrier(next), policy);
+        }
+    }
+
+    // For the warps that read.
+
+    //! Address of the slot `ahead` of the next, once it is full.
+    __device__ __forceinline__ uint32_t wait(uint32_t ahead) const
+    {
+        uint32_t const slot = next + ahead;
+        sm90::barrierWait(fullBarrier(slot), slot / kRING % 2);
+        return data() + slot % kRING * kSLOT_BYTES;
+    }
+
+    //! This warp has read, or does not need, the next kCOUNT slots.
+    template <int kCOUNT>
+    __device__ __forceinline__ void release()
+    {
+        __syncwarp();
+        uint32_t const lane = threadIdx.x % kWARP_SIZE;
+        if (lane < kCOUNT)
+        {
+            sm90::barrierArrive(emptyBarrier(next + lane));
+        }
+        next += kCOUNT;
+    }
+};
+
+// ---- products ----
+//
+// A unit of weights is the left operand of two m16n8k16, stored as the lanes hold it: 16 outputs by 32 inputs. Rows are
+// the right operand. An input's place in a step is free as long as both operands agree, so lane (g, t) = (lane / 4,
+// lane % 4) takes inputs 8 t to 8 t + 7 of row g with one 16-byte read.
+
+__device__ __forceinline__ uint4 readShared(uint32_t address)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+//! c [16 outputs, 8 rows] = kUNITS units at `weights` times as many chunks of 32 inputs of the rows at `rows`; both
+//! shared addresses, of this lane.
+template <typename T, int kUNITS>
+__device__ __forceinline__ void multiply(float (&c)[4], uint32_t weights, uint32_t rows)
+{
+    float odd[4] = {};  // a chain of its own, half as long
+    c[0] = c[1] = c[2] = c[3] = 0.0F;
+#pragma unroll
+    for (int unit = 0; unit < kUNITS; ++unit)
+    {
+        uint4 const first = readShared(weights + unit * kUNIT_BYTES);
+        uint4 const second = readShared(weights + unit * kUNIT_BYTES + kUNIT_BYTES / 2);
+        uint4 const x = readShared(rows + unit * 64);
+        multiplyAdd<T>(c, {first.x, first.y, first.z, first.w}, x.x, x.y);
+        multiplyAdd<T>(odd, {second.x, second.y, second.z, second.w}, x.z, x.w);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+    {
+        c[i] += odd[i];
+    }
+}
+
+//! Exact: by the error function.
+__device__ __forceinline__ float gelu(float x)
+{
+    return 0.5F * x * (1.0F + erff(x * 0.70710678F));
+}
+
+// ---- attention of one query a row ----
+
+//! Softmax in the making, of one warp and groups of 16 keys, on the tensor cores. The query fills all rows of the left
+//! operand, so that every lane has the scores of keys 2 t, 2 t + 1, and of those 8 behind.
+template <typename T>
+struct Attention
+{
+    float maximum;
+    float total;
+    float context[4][4];  //!< [i][0, 1]: elements 8 i + 2 t and the next; rows beyond the first eight are not used
+
+    __device__ __forceinline__ void begin()
+    {
+        maximum = kNO_SCORE;
+        total = 0.0F;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+        {
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+            {
+                context[i][e] = 0.0F;
+            }
+        }
+    }
+
+    //! Exponents of two of 16 keys, of which the first `count` are there. `keys`: shared address of this lane's 16
+    //! bytes: elements 8 t to 8 t + 7 of key lane / 4, two steps of 16 in any order, as those of the query.
+    static __device__ __forceinline__ void score(float (&scores)[4], uint4 const& query, uint32_t keys, int count)
+    {
+        float const scale = kLOG2_E * 0.17677669F;  // 1 / sqrt(32)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+        {
+            uint4 const key = readShared(keys + half * 8 * kHEAD * 2);
+            float c[4] = {};
+            multiplyAdd<T>(c, {query.x, query.x, query.y, query.y}, key.x, key.y);
+            multiplyAdd<T>(c, {query.z, query.z, query.w, query.w}, key.z, key.w);
+            int const first = half * 8 + static_cast<int>(threadIdx.x % 4 * 2);
+            scores[2 * half] = first < count ? c[0] * scale : kNO_SCORE;
+            scores[2 * half + 1] = first + 1 < count ? c[1] * scale : kNO_SCORE;
+        }
+    }
+
+    //! Raises the maximum to that of the scores of kGROUPS groups.
+    template <int kGROUPS>
+    __device__ __forceinline__ void raise(float const (&scores)[kGROUPS][4])
+    {
+        float most = maximum;
+#pragma unroll
+        for (int group = 0; group < kGROUPS; ++group)
+        {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+            {
+                most = fmaxf(most, scores[group][i]);
+            }
+        }
+        most = groupMax<4>(most);
+        float const rescale = exp2Approx(maximum - most);
+        maximum = most;
+        total *= rescale;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+        {
+            context[i][0] *= rescale;
+            context[i][1] *= rescale;
+        }
+    }
+
+    //! Adds 16 values. `values`: shared address of what this lane points ldmatrix to.
+    __device__ __forceinline__ void add(float const (&scores)[4], uint32_t values, int count)
+    {
+        float p[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+        {
+            p[i] = exp2Approx(scores[i] - maximum);
+            total += p[i];
+        }
+        uint32_t const low = packPair<T>(p[0], p[1]);
+        uint32_t const high = packPair<T>(p[2], p[3]);
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair)
+        {
+            // Matrices: keys 0 to 7 and 8 to 15 of elements 16 pair to 16 pair + 7, then of the next eight.
+            uint32_t v[4];
+            loadMatricesTransposed(v, values + pair * 32);
+            if (count < 16)
+            {
+                // What lies behind the last value may be anything; times zero it must be zero.
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                {
+                    int const behind = count - (i % 2 * 8 + static_cast<int>(threadIdx.x % 4 * 2));
+                    v[i] &= behind >= 2 ? 0xffffffffU : behind == 1 ? 0xffffU : 0U;
+                }
+            }
+            multiplyAdd<T>(context[2 * pair], {low, 0, high, 0}, v[0], v[1]);
+            multiplyAdd<T>(context[2 * pair + 1], {low, 0, high, 0}, v[2], v[3]);
+        }
+    }
+
+    //! contextOut [32], not divided by the total, and (maximum, total).
+    __device__ __forceinline__ void finish(float* contextOut, float2* scaleOut)
+    {
+        int const lane = threadIdx.x % kWARP_SIZE;
+        total = groupSum<4>(total);
+        if (lane < 4)
+        {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+            {
+                reinterpret_cast<float2*>(contextOut)[i * 4 + lane] = {context[i][0], context[i][1]};
+            }
+            if (lane == 0)
+            {
+                *scaleOut = {maximum, total};
+            }
+        }
+    }
+};
+
+// ---- the choice of a token ----
+
+//! The best of some logits, the lowest token among equals, and what log softmax needs.
+struct Choice
+{
+    float best;
+    int token;
+    float total;
+
+    __device__ __forceinline__ void take(float logit, int of)
+    {
+        float const most = fmaxf(best, logit);
+        total = total * exp2Approx((best - most) * kLOG2_E) + exp2Approx((logit - most) * kLOG2_E);
+        token = logit > best ? of : token;
+        best = most;
+    }
+
+    //! Of the lanes that differ in the bits `from` to `to` / 2 of their number, to each of them.
+    __device__ __forceinline__ void reduce(int from, int to)
+    {
+        float most = best;
+#pragma unroll 1
+        for (int offset = from; offset < to; offset *= 2)
+        {
+            most = fmaxf(most, __shfl_xor_sync(kFULL_WARP, most, offset));
+        }
+        total *= exp2Approx((best - most) * kLOG2_E);
+        token = best == most ? token : 0x7fffffff;
+        best = most;
+#pragma unroll 1
+        for (int offset = from; offset < to; offset *= 2)
+        {
+            total += __shfl_xor_sync(kFULL_WARP, total, offset);
+            token = min(token, __shfl_xor_sync(kFULL_WARP, token, offset));
+        }
+    }
+};
+
+// ---- the kernel ----
+
+//! What a block works with: its place in the grid, its place in the stream, what it shares with its team. Every thread
+//! has one.
+template <typename T, int kROWS>
+struct Block
+{
+    using Layout = TeamLayout<kROWS>;
+    static constexpr bool kTWO_HOPS = kROWS > 2;
+    static constexpr int kSELF_WARPS = Layout::kSELF_WARPS;
+
+    // Barriers behind the ring's.
+    static constexpr int kCONSTANTS_FULL = 0;   // two
+    static constexpr int kCONSTANTS_EMPTY = 2;  // two
+    static constexpr int kEXCHANGE = 4;         // two
+    static constexpr int kDECIDED = 6;
+    static constexpr int kLINES = 7;
+    static constexpr int kKEPT_FULL = 8;  // kMAX_KEPT
+    static constexpr int kBARRIERS = kKEPT_FULL + kMAX_KEPT;
+
+    TeamParams const& p;
+    Ring ring{};
+    uint32_t layersSeen{0};
+    uint32_t exchanges{0};
+
+    // What follows from the thread's place is not kept: registers are short.
+
+    static __device__ __forceinline__ uint8_t* shared()
+    {
+        return teamShared;
+    }
+    //! Its address.
+    static __device__ __forceinline__ uint32_t base()
+    {
+        return sm90::sharedAddress(shared());
+    }
+    static __device__ __forceinline__ int warp()
+    {
+        return threadIdx.x / kWARP_SIZE;
+    }
+    static __device__ __forceinline__ int lane()
+    {
+        return threadIdx.x % kWARP_SIZE;
+    }
+    //! In the cluster: the head.
+    static __device__ __forceinline__ int rank()
+    {
+        return blockIdx.x % kTEAM_BLOCKS;
+    }
+    static __device__ __forceinline__ int team()
+    {
+        return blockIdx.x / kTEAM_BLOCKS;
+    }
+    //! 0: the block has a part of the head only.
+    __device__ __forceinline__ int teamRows() const
+    {
+        return team() < p.teams ? (p.slots - team() + p.teams - 1) / p.teams : 0;
+    }
+
+    static __device__ __forceinline__ constexpr int barrier(int index)
+    {
+        return 8 * (2 * kRING + index);
+    }
+
+    template <typename P>
+    __device__ __forceinline__ P* at(int offset) const
+    {
+        return reinterpret_cast<P*>(shared() + offset);
+    }
+
+    // The rows' state, the same in every block of the team.
+    __device__ __forceinline__ int* lines() const
+    {
+        return at<int>(Layout::state);  // [kMAX_ROWS]; -1: idle
+    }
+    __device__ __forceinline__ int* positions() const
+    {
+        return lines() + kMAX_ROWS;  // of the newest token
+    }
+    __device__ __forceinline__ int* endedRows() const
+    {
+        return lines() + 2 * kMAX_ROWS;
+    }
+    __device__ __forceinline__ int* nextLines() const
+    {
+        return lines() + 3 * kMAX_ROWS;  // sent by rank 0
+    }
+    __device__ __forceinline__ int* inputs() const
+    {
+        return lines() + 4 * kMAX_ROWS;  // tokens
+    }
+    __device__ __forceinline__ float* logProbs() const
+    {
+        return at<float>(Layout::state) + 5 * kMAX_ROWS;  // sums of the lines'
+    }
+    __device__ __forceinline__ int* allEnded() const
+    {
+        return lines() + 6 * kMAX_ROWS;
+    }
+
+    __device__ __forceinline__ int rowOf(int teamRow) const
+    {
+        return teamRow * p.teams + team();
+    }
+
+    __device__ __forceinline__ bool anyLine() const
+    {
+        bool any = false;
+#pragma unroll
+        for (int row = 0; row < kROWS; ++row)
+        {
+            any = any || lines()[row] >= 0;
+        }
+        return any;
+    }
+
+    //! What this lane reads of rows of activations, as an offset. Columns of a product beyond the rows repeat them.
+    __device__ __forceinline__ uint32_t inRows(int pitch) const
+    {
+        return lane() / 4 % kROWS * pitch + lane() % 4 * 16;
+    }
+
+    // ---- a layer ----
+
+    //! out T [row][kTILES * 16] = activation(hidden times the next kSLOTS slots + bias). Warps take a tile of outputs and
+    //! one of kPARTS parts of the inputs each.
+    template <int kTILES, int kPARTS, int kSLOTS, typename Activation>
+    __device__ __forceinline__ void multiplyHidden(float const* bias, T* out, int outPitch,
+                                                   Activation const& activation)
+    {
+        constexpr int kUNITS = kWIDTH / 32 / kPARTS;
+        constexpr int kOUTPUTS = kTILES * 16;
+        auto* const partial = at<float>(Layout::partial);  // [part][row][output]
+        int const part = warp() / kTILES;
+        int const tile = warp() % kTILES;
+        if (part < kPARTS)
+        {
+            int const unit = tile * (kWIDTH / 32) + part * kUNITS;
+            uint32_t const weights = ring.wait(unit / kSLOT_UNITS) + unit % kSLOT_UNITS * kUNIT_BYTES + lane() * 16;
+            float c[4];
+            multiply<T, kUNITS>(c, weights, base() + Layout::hidden + inRows(kPITCH) + part * kUNITS * 64);
+            float* const to = partial + part * kROWS * kOUTPUTS + tile * 16 + lane() / 4;
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+            {
+                int const row = lane() % 4 * 2 + e;
+                if (row < kROWS)
+                {
+                    to[row * kOUTPUTS] = c[e];
+                    to[row * kOUTPUTS + 8] = c[2 + e];
+                }
+            }
+        }
+        ring.release<kSLOTS>();
+        computeSync();
+        constexpr int kPAIRS = kOUTPUTS / 2;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < kROWS * kPAIRS; i += kTEAM_COMPUTE)
+        {
+            float2 sum = reinterpret_cast<float2 const*>(bias)[i % kPAIRS];
+#pragma unroll
+            for (int n = 0; n < kPARTS; ++n)
+            {
+                float2 const of = reinterpret_cast<float2 const*>(partial)[n * kROWS * kPAIRS + i];
+                sum.x += of.x;
+                sum.y += of.y;
+            }
+            reinterpret_cast<unsigned*>(out + i / kPAIRS * outPitch)[i % kPAIRS] =
+                packPair<T>(activation(sum.x), activation(sum.y));
+        }
+        computeSync();
+    }
+
+    //! Multiplies rows (their offset and pitch) with the next kSLOTS slots, kUNITS units a tile of outputs, adds that up
+    //! over the team, and makes of it the next hidden state: hidden = LayerNorm(hidden + sum + bias).
+    template <int kUNITS, int kSLOTS>
+    __device__ __forceinline__ void multiplyAndExchange(int rows, int rowsPitch, float const* bias, T const* norm)
+    {
+        constexpr int kSENT = kTWO_HOPS ? 1 : kROWS;  // rows that a block gets of another
+        int const buffer = kTWO_HOPS ? 0 : exchanges % 2;
+        int const received = Layout::receive + buffer * (kTEAM_BLOCKS * kSENT * kWIDTH * 4);
+        int const arrived = barrier(kEXCHANGE) + buffer * 8;
+        bool const owner = !kTWO_HOPS || rank() < teamRows();
+        if (threadIdx.x == 0 && owner)
+        {
+            sm90::barrierArriveExpect(base() + arrived, kTEAM_BLOCKS * kSENT * kWIDTH * 4);
+        }
+        int const unit = warp() * kUNITS;
+        float c[4];
+        multiply<T, kUNITS>(c, ring.wait(unit / kSLOT_UNITS) + unit % kSLOT_UNITS * kUNIT_BYTES + lane() * 16,
+                            base() + rows + inRows(rowsPitch));
+        uint32_t const remote = sm90::mapToRank(base(), lane() / 4);
+        // Lane 4 b + q sends columns 4 q to 4 q + 3: of every row to block b, or of row b to its owner.
+        int const quarter = lane() % 4;
+        int const other = lane() / 4;
+#pragma unroll
+        for (int row = 0; row < kSENT; ++row)
+        {
+            float value[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+            {
+                int const from = (quarter % 2 * 4 + i) * 4 + (kTWO_HOPS ? other / 2 : 0);
+                float low = __shfl_sync(kFULL_WARP, c[row], from);
+                float high = __shfl_sync(kFULL_WARP, c[2 + row], from);
+                if constexpr (kTWO_HOPS)
+                {
+                    float const lowOdd = __shfl_sync(kFULL_WARP, c[1], from);
+                    float const highOdd = __shfl_sync(kFULL_WARP, c[3], from);
+                    low = other % 2 == 0 ? low : lowOdd;
+                    high = other % 2 == 0 ? high : highOdd;
+                }
+                value[i] = quarter < 2 ? low : high;
+            }
+            if (!kTWO_HOPS || other < teamRows())
+            {
+                int const place = (rank() * kSENT + row) * kWIDTH + warp() * 16 + quarter * 4;
+                send(remote + received + place * 4,
+                     {__float_as_uint(value[0]), __float_as_uint(value[1]), __float_as_uint(value[2]),
+                      __float_as_uint(value[3])},
+                     remote + arrived);
+            }
+        }
+        ring.release<kSLOTS>();
+
+        if (owner)
+        {
+            // Eight warps a row, a column a thread.
+            bool const works = warp() < 8 * kSENT;
+            int const column = threadIdx.x % kWIDTH;
+            T* const hidden = at<T>(Layout::hidden + (kTWO_HOPS ? rank() : warp() / 8) * kPITCH) + column;
+            auto* const statistics = at<float2>(Layout::statistics) + warp() / 8 * 8;
+            float sum = 0.0F;
+            float gamma = 0.0F;
+            float beta = 0.0F;
+            if (works)
+            {
+                sum = bias[column] + toFloat(*hidden);
+                gamma = toFloat(norm[column]);
+                beta = toFloat(norm[kWIDTH + column]);
+                waitForCluster(base() + arrived, kTWO_HOPS ? exchanges % 2 : exchanges / 2 % 2);
+                float const* const part = at<float>(received) + (kTWO_HOPS ? 0 : warp() / 8 * kWIDTH) + column;
+#pragma unroll
+                for (int from = 0; from < kTEAM_BLOCKS; ++from)
+                {
+                    sum += part[from * kSENT * kWIDTH];
+                }
+                float total = sum;
+                float squares = sum * sum;
+#pragma unroll
+                for (int offset = kWARP_SIZE / 2; offset > 0; offset /= 2)
+                {
+                    total += __shfl_xor_sync(kFULL_WARP, total, offset);
+                    squares += __shfl_xor_sync(kFULL_WARP, squares, offset);
+                }
+                if (lane() == 0)
+                {
+                    statistics[warp() % 8] = {total, squares};
+                }
+            }
+            computeSync();
+            if (works)
+            {
+                float total = 0.0F;
+                float squares = 0.0F;
+#pragma unroll
+                for (int i = 0; i < 8; ++i)
+                {
+                    float2 const part = statistics[i];
+                    total += part.x;
+                    squares += part.y;
+                }
+                float const mean = total * p.inverseWidth;
+                float const scale = rsqrtf(fmaxf(squares * p.inverseWidth - mean * mean, 0.0F) + p.epsilon);
+                T* const to = kTWO_HOPS ? at<T>(Layout::stage) + column : hidden;
+                *to = fromFloat<T>((sum - mean) * scale * gamma + beta);
+            }
+            computeSync();
+            if (kTWO_HOPS && warp() < kTEAM_BLOCKS)
+            {
+                uint32_t const to = sm90::mapToRank(base(), warp());
+                send(to + Layout::hidden + rank() * kPITCH + lane() * 16, at<uint4>(Layout::stage)[lane()],
+                     to + barrier(kEXCHANGE + 1));
+            }
+        }
+        if constexpr (kTWO_HOPS)
+        {
+            if (threadIdx.x == 0)
+            {
+                sm90::barrierArriveExpect(base() + barrier(kEXCHANGE + 1), teamRows() * kWIDTH * 2);
+            }
+            waitForCluster(base() + barrier(kEXCHANGE + 1), exchanges % 2);
+        }
+        ++exchanges;
+    }
+
+    //! The part of a row's cache that a lane copies to its warp's scratch: two pieces of 16 bytes of 16 keys, and of
+    //! their values.
+    struct Cached
+    {
+        uint4 keys[2];
+        uint4 values[2];
+    };
+
+    //! Offset of this lane's first piece in the caches of the row and layer.
+    __device__ __forceinline__ size_t inCache(int layer, int row) const
+    {
+        size_t const index = (static_cast<size_t>(layer) * p.slots + rowOf(row)) * kTEAM_BLOCKS + rank();
+        return index * p.capacity * kHEAD + lane() * 8;
+    }
+
+    //! Keys `first` to first + 15, as far as they lie before the newest.
+    __device__ __forceinline__ void load(Cached& cached, size_t cache, int first, int newest) const
+    {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+        {
+            if (first + i * 8 + lane() / 4 < newest)
+            {
+                size_t const offset = cache + (first + i * 8) * kHEAD;
+                cached.keys[i] = *reinterpret_cast<uint4 const*>(static_cast<T const*>(p.keys) + offset);
+                cached.values[i] = *reinterpret_cast<uint4 const*>(static_cast<T const*>(p.values) + offset);
+            }
+        }
+    }
+
+    //! partial and scales of the rows' attention over their own caches, to which the newest keys and values are added.
+    //! `cached`: the warp's first 16 keys.
+    __device__ __forceinline__ void attendToSelf(int layer, Cached& cached)
+    {
+        int const row = warp() / kSELF_WARPS;
+        int const mine = warp() % kSELF_WARPS * 16;
+        if (row >= kROWS || lines()[row] < 0 || mine > positions()[row])
+        {
+            return;
+        }
+        int const newest = positions()[row];
+        size_t const cache = inCache(layer, row);
+        int const scratch = Layout::scratch + warp() * (2 * 16 * kHEAD * 2);
+        uint4 const query = readShared(base() + Layout::qkv + row * 3 * kHEAD * 2 + lane() % 4 * 16);
+        Attention<T> attention;
+        attention.begin();
+#pragma unroll 1
+        for (int first = mine; first <= newest; first += kSELF_WARPS * 16)
+        {
+            if (first > mine)
+            {
+                load(cached, cache, first, newest);
+                __syncwarp();  // the scratch has been read
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+            {
+                if (first + i * 8 + lane() / 4 == newest)
+                {
+                    // It is not in the cache yet.
+                    uint4 const* const from = at<uint4>(Layout::qkv + (row * 3 + 1) * kHEAD * 2) + lane() % 4;
+                    cached.keys[i] = from[0];
+                    cached.values[i] = from[kHEAD * 2 / 16];
+                    size_t const offset = cache + (first + i * 8) * kHEAD;
+                    *reinterpret_cast<uint4*>(static_cast<T*>(p.keys) + offset) = cached.keys[i];
+                    *reinterpret_cast<uint4*>(static_cast<T*>(p.values) + offset) = cached.values[i];
+                }
+                at<uint4>(scratch)[i * kWARP_SIZE + lane()] = cached.keys[i];
+                at<uint4>(scratch)[(2 + i) * kWARP_SIZE + lane()] = cached.values[i];
+            }
+            __syncwarp();
+            int const count = newest + 1 - first;
+            float scores[1][4];
+            attention.score(scores[0], query, base() + scratch + lane() * 16, count);
+            attention.raise(scores);
+            attention.add(scores[0], base() + scratch + 16 * kHEAD * 2 + lane() % 16 * (kHEAD * 2) + lane() / 16 * 16, count);
+        }
+        attention.finish(at<float>(Layout::partial) + warp() * kHEAD, at<float2>(Layout::scales) + warp());
+    }
+
+    //! partial and scales of the rows' attention over the keys and values of their lines, which come with the stream.
+    //! The warps go from row to row together; eight share a slot, the other eight the next.
+    __device__ __forceinline__ void attendToLines()
+    {
+        constexpr int kGROUPS = 3;  // slots of a warp at a time
+        int const half = warp() / 8;
+        int const mine = warp() % 8 * 16;
+#pragma unroll 1
+        for (int row = 0; row < kROWS; ++row)
+        {
+            if (lines()[row] < 0)
+            {
+                continue;
+            }
+            uint4 const query = readShared(base() + Layout::qkv + row * kHEAD * 2 + lane() % 4 * 16);
+            Attention<T> attention;
+            attention.begin();
+#pragma unroll 1
+            for (int left = p.sourceLength; left > 0; left -= 2 * kGROUPS * kSLOT_KEYS)
+            {
+                float scores[kGROUPS][4];
+                uint32_t keys[kGROUPS];
+#pragma unroll
+                for (int i = 0; i < kGROUPS; ++i)
+                {
+                    int const behind = (2 * i + half) * kSLOT_KEYS;
+                    scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = kNO_SCORE;
+                    if (behind < left)
+                    {
+                        keys[i] = ring.wait(2 * i + half) + mine * (kHEAD * 2);
+                        attention.score(scores[i], query, keys[i] + lane() * 16, left - behind - mine);
+                    }
+                }
+                attention.raise(scores);
+#pragma unroll
+                for (int i = 0; i < kGROUPS; ++i)
+                {
+                    int const count = left - (2 * i + half) * kSLOT_KEYS - mine;
+                    if (count > 0)
+                    {
+                        uint32_t const values = keys[i] + kSLOT_BYTES / 2;
+                        attention.add(scores[i], values + lane() % 16 * (kHEAD * 2) + lane() / 16 * 16, count);
+                    }
+                }
+                // Only the eight warps that wait for a slot release it, each for two: another might be a round ahead.
+                __syncwarp();
+                if (lane() < kGROUPS && (2 * lane() + half) * kSLOT_KEYS < left)
+                {
+                    barrierArriveTwice(ring.emptyBarrier(ring.next + 2 * lane() + half));
+                }
+                ring.next += min(2 * kGROUPS, (left + kSLOT_KEYS - 1) / kSLOT_KEYS);
+            }
+            int const part = row * kTEAM_WARPS + warp();
+            attention.finish(at<float>(Layout::partial) + part * kHEAD, at<float2>(Layout::scales) + part);
+        }
+    }
+
+    //! context T [row][32] from what the warps have left in partial and scales, kPARTS of a row; of these `parts`.
+    template <int kPARTS>
+    __device__ __forceinline__ void mergeContexts(bool self)
+    {
+        computeSync();
+        // A warp a row; half of it takes half of the parts, two elements a lane.
+        constexpr int kMINE = kPARTS / 2;
+        if (warp() < kROWS && lines()[warp()] >= 0)
+        {
+            int const pair = lane() % 16;
+            int const first = lane() / 16 * kMINE;
+            int const parts = self ? min(kPARTS, positions()[warp()] / 16 + 1) : kPARTS;
+            float2 const* const scales = at<float2>(Layout::scales) + warp() * kPARTS + first;
+            auto const* const contexts =
+                at<float2>(Layout::partial) + (warp() * kPARTS + first) * (kHEAD / 2) + pair;
+            float2 scale[kMINE];
+            float most = kNO_SCORE;
+#pragma unroll
+            for (int i = 0; i < kMINE; ++i)
+            {
+                scale[i] = first + i < parts ? scales[i] : float2{kNO_SCORE, 0.0F};
+                most = fmaxf(most, scale[i].x);
+            }
+            most = fmaxf(most, __shfl_xor_sync(kFULL_WARP, most, 16));
+            float total = 0.0F;
+            float2 sum{};
+#pragma unroll
+            for (int i = 0; i < kMINE; ++i)
+            {
+                float const factor = exp2Approx(scale[i].x - most);
+                float2 const c = first + i < parts ? contexts[i * (kHEAD / 2)] : float2{};
+                total += factor * scale[i].y;
+                sum.x += factor * c.x;
+                sum.y += factor * c.y;
+            }
+            total += __shfl_xor_sync(kFULL_WARP, total, 16);
+            sum.x += __shfl_xor_sync(kFULL_WARP, sum.x, 16);
+            sum.y += __shfl_xor_sync(kFULL_WARP, sum.y, 16);
+            float const inverse = 1.0F / total;
+            if (lane() < 16)
+            {
+                at<unsigned>(Layout::context + warp() * kCONTEXT_PITCH)[pair] =
+                    packPair<T>(sum.x * inverse, sum.y * inverse);
+            }
+        }
+        computeSync();
+    }
+
+    __device__ __forceinline__ void decodeLayers()
+    {
+        auto const identity = [](float x) { return x; };
+        int const selfRow = warp() / kSELF_WARPS;
+#pragma unroll 1
+        for (int layer = 0; layer < p.layers; ++layer, ++layersSeen)
+        {
+            Cached cached{};
+            if (selfRow < kROWS)
+            {
+                // On its way while the query is computed.
+                load(cached, inCache(layer, selfRow), warp() % kSELF_WARPS * 16, positions()[selfRow]);
+            }
+            int const buffer = layersSeen % 2;
+            sm90::barrierWait(base() + barrier(kCONSTANTS_FULL) + buffer * 8, layersSeen / 2 % 2);
+            float const* const constants = at<float>(Layout::constants + buffer * kCONSTANT_BYTES);
+            float const* const outBias = constants + 4 * kHEAD + kINNER;
+            auto const* const norms = reinterpret_cast<T const*>(outBias + 3 * kWIDTH);
+
+            multiplyHidden<6, 2, kQKV_SLOTS>(constants, at<T>(Layout::qkv), 3 * kHEAD, identity);
+            attendToSelf(layer, cached);
+            mergeContexts<kSELF_WARPS>(true);
+            multiplyAndExchange<1, kOUT_SLOTS>(Layout::context, kCONTEXT_PITCH, outBias, norms);
+
+            multiplyHidden<2, 8, kQUERY_SLOTS>(constants + 3 * kHEAD, at<T>(Layout::qkv), kHEAD, identity);
+            attendToLines();
+            mergeContexts<kTEAM_WARPS>(false);
+            multiplyAndExchange<1, kOUT_SLOTS>(Layout::context, kCONTEXT_PITCH, outBias + kWIDTH, norms + 2 * kWIDTH);
+
+            multiplyHidden<8, 2, kINNER_SLOTS>(constants + 4 * kHEAD, at<T>(Layout::inner), kINNER_PITCH / 2,
+                                               [&](float x) { return p.gelu ? gelu(x) : fmaxf(x, 0.0F); });
+            multiplyAndExchange<kINNER / 32, kINNER_SLOTS>(Layout::inner, kINNER_PITCH, outBias + 2 * kWIDTH,
+                                                           norms + 4 * kWIDTH);
+            if (threadIdx.x == 0)
+            {
+                sm90::barrierArrive(base() + barrier(kCONSTANTS_EMPTY) + buffer * 8);  // the exchange ended with a barrier
+            }
+        }
+    }
+
+    // ---- the lane that fetches ----
+
+    //! All that the layers and the head of one token need. works: the team has lines.
+    __device__ __forceinline__ void fetchToken(bool works, CachePolicies const& policies)
+    {
+        constexpr int kKEY_BYTES = kHEAD * 2;
+        int const head = min(rank(), p.heads - 1);  // of padding: any, its output is multiplied by zeros
+#pragma unroll 1
+        for (int layer = 0; works && layer < p.layers; ++layer, ++layersSeen)
+        {
+            uint32_t const buffer = layersSeen % 2;
+            int const piece = layer * kTEAM_BLOCKS + rank();
+            sm90::barrierWait(base() + barrier(kCONSTANTS_EMPTY) + buffer * 8, layersSeen / 2 % 2 ^ 1);
+            uint32_t const full = base() + barrier(kCONSTANTS_FULL) + buffer * 8;
+            sm90::barrierArriveExpect(full, kCONSTANT_BYTES);
+            copyBulk(base() + Layout::constants + buffer * kCONSTANT_BYTES,
+                     p.constants + static_cast<size_t>(piece) * kCONSTANT_BYTES, kCONSTANT_BYTES, full,
+                     policies.keep);
+
+            constexpr int kBEFORE = kQKV_SLOTS + kOUT_SLOTS + kQUERY_SLOTS;
+            uint8_t const* const weights = p.weights + static_cast<size_t>(piece) * kLAYER_SLOTS * kSLOT_BYTES;
+            ring.fetch(weights, kBEFORE, policies.keep);
+#pragma unroll 1
+            for (int row = 0; row < kROWS; ++row)
+            {
+                int const line = lines()[row];
+                size_t const start = (static_cast<size_t>(line) * p.heads + head) * p.sourceLength * kKEY_BYTES;
+                auto const* const keys = static_cast<uint8_t const*>(p.crossKeys[layer]) + start;
+                auto const* const values = static_cast<uint8_t const*>(p.crossValues[layer]) + start;
+#pragma unroll 1
+                for (int first = 0; line >= 0 && first < p.sourceLength; first += kSLOT_KEYS, ++ring.next)
+                {
+                    uint32_t const bytes = min(kSLOT_KEYS, p.sourceLength - first) * kKEY_BYTES;
+                    uint32_t const to = ring.open(2 * bytes);
+                    copyBulk(to, keys + first * kKEY_BYTES, bytes, ring.fullBarrier(ring.next), policies.drop);
+                    copyBulk(to + kSLOT_BYTES / 2, values + first * kKEY_BYTES, bytes, ring.fullBarrier(ring.next),
+                             policies.drop);
+                }
+            }
+            ring.fetch(weights + kBEFORE * kSLOT_BYTES, kLAYER_SLOTS - kBEFORE, policies.keep);
+        }
+#pragma unroll 1
+        for (int piece = firstStreamedPiece(); piece < headPieces(); piece += gridDim.x)
+        {
+            ring.fetch(headPiece(piece), 1, policies.keep);
+        }
+    }
+
+    // The head's pieces, of kHEAD_TOKENS tokens and a slot's size: block i has number i and every gridDim.x-th from there.
+    // The first few stay in shared memory, the others come with the stream.
+
+    __device__ __forceinline__ int headPieces() const
+    {
+        return (p.vocabulary + kHEAD_TOKENS - 1) / kHEAD_TOKENS;
+    }
+    __device__ __forceinline__ uint8_t const* headPiece(int piece) const
+    {
+        return p.head + static_cast<size_t>(piece) * kSLOT_BYTES;
+    }
+    __device__ __forceinline__ int firstStreamedPiece() const
+    {
+        return blockIdx.x + Layout::kKEPT * gridDim.x;
+    }
+
+    __device__ __forceinline__ void fetchKept(CachePolicies const& policies) const
+    {
+#pragma unroll 1
+        for (int i = 0; i < Layout::kKEPT && headPieces() > static_cast<int>(blockIdx.x + i * gridDim.x); ++i)
+        {
+            uint32_t const full = base() + barrier(kKEPT_FULL) + i * 8;
+            sm90::barrierArriveExpect(full, kSLOT_BYTES);
+            copyBulk(base() + Layout::kept + i * kSLOT_BYTES, headPiece(blockIdx.x + i * gridDim.x), kSLOT_BYTES, full,
+                     policies.drop);
+        }
+    }
+
+    __device__ __forceinline__ void produce()
+    {
+        CachePolicies const policies = CachePolicies::make();
+        fetchKept(policies);
+        uint32_t parity = 0;
+#pragma unroll 1
+        while (true)
+        {
+            sm90::barrierWait(base() + barrier(kDECIDED), parity);
+            parity ^= 1;
+            if (*static_cast<int volatile*>(allEnded()) != 0)
+            {
+                return;
+            }
+            fetchToken(anyLine(), policies);
+        }
+    }
+
+    // ---- the head ----
+
+    //! Every row's best token among this block's share of the vocabulary, to p.choices. A warp takes 16 tokens of a slot
+    //! for eight rows, which it keeps in registers; where there are few rows, several slots are worked on at once.
+    __device__ __forceinline__ void chooseTokens()
+    {
+        int const logGroups = p.slots <= 8 ? 0 : p.slots <= 16 ? 1 : p.slots <= 32 ? 2 : 3;  // of rows
+        int const parts = kTEAM_WARPS >> logGroups;                                        // warps of a row
+        int const turns = parts / 2;                                                       // slots at once
+        int const firstRow = (warp() / 2 & ((1 << logGroups) - 1)) * 8;
+        int const part = (warp() / 2 >> logGroups) * 2 + warp() % 2;
+#pragma unroll 1
+        for (int row = warp(); row < p.slots; row += kTEAM_WARPS)
+        {
+            at<uint4>(Layout::headRows + row * kPITCH)[lane()] =
+                __ldcg(static_cast<uint4 const*>(p.hidden) + row * (kWIDTH / 8) + lane());
+        }
+        computeSync();
+        uint4 x[kWIDTH / 32];  // rows behind the last hold anything, and have no part in the others
+        uint32_t const row = base() + Layout::headRows + (firstRow + lane() / 4) * kPITCH + lane() % 4 * 16;
+#pragma unroll
+        for (int chunk = 0; chunk < kWIDTH / 32; ++chunk)
+        {
+            x[chunk] = readShared(row + chunk * 64);
+        }
+        Choice best[2] = {{kNO_SCORE, 0, 0.0F}, {kNO_SCORE, 0, 0.0F}};
+        int turn = part / 2;  // this warp's, when it is 0
+        int kept = 0;
+        // All warps wait for all slots, so that none runs ahead of a round.
+#pragma unroll 1
+        for (int piece = blockIdx.x; piece < headPieces(); piece += gridDim.x)
+        {
+            bool const streamed = piece >= firstStreamedPiece();
+            uint32_t weights = base() + Layout::kept + kept * kSLOT_BYTES;
+            if (streamed)
+            {
+                weights = ring.wait(0);
+            }
+            else
+            {
+                sm90::barrierWait(base() + barrier(kKEPT_FULL) + kept++ * 8, 0);  // filled once
+            }
+            if (turn == 0)
+            {
+                weights += warp() % 2 * (kWIDTH / 32 * kUNIT_BYTES) + lane() * 16;
+                float c[4] = {};
+                float odd[4] = {};  // a chain of its own, half as long
+#pragma unroll
+                for (int chunk = 0; chunk < kWIDTH / 32; ++chunk)
+                {
+                    uint4 const first = readShared(weights + chunk * kUNIT_BYTES);
+                    uint4 const second = readShared(weights + chunk * kUNIT_BYTES + kUNIT_BYTES / 2);
+                    multiplyAdd<T>(c, {first.x, first.y, first.z, first.w}, x[chunk].x, x[chunk].y);
+                    multiplyAdd<T>(odd, {second.x, second.y, second.z, second.w}, x[chunk].z, x[chunk].w);
+                }
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                {
+                    int const token = piece * kHEAD_TOKENS + warp() % 2 * 16 + half * 8 + lane() / 4;
+                    if (token < p.vocabulary)
+                    {
+                        best[0].take(c[2 * half] + odd[2 * half], token);
+                        best[1].take(c[2 * half + 1] + odd[2 * half + 1], token);
+                    }
+                }
+            }
+            turn = turn == 0 ? turns - 1 : turn - 1;
+            if (streamed)
+            {
+                ring.release<1>();
+            }
+        }
+        auto* const choices = at<Choice>(Layout::headChoices);  // [row][part]
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+        {
+            best[e].reduce(4, kWARP_SIZE);
+            if (lane() < 4)
+            {
+                choices[(firstRow + lane() * 2 + e) * parts + part] = best[e];
+            }
+        }
+        computeSync();
+        // A lane a part; a warp takes as many rows at once as it has lanes for.
+        int const step = kWARP_SIZE / parts;
+#pragma unroll 1
+        for (int first = warp() * step; first < p.slots; first += kTEAM_WARPS * step)
+        {
+            Choice choice = choices[first * parts + lane()];
+            choice.reduce(1, parts);
+            int const mine = first + lane() / parts;
+            if (lane() % parts == 0 && mine < p.slots)
+            {
+                p.choices[mine * gridDim.x + blockIdx.x] = {choice.best, __int_as_float(choice.token), choice.total, 0.0F};
+            }
+        }
+        computeSync();
+    }
+
+    //! Reads the head's part of the stream without a use for it.
+    __device__ __forceinline__ void drain()
+    {
+#pragma unroll 1
+        for (int piece = firstStreamedPiece(); piece < headPieces(); piece += gridDim.x)
+        {
+            ring.wait(0);
+            ring.release<1>();
+        }
+    }
+
+    // ---- from token to token ----
+
+    //! A warp's row: hidden = LayerNorm(scale * embedding of its token + its position's).
+    __device__ __forceinline__ void embed(int input)
+    {
+        auto const piece = [&](void const* of, int row)
+        { return __ldg(static_cast<uint4 const*>(of) + static_cast<size_t>(row) * (kWIDTH / 8) + lane()); };
+        uint4 const tokenBits = piece(p.embedding, input);
+        uint4 const placeBits = piece(p.positions, positions()[warp()]);
+        uint4 gammaBits{};
+        uint4 betaBits{};
+        if (p.embeddingNorm != nullptr)
+        {
+            gammaBits = piece(p.embeddingNorm, 0);
+            betaBits = piece(p.embeddingNorm, 1);
+        }
+        Pack<T> row = Pack<T>::fromBits(tokenBits);
+        Pack<T> const place = Pack<T>::fromBits(placeBits);
+        float total = 0.0F;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+        {
+            row.values[i] = row.values[i] * p.embedScale + place.values[i];
+            total += row.values[i];
+        }
+        if (p.embeddingNorm != nullptr)
+        {
+            float const mean = groupSum(total) * p.inverseWidth;
+            float squares = 0.0F;
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+            {
+                float const distance = row.values[i] - mean;
+                squares += distance * distance;
+            }
+            squares = lane() < p.heads * (kHEAD / 8) ? squares : 0.0F;  // not of padding
+            float const scale = rsqrtf(groupSum(squares) * p.inverseWidth + p.epsilon);
+            Pack<T> const gamma = Pack<T>::fromBits(gammaBits);
+            Pack<T> const beta = Pack<T>::fromBits(betaBits);
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+            {
+                row.values[i] = (row.values[i] - mean) * scale * gamma.values[i] + beta.values[i];
+            }
+        }
+        at<uint4>(Layout::hidden + warp() * kPITCH)[lane()] = row.toBits();
+    }
+
+    //! Ends the token of the warp's row, by the choices of all blocks. Returns what the row goes on with; -1: its line
+    //! has ended.
+    __device__ __forceinline__ int endToken(int line, float& logProb)
+    {
+        constexpr int kMINE = kMAX_BLOCKS / kWARP_SIZE;
+        int const position = positions()[warp()];
+        float4 const* const found = p.choices + rowOf(warp()) * gridDim.x;
+        // The best of all first: what is added up then needs one exponential, and no order.
+        float4 of[kMINE];
+#pragma unroll
+        for (int i = 0; i < kMINE; ++i)
+        {
+            unsigned const block = i * kWARP_SIZE + lane();
+            of[i] = block < gridDim.x ? __ldcg(found + block) : float4{kNO_SCORE, 0.0F, 0.0F, 0.0F};
+        }
+        Choice choice{of[0].x, __float_as_int(of[0].y), 0.0F};
+#pragma unroll
+        for (int i = 1; i < kMINE; ++i)
+        {
+            // The earlier blocks have the lower tokens of equal turns only: equals are told apart by token.
+            bool const better = of[i].x > choice.best
+                || (of[i].x == choice.best && __float_as_int(of[i].y) < choice.token);
+            choice.token = better ? __float_as_int(of[i].y) : choice.token;
+            choice.best = fmaxf(choice.best, of[i].x);
+        }
+#pragma unroll
+        for (int i = 0; i < kMINE; ++i)
+        {
+            choice.total += of[i].z * exp2Approx((of[i].x - choice.best) * kLOG2_E);
+        }
+        choice.reduce(1, kWARP_SIZE);
+        bool const ends = lane() < p.ends && choice.token == p.endIds[min(lane(), kMAX_END_IDS - 1)];
+        bool const ended = __any_sync(kFULL_WARP, ends) || position + 1 == p.maxNewTokens;
+        logProb -= logf(choice.total);  // the chosen token's own exponent is 0
+        if (rank() == 0)
+        {
+            int* const tokens = p.tokens + static_cast<size_t>(line) * p.maxNewTokens;
+            if (lane() == 0)
+            {
+                tokens[position] = choice.token;
+            }
+            if (ended)
+            {
+                for (int i = position + 1 + lane(); i < p.maxNewTokens; i += kWARP_SIZE)
+                {
+                    tokens[i] = p.padId;
+                }
+                if (lane() == 0)
+                {
+                    p.lengths[line] = position + 1;
+                    p.logProbs[line] = logProb;
+                    atomicAdd(&p.counters->ended, 1);
+                }
+            }
+        }
+        return ended ? -1 : choice.token;
+    }
+
+    //! Rows whose line has ended take the next lines. Rank 0 counts them, and tells the team.
+    __device__ __forceinline__ void takeLines(uint32_t& parity)
+    {
+        bool any = false;
+#pragma unroll
+        for (int row = 0; row < kROWS; ++row)
+        {
+            any = any || endedRows()[row] != 0;
+        }
+        if (!any)
+        {
+            return;
+        }
+        if (threadIdx.x == 0)
+        {
+            sm90::barrierArriveExpect(base() + barrier(kLINES), kROWS * 4);
+        }
+        if (rank() == 0 && warp() == 0 && lane() < kROWS)
+        {
+            int line = lines()[lane()];
+            if (endedRows()[lane()] != 0)
+            {
+                int const next = p.slots + atomicAdd(&p.counters->taken, 1);
+                line = next < p.lines ? next : -1;
+            }
+#pragma unroll 1
+            for (int other = 0; other < kTEAM_BLOCKS; ++other)
+            {
+                uint32_t const to = sm90::mapToRank(base(), other);
+                send(to + Layout::state + (3 * kMAX_ROWS + lane()) * 4, __int_as_float(line), to + barrier(kLINES));
+            }
+        }
+        waitForCluster(base() + barrier(kLINES), parity);
+        parity ^= 1;
+        if (warp() == 0 && lane() < kROWS)
+        {
+            lines()[lane()] = nextLines()[lane()];
+        }
+        computeSync();
+    }
+
+    //! The warps that compute.
+    __device__ __forceinline__ void compute()
+    {
+        uint32_t linesParity = 0;
+        if (warp() == 0 && lane() < kMAX_ROWS)
+        {
+            int const row = rowOf(lane());
+            lines()[lane()] = lane() < teamRows() && row < p.lines ? row : -1;
+            positions()[lane()] = 0;
+            inputs()[lane()] = p.startId;
+            logProbs()[lane()] = 0.0F;
+        }
+        computeSync();
+#pragma unroll 1
+        for (int token = 1;; ++token)
+        {
+            bool const works = anyLine();
+            if (threadIdx.x == 0)
+            {
+                sm90::barrierArrive(base() + barrier(kDECIDED));
+            }
+            if (works)
+            {
+                if (warp() < kROWS && lines()[warp()] >= 0)
+                {
+                    embed(inputs()[warp()]);
+                }
+                computeSync();
+                decodeLayers();
+            }
+            if (teamRows() > 0 && rank() == 0)
+            {
+                if (warp() < teamRows())
+                {
+                    __stcg(static_cast<uint4*>(p.hidden) + rowOf(warp()) * (kWIDTH / 8) + lane(),
+                           at<uint4>(Layout::hidden + warp() * kPITCH)[lane()]);
+                }
+                computeSync();
+                if (threadIdx.x == 0)
+                {
+                    announce(&p.counters->hiddenReady);
+                }
+            }
+            if (threadIdx.x == 0)
+            {
+                waitUntil(&p.counters->hiddenReady, token * p.teams);
+                *allEnded() = *static_cast<int volatile*>(&p.counters->ended) == p.lines;
+            }
+            computeSync();
+            if (*allEnded() != 0)
+            {
+                drain();
+                if (threadIdx.x == 0)
+                {
+                    sm90::barrierArrive(base() + barrier(kDECIDED));
+                }
+                return;
+            }
+            chooseTokens();
+            if (threadIdx.x == 0)
+            {
+                announce(&p.counters->choicesReady);
+            }
+            if (teamRows() == 0)
+            {
+                continue;
+            }
+            if (threadIdx.x == 0)
+            {
+                waitUntil(&p.counters->choicesReady, token * static_cast<int>(gridDim.x));
+            }
+            computeSync();
+            if (!works)
+            {
+                continue;
+            }
+            if (warp() < kROWS)
+            {
+                int const line = lines()[warp()];
+                bool ended = false;
+                if (line >= 0)
+                {
+                    float logProb = logProbs()[warp()];
+                    int const input = endToken(line, logProb);
+                    ended = input < 0;
+                    if (lane() == 0)
+                    {
+                        positions()[warp()] = ended ? 0 : positions()[warp()] + 1;
+                        lines()[warp()] = ended ? -1 : line;
+                        inputs()[warp()] = ended ? p.startId : input;
+                        logProbs()[warp()] = ended ? 0.0F : logProb;
+                    }
+                }
+                if (lane() == 0)
+                {
+                    endedRows()[warp()] = ended;
+                }
+            }
+            computeSync();
+            if (p.lines > p.slots)
+            {
+                takeLines(linesParity);
+            }
+        }
+    }
+};
+
+//! Decodes all lines. Blocks 8 i to 8 i + 7 are a cluster and, while there are rows for it, a team; the rest take part in
+//! the head. All blocks must run at once.
+template <typename T, int kROWS>
+__global__ void __launch_bounds__(kTEAM_THREADS, 1) decodeInTeams(__grid_constant__ TeamParams const p)
+{
+    Block<T, kROWS> block{p};
+    if (threadIdx.x == 0)
+    {
+        for (int slot = 0; slot < kRING; ++slot)
+        {
+            sm90::barrierInit(block.ring.fullBarrier(slot), 1);
+            sm90::barrierInit(block.ring.emptyBarrier(slot), kTEAM_WARPS);
+        }
+        for (int i = 0; i < block.kBARRIERS; ++i)
+        {
+            sm90::barrierInit(block.base() + block.barrier(i), 1);
+        }
+        *block.allEnded() = 0;
+        sm90::barrierInitFence();
+    }
+    sm90::clusterSync();  // every block of the cluster runs, and its barriers are there
+    if (threadIdx.x < kTEAM_COMPUTE)
+    {
+        sm90::growRegisters<kCOMPUTE_REGISTERS>();
+        block.compute();
+        if (threadIdx.x == 0 && atomicAdd(&p.counters->left, 1) + 1 == static_cast<int>(gridDim.x))
+        {
+            *p.counters = {};
+        }
+    }
+    else
+    {
+        sm90::shrinkRegisters<kFETCH_REGISTERS>();
+        if (threadIdx.x == kTEAM_COMPUTE)
+        {
+            block.produce();
+        }
+    }
+}
+
+}  // namespace trocr::greedy
