@@ -223,13 +223,11 @@ def _build_folder(
                 gpu.cuda,
             )
             manifest.plugin_library_sha256 = inputs["plugin library"]
-            # Of a growing cache: empty at the first step; all tokens but the last two at the last one.
-            past = (0, min(CACHE_MULTIPLE, max_length - 2), max_length - 2)
             manifest.engines = build_engines(
                 trt,
                 graphs,
                 folder,
-                {"batch": batch, "images": batch, "past_length": past, "capacity": (capacity,) * 3},
+                dynamic_sizes(batch, max_length) | {"capacity": (capacity,) * 3},
                 inputs["num_beams"],
                 [op.op for op in manifest.fused_ops],
                 timing_cache or out.parent / "timing.cache",
@@ -300,6 +298,13 @@ def _count_fused_ops(graphs: Mapping[str, onnx.ModelProto]) -> list[FusedOp]:
     return [FusedOp(op.name, VERSION, nodes.count(op.name)) for op in FUSED_OPS.values() if op.name in nodes]
 
 
+def dynamic_sizes(batch: Range, max_length: int) -> dict[str, Range]:
+    """The ranges of the stock graphs' dynamic dimensions, by name."""
+    # Of a growing cache: empty at the first step; all tokens but the last two at the last one.
+    past = (0, min(CACHE_MULTIPLE, max_length - 2), max_length - 2)
+    return {"batch": batch, "images": batch, "past_length": past}
+
+
 def build_engines(
     trt: Any,
     graphs: Mapping[str, onnx.ModelProto],
@@ -309,18 +314,18 @@ def build_engines(
     fused_ops: Sequence[str],
     timing_cache: Path,
 ) -> dict[str, float]:
-    """Write an engine for every graph; returns the seconds each took."""
+    """Write an engine for every graph; returns the seconds each took. `trt` may be TensorRT-RTX."""
     from graph_surgery.fuse import strip_functions
 
     if fused_ops:
         load_plugin_library(fused_ops)
     builder = _builder(trt)
     seconds = {}
-    for name in GRAPHS:
+    for name in graphs:
         began = time.monotonic()
         network = builder.create_network(_network_flags(trt))
         network.name = f"{folder.name}/{name}"
-        parser = trt.OnnxParser(network, tensorrt_logger())
+        parser = trt.OnnxParser(network, tensorrt_logger(trt))
         graph = strip_functions(graphs[name])
         if not parser.parse(graph.SerializeToString()):
             errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
@@ -351,7 +356,7 @@ def build_engines(
 @functools.cache
 def _builder(trt: Any) -> Any:
     """One builder a process: TensorRT 10.6 takes a minute for the first one's kernels."""
-    return trt.Builder(tensorrt_logger())
+    return trt.Builder(tensorrt_logger(trt))
 
 
 def _network_flags(trt: Any) -> int:
@@ -429,7 +434,7 @@ def _progress_monitor(trt: Any, title: str) -> Any:
     return Progress()
 
 
-def _batch(text: str) -> Range:
+def batch_range(text: str) -> Range:
     """Parse --batch."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
@@ -467,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: %(default)s")
     parser.add_argument(
-        "--batch", type=_batch, default=(1, 16, 64), metavar="MIN,OPT,MAX", help="default: 1,16,64"
+        "--batch", type=batch_range, default=(1, 16, 64), metavar="MIN,OPT,MAX", help="default: 1,16,64"
     )
     parser.add_argument("--out", type=Path, help="default: engines/<model>-<precision>-<plugins>")
     parser.add_argument(

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from runtime.gpu import current_gpu, driver_version
-from runtime.tensorrt_loader import TensorRTError, load_tensorrt
+from runtime.tensorrt_loader import TensorRTError, load_tensorrt, load_tensorrt_rtx
 
 PARTS = ("encoder", "decoder", "end_to_end", "page")
 VARIANTS = ("stock", "stock_naive", "fused", "fused_steps", "torch", "compile", "onnxruntime", "tensorrt_rtx")
@@ -76,11 +76,11 @@ class Record(Environment):
     page_s: float | None = None
 
 
-def environment(command: str) -> Environment:
-    """This machine, now."""
+def environment(command: str, rtx: bool = False) -> Environment:
+    """This machine, now; with `rtx`, TensorRT-RTX in place of TensorRT, which it does not go with."""
     gpu = current_gpu()
     try:
-        tensorrt = load_tensorrt().__version__
+        tensorrt = (load_tensorrt_rtx if rtx else load_tensorrt)().__version__
     except TensorRTError:
         tensorrt = None
     date = datetime.now(UTC).isoformat(timespec="seconds")

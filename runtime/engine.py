@@ -36,7 +36,7 @@ class Engine:
         self.path = path
         self.rebuild = rebuild
         self._trt = trt
-        self._runtime = trt.Runtime(tensorrt_logger())  # has to outlive the engine
+        self._runtime = trt.Runtime(tensorrt_logger(trt))  # has to outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(
