@@ -100,7 +100,9 @@ def build_naive(model: str, precision: str, batch: Range, out: Path) -> Path:
 def naive_engine(folder: Path, model: str) -> Engine:
     """The engine of `build_naive`, loaded."""
     path = folder / "encoder.engine"
-    return Engine(load_tensorrt(), path.read_bytes(), path, f"python -m profiling.peers --model {model}")
+    return Engine(
+        load_tensorrt(), path.read_bytes(), path, f"rm -r {folder}; python -m profiling.peers --model {model}"
+    )
 
 
 def rtx_engines(folder: Path) -> tuple[Engine, Engine, Engine]:

@@ -89,6 +89,7 @@ DEFAULT_VARIANTS = "stock,fused,torch" if ON_GPU else "onnxruntime,torch"
 DEFAULT_BATCHES = "1,8,16,64" if ON_GPU else "1"
 DEFAULT_PRECISION = "fp16" if ON_GPU else "fp32"
 PAGE_LINES = 100 if ON_GPU else 8
+TENSORRT = {"stock", "stock_naive", "fused", "fused_steps"}  # variants that load it
 PROFILE = (1, 16, 64)  # minimum, optimum and maximum batch of engines that are built here
 REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
 WARMUPS = 3
@@ -286,9 +287,7 @@ class NaiveVariant:
 
     def check(self, case: Case) -> None:
         if case.part != "encoder":
-            raise Unavailable(
-                "the naive export is the encoder's: a decoder with a cache takes an export by hand"
-            )
+            raise Unavailable("only the encoder is exported naively: a decoder's cache takes work by hand")
         if case.batch > self.engine.max_batch:
             raise Unavailable(f"{self.engine.path} is built for batch up to {self.engine.max_batch}")
 
@@ -340,9 +339,7 @@ class OnnxCudaVariant:
 
     def check(self, case: Case) -> None:
         if case.part != "encoder":
-            raise Unavailable(
-                "measured for the encoder only: this project's decode loop has no CUDA provider"
-            )
+            raise Unavailable("measured for the encoder only: the decode loop has no CUDA provider")
 
     def encoder(self, pixels: torch.Tensor) -> Measurement:
         pixels = self.normalization(pixels).numpy()
@@ -497,7 +494,7 @@ def open_variant(
     if name == "onnxruntime":
         if "CUDAExecutionProvider" not in ort.get_available_providers():
             raise Unavailable(
-                f"the installed ONNX Runtime {ort.__version__} has no CUDA provider; pip install onnxruntime-gpu"
+                f"ONNX Runtime {ort.__version__} has no CUDA provider here; pip install onnxruntime-gpu"
             )
         return OnnxCudaVariant(build(str(folder), "none", precision, out=graphs, onnx_only=True))
     if not ON_GPU:
@@ -659,7 +656,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
     parser.add_argument("--batch", type=_numbers, default=DEFAULT_BATCHES, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=20, help="decode steps a line (default: %(default)s)")
+    parser.add_argument("--tokens", type=_numbers, default="20", help="decode steps a line (default: 20)")
     parser.add_argument("--num-beams", type=int, default=1, help="beams (default: 1, greedy)")
     parser.add_argument("--lines", type=int, default=PAGE_LINES, help="lines a page (default: %(default)s)")
     parser.add_argument(
@@ -681,17 +678,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(parts) - {*PARTS, "all"}:
         parser.error(f"no part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}, all")
     parts = PARTS if "all" in parts else parts
+    if "tensorrt_rtx" in options.variants and TENSORRT & set(options.variants):
+        parser.error("tensorrt_rtx and TensorRT cannot be in one process: measure it alone")
     cases = [
         Case(
             part,
             batch,
-            options.tokens if part in ("decoder", "end_to_end") else None,
+            tokens,
             1 if part == "encoder" else options.num_beams,
             options.lines if part == "page" else None,
             options.overlap,
         )
         for part in parts
         for batch in options.batch
+        for tokens in (options.tokens if part in ("decoder", "end_to_end") else [None])
     ]
     command = shlex.join(
         ["python", "-m", "runtime.bench", *(sys.argv[1:] if arguments is None else arguments)]

@@ -85,14 +85,14 @@ def _bindings_major() -> str:
 
 @functools.cache
 def load_tensorrt_rtx() -> ModuleType:
-    """TensorRT-RTX's Python module, a peer to measure against. Not beside TensorRT: they have the same symbols.
+    """TensorRT-RTX's Python module, a peer to measure against; not beside TensorRT, whose symbols it has.
 
     Raises:
         TensorRTError: not installed, or TensorRT is in this process already.
     """
     if loaded := [name for name in ("tensorrt", "tensorrt_bindings") if name in sys.modules]:
         raise TensorRTError(
-            f"TensorRT-RTX does not go into a process that has loaded TensorRT ({loaded[0]}): ask for it alone"
+            f"TensorRT-RTX cannot be loaded beside TensorRT ({loaded[0]}): measure it in a process of its own"
         )
     looked = []
     for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
