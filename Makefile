@@ -3,6 +3,9 @@
 #   make run         recognise the bundled sample lines (builds plugins and engines first where there is an NVIDIA GPU)
 #   make test        build the plugin library and run every test that this machine can run
 #   make gpu-check   on a GPU machine: tests, stock and fused engines, accuracy, benches -> results/<gpu>/
+#   make gpu-sweep   there: more batches and tokens, TensorRT-RTX, errors tensor by tensor; after gpu-check
+#   make family      there: every published configuration at full size, with random weights
+#   make sanitize    there: every kernel under compute-sanitizer
 #
 # PYTHON=... SETUP=0 uses a Python that already has the packages (a container, a machine without a network).
 
@@ -27,10 +30,10 @@ else
 PYTHON ?= $(BOOTSTRAP_PYTHON)
 endif
 
-.PHONY: help run test gpu-check setup build all-archs lint format lock clean
+.PHONY: help run test gpu-check gpu-sweep family sanitize setup build all-archs lint format lock clean
 
 help:
-	@sed -n '3,7s/^# \{0,1\}//p' $(MAKEFILE_LIST)
+	@sed -n '3,10s/^# \{0,1\}//p' $(MAKEFILE_LIST)
 
 run: $(PACKAGES) $(if $(HAS_GPU),build)
 	$(if $(HAS_GPU),$(PYTHON) build.py)
@@ -41,6 +44,15 @@ test: $(PACKAGES) build
 
 gpu-check: $(PACKAGES) $(TOOLCHAIN)
 	$(PYTHON) -m profiling.gpu_check --model $(MODEL)
+
+gpu-sweep: $(PACKAGES) $(TOOLCHAIN)
+	$(PYTHON) -m profiling.gpu_check --model $(MODEL) --sweep
+
+family: build
+	$(PYTHON) -m profiling.family
+
+sanitize: build
+	$(PYTHON) -m profiling.sanitize
 
 setup: $(PACKAGES) $(TOOLCHAIN)
 

@@ -51,6 +51,8 @@ GRAPHS = ("encoder", "cross_kv", "decoder")
 PRECISIONS = ("fp32", "fp16", "bf16")
 CACHE_MULTIPLE = 32  # a fixed cache's capacity is rounded up to it: aligned rows, few different engines
 CHECKPOINT_FILES = {".bin", ".json", ".model", ".safetensors", ".txt"}
+# Of a build's inputs, those that decide the graphs; the others are the engines' affair.
+GRAPH_INPUTS = ("checkpoint", "precision", "plugins", "sources", "packages")
 PACKAGES = ("onnx", "onnx-graphsurgeon", "torch", "transformers")  # whose versions change the graphs
 
 Range = tuple[int, int, int]
@@ -104,7 +106,8 @@ def build(
             "plugin library": sha256(library) if library else None,
         }
     if force or not _up_to_date(out, inputs):
-        _build_folder(out, inputs, command, model, chosen, gpu if trt else None, trt, timing_cache)
+        reusable = None if force else _graphs_of_equal_inputs(out, inputs)
+        _build_folder(out, inputs, command, model, chosen, gpu if trt else None, trt, timing_cache, reusable)
     if not (trt or onnx_only):
         raise NoEngines(
             f"engines not built: {why_no_engines}; the graphs in {out} run on ONNX Runtime "
@@ -174,6 +177,19 @@ def _up_to_date(out: Path, inputs: Mapping[str, Any]) -> bool:
     return True
 
 
+def _graphs_of_equal_inputs(out: Path, inputs: Mapping[str, Any]) -> list[str] | None:
+    """The files of `out` but its engines, where a build from these inputs would write the same; else None."""
+    try:
+        manifest = Manifest.read(out)
+        files = [name for name in manifest.files if not name.endswith(".engine")]
+        for name in files:
+            manifest.check_file(out, name)
+    except ManifestError:
+        return None
+    same = all(manifest.inputs.get(name) == inputs[name] for name in GRAPH_INPUTS)
+    return files if same else None
+
+
 def _build_folder(
     out: Path,
     inputs: Mapping[str, Any],
@@ -183,9 +199,14 @@ def _build_folder(
     gpu: Gpu | None,
     trt: Any,
     timing_cache: Path | None,
+    reusable: Sequence[str] | None,
 ) -> None:
-    """Build in a temporary folder beside `out` and exchange the two at the end."""
+    """Build in a temporary folder beside `out` and exchange the two at the end.
+
+    `reusable` are files of `out` to take in place of exporting again.
+    """
     from graph_surgery.checkpoint import copy_processor_files
+    from graph_surgery.fuse import load
 
     spec = _load_spec(model)
     precision, batch = inputs["precision"], tuple(inputs["batch"])
@@ -194,8 +215,14 @@ def _build_folder(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
-        graphs = _write_graphs(spec, precision, plugins, folder)
-        copy_processor_files(spec, folder)
+        if reusable:
+            print(f"{out}: graphs are up to date")
+            for name in reusable:
+                os.link(out / name, folder / name)
+            graphs = load(folder)
+        else:
+            graphs = _write_graphs(spec, precision, plugins, folder)
+            copy_processor_files(spec, folder)
 
         properties = {entry.key: entry.value for entry in graphs["decoder"].metadata_props}
         cache = properties["trocr.cache"]

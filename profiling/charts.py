@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from profiling.records import ROOT, VARIANTS, Record, RecordError, read
+from profiling.records import ROOT, VARIANTS, Record, RecordError, read, usual_tokens
 
 STYLE = {
     "svg.hashsalt": "trocr",
@@ -69,7 +69,7 @@ def charts(results: Path) -> dict[str, Figure]:
         folder = file.parent.relative_to(results).as_posix()
         for part in PARTS:
             of_part = [record for record in records if record.part == part]
-            tokens = _usual_tokens(of_part)
+            tokens = usual_tokens(of_part)
             over_batch = [record for record in of_part if record.tokens == tokens]
             if over_batch:
                 figures[f"{folder}/{part}.svg"] = batch_chart(over_batch)
@@ -80,12 +80,6 @@ def charts(results: Path) -> dict[str, Figure]:
     if models:
         figures["headline.svg"] = headline_chart(models)
     return figures
-
-
-def _usual_tokens(records: Sequence[Record]) -> int | None:
-    """The number of tokens that most records have; None for the encoder."""
-    counts = [record.tokens for record in records]
-    return max(dict.fromkeys(counts), key=counts.count, default=None)
 
 
 def batch_chart(records: Sequence[Record]) -> Figure:
@@ -162,7 +156,7 @@ def headline_chart(models: Sequence[Sequence[Record]]) -> Figure:
         row[0].set_ylabel(records[0].model, fontsize=9)
         for axes, part in zip((row[:2], row[2:]), ("encoder", "end_to_end"), strict=True):
             found = [record for record in records if record.part == part]
-            found = [record for record in found if record.tokens == _usual_tokens(found)]
+            found = [record for record in found if record.tokens == usual_tokens(found)]
             batches = sorted({record.batch for record in found})
             for panel, batch in zip(axes, (batches[:1] + batches[1:][-1:]), strict=False):
                 _headline_panel(panel, [record for record in found if record.batch == batch])
@@ -189,7 +183,7 @@ def _headline_panel(axes, records: Sequence[Record]) -> None:
 def _figure(records: Sequence[Record], width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     first = records[0]
-    tokens = _usual_tokens(records)
+    tokens = usual_tokens(records)
     many = len({record.tokens for record in records}) > 1
     steps = "" if tokens is None or many else f", {tokens} tokens a line"
     figure.suptitle(f"{PARTS[first.part]}: {first.model} on {first.gpu}{steps}", fontsize=11)

@@ -535,7 +535,8 @@ def run(
     json: Path | None = None,
     cuda_graphs: bool = True,
 ) -> tuple[list[Record], list[str]]:
-    """Measure every case with every variant; the file `json` is written anew after each variant.
+    """Measure every case with every variant; the file `json` is written anew after each variant, and beside
+    it (-unavailable.txt) what could not be measured.
 
     Returns:
         The records, and a line for every measurement that could not be made, with the reason.
@@ -569,6 +570,9 @@ def run(
             torch.cuda.empty_cache()
             if json:
                 write(records, json)
+    if json and skipped:
+        reasons = json.with_name(f"{json.stem}-unavailable.txt")
+        reasons.write_text("\n".join(skipped) + "\n", encoding="utf-8")
     return records, skipped
 
 
