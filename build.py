@@ -295,16 +295,15 @@ def _write_graphs(
     A fully fused folder also gets the weights of the CUDA greedy decoder, where that can run the checkpoint.
     """
     from graph_surgery.checkpoint import DTYPES, CheckpointError, load_model
-    from graph_surgery.export import export
-    from graph_surgery.fuse import fuse, load, save
+    from graph_surgery.export import export_graphs
+    from graph_surgery.fuse import fuse, save
     from runtime import greedy_weights
 
     try:
         weights = load_model(spec, DTYPES[precision])
     except CheckpointError as error:
         raise BuildError(str(error)) from error
-    export(spec, weights, precision, folder)
-    graphs = fuse(load(folder), spec, plugins)
+    graphs = fuse(export_graphs(spec, weights, precision), spec, plugins)
     for name, graph in graphs.items():
         save(graph, folder / f"{name}.onnx")
     if GROUPS["fused"] <= set(plugins) and greedy_weights.obstacle(spec, weights.dtype) is None:
