@@ -33,7 +33,12 @@ from profiling.records import ROOT, environment
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 86  # compute-sanitizer's exit status where it found something
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
+BARRIERS = 65536  # that synccheck keeps track of: more than a wave of blocks has
 DONE = "every call was made"  # what a child prints at its end
+# What a tool prints that is no finding; it counts a program that fails as an error.
+NO_FINDING = re.compile(
+    "COMPUTE-SANITIZER|SUMMARY|Warning:|process didn't terminate|Unified Memory from|^Target application"
+)
 HOST = re.compile(r"Host Frame|host backtrace")
 MOST_LINES = 24  # of a tool's report, and of what the program printed, that go into the record
 
@@ -43,7 +48,7 @@ class Finding:
     """What a tool said of a kernel.
 
     Attributes:
-        status: "clean", "found" (see `report`), "not started" (the tool or the kernel failed), "timed out".
+        status: "clean", "found" (see `report`), "failed" (the tool, or the program under it), "timed out".
         count: errors or hazards.
         report: the first lines, where it is not clean.
     """
@@ -59,17 +64,25 @@ class Finding:
 # --- the calls: one function a kernel, of a few small sizes; tails that fill no block among them ---
 
 
+KEPT = []  # tensors that kernels under way may use
+
+
+def _on_gpu(tensor):
+    KEPT.append(tensor.cuda())
+    return KEPT[-1]
+
+
 def _host(*shape: int, dtype: str = "float16", scale: float = 1.0):
     """A tensor on the GPU, random, copied from the host."""
     import torch
 
-    return (torch.randn(shape) * scale).to(getattr(torch, dtype)).cuda()
+    return _on_gpu((torch.randn(shape) * scale).to(getattr(torch, dtype)))
 
 
 def _zeros(*shape: int, dtype: str = "float16"):
     import torch
 
-    return torch.zeros(shape, dtype=getattr(torch, dtype)).cuda()
+    return _on_gpu(torch.zeros(shape, dtype=getattr(torch, dtype)))
 
 
 def encoder_attention(ops) -> None:
@@ -97,7 +110,7 @@ def decoder_self_attention(ops) -> None:
         qkv = _host(batch, 1, 3 * heads * head_dim, dtype=dtype)
         context = _zeros(batch, 1, heads * head_dim, dtype=dtype)
         for position in (0, capacity // 2, capacity - 1):
-            positions = torch.full((batch, 1), position).cuda()
+            positions = _on_gpu(torch.full((batch, 1), position))
             ops.decoder_self_attention(qkv, tuple(cache), positions, context, tuple(cache))
 
 
@@ -194,7 +207,7 @@ def patch_embedding(ops) -> None:
         (2, 32, 48, 64, 2, "float32"),
     ):
         tokens = special + height * width // 256
-        pixels = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8).cuda()
+        pixels = _on_gpu(torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8))
         weight, bias = _host(outputs, 768, dtype=dtype), _host(outputs, dtype="float32")
         positions, y = _host(tokens, outputs, dtype=dtype), _zeros(batch, tokens, outputs, dtype=dtype)
         statistics = _zeros(batch, tokens, outputs // 64, 2, dtype="float32")
@@ -223,9 +236,10 @@ def reorder_cache(ops) -> None:
     images, beams, heads, capacity, head_dim = 3, 4, 2, 32, 32
     rows = images * beams
     cache = _host(4, rows, heads, capacity, head_dim)
-    chosen = (torch.arange(images)[:, None] * beams + torch.randint(beams, (images, beams))).flatten().cuda()
+    chosen = torch.arange(images)[:, None] * beams + torch.randint(beams, (images, beams))
+    chosen = _on_gpu(chosen.flatten())
     positions = torch.randint(capacity + 1, (images, 1)).expand(images, beams)
-    positions = positions.reshape(rows, 1).contiguous().cuda()
+    positions = _on_gpu(positions.reshape(rows, 1).contiguous())
     ops.kernels.reorder_cache(
         cache.data_ptr(),
         chosen.data_ptr(),
@@ -252,6 +266,7 @@ def image_resize(ops) -> None:
     images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     for filter in ("bilinear", "bicubic"):
         DeviceResize(ops.kernels, 384, 384, filter, torch.device("cuda"))(images)
+        torch.cuda.synchronize()
 
 
 def greedy_decoder(ops, *names: str) -> None:
@@ -268,7 +283,8 @@ def greedy_decoder(ops, *names: str) -> None:
         decoder = GreedyDecoder(ops.kernels, weights, config, 3, 32)
         cross = random_cross(config, 5, torch.float16, "cpu")
         outputs = decoder.outputs(5, 4)
-        decoder.run(*([tensor.cuda() for tensor in tensors] for tensors in cross), outputs, 3)
+        decoder.run(*(list(map(_on_gpu, tensors)) for tensors in cross), outputs, 3)
+        torch.cuda.synchronize()
 
 
 def greedy_decoder_wide(ops) -> None:
@@ -313,7 +329,8 @@ def sanitizer_command(kernel: str, tool: str) -> list[str]:
     """compute-sanitizer on a process that makes the kernel's calls."""
     # Names are mangled: of namespace trocr. initcheck has to see what wrote the memory, whoever did.
     only = [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=trocr"]
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), *only]
+    more = ["--num-cuda-barriers", str(BARRIERS)] if tool == "synccheck" else []
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), *only, *more]
     return [*command, sys.executable, "-m", "profiling.sanitize", "--call", kernel]
 
 
@@ -349,14 +366,14 @@ def judge(kernel: str, tool: str, status: int | None, output: str, seconds: floa
     tool_says = [line.strip("= ") for line in lines if line.startswith("=====")]
     tool_says = [line for line in tool_says if line and not HOST.search(line)]
     program_says = [line for line in lines if not line.startswith("=====") and line != DONE]
-    if count:
+    if count and any(not NO_FINDING.search(line) for line in tool_says):
         return Finding(kernel, tool, "found", count, seconds, tool_says[:MOST_LINES])
     if status is None:
         return Finding(kernel, tool, "timed out", 0, seconds, tool_says[:MOST_LINES])
     if status == 0 and DONE in lines and SUMMARY.search(output):
         return Finding(kernel, tool, "clean", 0, seconds, [])
     said = [*tool_says[:MOST_LINES], *program_says[-MOST_LINES:]]
-    return Finding(kernel, tool, "not started", 0, seconds, said)
+    return Finding(kernel, tool, "failed", 0, seconds, said)
 
 
 def table(findings: Sequence[Finding]) -> str:
