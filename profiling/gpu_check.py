@@ -77,7 +77,7 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     load = ["profiling.load", "--engines", str(fused), "--seconds", "3", "--model", name]
     layers = ["profiling.layers", "--stock", str(stock), "--fused", str(fused), "--batch", "1,64"]
     page = [*_bench(name, scratch / "page.json", "page", "stock,fused", "32"), "--lines", "100"]
-    bench = "stock,stock_naive,fused,fused_steps,torch"
+    bench = "stock,fused,fused_steps,torch,stock_naive"
     reads = folder == BUNDLED  # random weights read nothing
     return [
         Stage("plugins", ["bash", "-c", BUILD], 30),

@@ -89,6 +89,7 @@ DEFAULT_VARIANTS = "stock,fused,torch" if ON_GPU else "onnxruntime,torch"
 DEFAULT_BATCHES = "1,8,16,64" if ON_GPU else "1"
 DEFAULT_PRECISION = "fp16" if ON_GPU else "fp32"
 PAGE_LINES = 100 if ON_GPU else 8
+PEERS = {"compile", "onnxruntime", "stock_naive", "tensorrt_rtx"}  # others' failures are no reason to stop
 TENSORRT = {"stock", "stock_naive", "fused", "fused_steps"}  # variants that load it
 PROFILE = (1, 16, 64)  # minimum, optimum and maximum batch of engines that are built here
 REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
@@ -550,7 +551,9 @@ def run(
         for name in variants:
             try:
                 variant = open_variant(name, folder, spec, precision, engines, cuda_graphs)
-            except Unavailable as reason:
+            except Exception as reason:
+                if not _can_go_on(name, reason):
+                    raise
                 skipped.append(f"{name}: {reason}")
                 bar.update(len(cases))
                 continue
@@ -563,7 +566,9 @@ def run(
                     records.append(
                         Record(**here, **fields, model=spec.name, precision=precision, variant=name)
                     )
-                except Unavailable as reason:
+                except Exception as reason:
+                    if not _can_go_on(name, reason):
+                        raise
                     skipped.append(f"{name} {case.part} batch {case.batch}: {reason}")
                 bar.update()
             del variant
@@ -574,6 +579,11 @@ def run(
         reasons = json.with_name(f"{json.stem}-unavailable.txt")
         reasons.write_text("\n".join(skipped) + "\n", encoding="utf-8")
     return records, skipped
+
+
+def _can_go_on(variant: str, error: Exception) -> bool:
+    """Whether the measurement is left out, with the reason, and the others are made."""
+    return isinstance(error, Unavailable) or variant in PEERS
 
 
 def measure_case(variant, case: Case, spec: ModelSpec, reference: Reference) -> dict[str, Any]:

@@ -262,6 +262,22 @@ def test_bench_says_what_it_cannot_measure(checkpoint, tmp_path: Path, monkeypat
     assert [reason.split(":")[0] for reason in reasons] == variants
 
 
+def test_a_peer_that_fails_does_not_stop_the_bench(checkpoint, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def broken(*arguments):
+        raise RuntimeError("cannot compile")
+
+    monkeypatch.setattr("runtime.bench.CompileVariant.encoder", broken)
+    options = ["encoder", "--model", str(checkpoint("small")), "--batch", "1", "--precision", "fp32"]
+    assert bench([*options, "--variants", "compile,torch", "--json", "encoder.json"]) == 0
+    assert [entry.variant for entry in read(tmp_path / "encoder.json")] == ["torch"]
+    assert "not measured: compile encoder batch 1: cannot compile" in capsys.readouterr().out
+    monkeypatch.setattr("runtime.bench.TorchVariant.encoder", broken)
+    with pytest.raises(RuntimeError, match="cannot compile"):
+        bench([*options, "--variants", "torch"])
+
+
 def test_bench_measures_tensorrt_rtx_alone(capsys):
     with pytest.raises(SystemExit, match="2"):
         bench(["encoder", "--variants", "tensorrt_rtx,stock"])
