@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from build import default_folder
+from build import PRECISIONS, default_folder
 from profiling import records
 from profiling.models import BUNDLED, find_model
 from profiling.records import ROOT
@@ -81,7 +81,7 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     reads = folder == BUNDLED  # random weights read nothing
     return [
         Stage("plugins", ["bash", "-c", BUILD], 30),
-        _module("engines", ["profiling.peers", "--model", name, "--batch", PROFILE], 30),
+        _module("engines", _engines(name, PRECISION), 30),
         *([_module("accuracy", accuracy, 20, out / "accuracy.json", "--json")] if reads else []),
         _module("bench", _bench(name, scratch / "bench.json", SEARCHED, bench), 30),
         _module("tests", ["pytest", "-m", "gpu", "-q", "-n", "6"], 60),
@@ -115,15 +115,36 @@ def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
         reason = (
             "TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
         )
-    tensors = ["profiling.tensors", "--backend", "tensorrt", "--model", name]
     return [
         Stage("plugins", ["bash", "-c", BUILD], 30),
-        _module("engines", ["profiling.peers", "--model", name, "--batch", PROFILE], 30),
+        _module("engines", _engines(name, PRECISION), 30),
         _module("batches", batches, 30),
         _module("tokens", [*tokens, "--tokens", "5,10,40,60"], 30),
         replace(_module("tensorrt_rtx", rtx, 30), obstacle=reason),
-        *([_module("tensors", tensors, 60, out / "tensors", "--out")] if folder == BUNDLED else []),
+        *(_of_trained_weights(folder, name, out) if folder == BUNDLED else []),
     ]
+
+
+def _of_trained_weights(folder: Path, name: str, out: Path) -> list[Stage]:
+    """The timeline, accuracy in every precision, and errors tensor by tensor."""
+    timeline = ["profiling.nsys", "--cupti", "--model", name, "--backend", "tensorrt", "--batch-size", "16"]
+    built = [
+        default_folder(str(folder), plugins, precision)
+        for precision in PRECISIONS
+        for plugins in ("fused", "none")
+    ]
+    accuracy = ["profiling.accuracy", *(word for engines in built for word in ("--engines", str(engines)))]
+    tensors = ["profiling.tensors", "--backend", "tensorrt", "--model", name]
+    return [
+        _module("timeline", timeline, 20, out / "timeline.json", "--json"),
+        _module("engines of all precisions", _engines(name, "fp16,bf16,fp32"), 60),
+        _module("accuracy", accuracy, 30, out / "accuracy.json", "--json"),
+        _module("tensors", tensors, 60, out / "tensors", "--out"),
+    ]
+
+
+def _engines(name: str, precision: str) -> list[str]:
+    return ["profiling.peers", "--model", name, "--batch", PROFILE, "--precision", precision]
 
 
 def _module(

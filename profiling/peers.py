@@ -12,6 +12,7 @@ Exit codes: those of build.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -126,14 +127,22 @@ def rtx_engines(folder: Path) -> tuple[Engine, Engine, Engine]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build every engine that the bench compares.")
     parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: %(default)s")
+    parser.add_argument(
+        "--precision",
+        type=lambda text: text.split(","),
+        default=["fp16"],
+        help=f"of {', '.join(PRECISIONS)}; the naive export in the first (default: fp16)",
+    )
     parser.add_argument("--batch", type=batch_range, default=(1, 16, 64), help="default: 1,16,64")
     options = parser.parse_args(arguments)
+    if unknown := set(options.precision) - set(PRECISIONS):
+        parser.error(f"no precision {', '.join(sorted(unknown))}; there are {', '.join(PRECISIONS)}")
     model = str(find_model(options.model))
     try:
-        for plugins in ("none", "fused"):
-            build(model, plugins, options.precision, options.batch)
-        build_naive(model, options.precision, options.batch, naive_folder(model, options.precision))
+        for precision, plugins in itertools.product(options.precision, ("none", "fused")):
+            build(model, plugins, precision, options.batch)
+        first = options.precision[0]
+        build_naive(model, first, options.batch, naive_folder(model, first))
     except (BuildError, CheckpointError, SurgeryError, TensorRTError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -175,12 +175,21 @@ def test_stages_of_the_gpu_check(tmp_path: Path):
 def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     plan = {stage.name: stage for stage in sweep(BUNDLED, "bundled", tmp_path, tmp_path)}
-    assert list(plan) == ["plugins", "engines", "batches", "tokens", "tensorrt_rtx", "tensors"]
+    of_all = ["plugins", "engines", "batches", "tokens", "tensorrt_rtx"]
+    of_trained_weights = ["timeline", "engines of all precisions", "accuracy", "tensors"]
+    assert list(plan) == [*of_all, *of_trained_weights]
+    assert plan["engines of all precisions"].command[-1] == "fp16,bf16,fp32"
+    assert [word.split("printed-")[1] for word in plan["accuracy"].command if "printed-" in word][:4] == [
+        "fp32-fused",
+        "fp32-none",
+        "fp16-fused",
+        "fp16-none",
+    ]
     assert "--tokens 5,10,40,60" in " ".join(plan["tokens"].command)
     assert "--batch 2,4,32,128" in " ".join(plan["batches"].command)
     outcome = run_stage(plan["tensorrt_rtx"], time.monotonic() + 100)
     assert (outcome.status, outcome.reason) == ("skipped", plan["tensorrt_rtx"].obstacle)
-    assert "tensors" not in {stage.name for stage in sweep(tmp_path, "small", tmp_path, tmp_path)}
+    assert [stage.name for stage in sweep(tmp_path, "small", tmp_path, tmp_path)] == of_all
 
 
 def test_collected_records_take_the_place_of_earlier_ones(tmp_path: Path):
