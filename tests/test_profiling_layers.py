@@ -235,6 +235,7 @@ def test_files(content, tmp_path: Path, capsys):
 def test_page_is_drawn_by_a_browser(content, tmp_path: Path):
     (tmp_path / "page.html").write_text(layers.html(compare(node_by_node(content, "encoder"))))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # no network
     command += ["--dump-dom", (tmp_path / "page.html").as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.count('class="main-svg"') >= 3  # a chart each, drawn
