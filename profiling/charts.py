@@ -1,19 +1,22 @@
-"""Charts of the committed results, as SVG: results/<gpu>/<model>/bench.json -> docs/charts/.
+"""Charts of the committed results, as SVG, in docs/charts/<gpu>/<model>.
 
     python -m profiling.charts
 
-A chart is of greedy search, and shows the variants that were measured; one for which nothing was measured is
-not drawn. The same records give the same bytes: no dates, no random names.
+They are of bench.json, load.json and tensors/tensors.json in results/<gpu>/<model>. A chart of bench.json is
+of greedy search, and shows the variants that were measured; one for which nothing was measured is not drawn.
+The same records give the same bytes: no dates, no random names.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -79,9 +82,74 @@ def charts(results: Path) -> dict[str, Figure]:
                     figures[f"{folder}/{part}-speedup.svg"] = speedup_chart(over_batch)
             if len({record.tokens for record in of_part}) > 1:
                 figures[f"{folder}/{part}-tokens.svg"] = tokens_chart(of_part)
+    for file in sorted(results.glob("*/*/load.json")):
+        figures[f"{file.parent.relative_to(results).as_posix()}/load.svg"] = load_chart(_read(file))
+    for file in sorted(results.glob("*/*/tensors/tensors.json")):
+        folder = file.parent.parent.relative_to(results).as_posix()
+        figures[f"{folder}/tensors.svg"] = tensors_chart(_read(file))
     if models:
         figures["headline.svg"] = headline_chart(models)
     return figures
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{file}: no JSON ({error}); measure again") from None
+
+
+def load_chart(content: Mapping[str, Any]) -> Figure:
+    """Percentiles of the latency and the throughput, over the load."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure.suptitle(f"Lines that arrive at random: {content['model']} on {content['gpu']}", fontsize=11)
+    latency, throughput = figure.subplots(1, 2)
+    loads = content["loads"]
+    place = range(len(loads))
+    labels = [f"{load['load']:.0%}" for load in loads]
+    for name, colour in (("p50", "#56b4e9"), ("p95", "#0072b2"), ("p99", "#d55e00")):
+        latency.plot(place, [load[f"{name}_ms"] for load in loads], marker="o", label=name, color=colour)
+    latency.set_ylabel("ms from arrival to text")
+    latency.set_ylim(bottom=0)
+    latency.legend()
+    drawn = throughput.bar(place, [load["lines_per_s"] for load in loads], 0.6, color="#0072b2")
+    throughput.bar_label(drawn, [f"{load['lines_per_s']:,.0f}" for load in loads], fontsize=8)
+    throughput.axhline(content["capacity_lines_per_s"], color="black", linewidth=0.8, label="capacity")
+    throughput.set_ylim(top=1.2 * content["capacity_lines_per_s"])
+    throughput.set_ylabel("lines a second")
+    throughput.legend(loc="upper left")
+    for axes in (latency, throughput):
+        axes.set_xticks(place, labels)
+        axes.set_xlabel("arrivals, share of the capacity")
+    return figure
+
+
+def tensors_chart(content: Mapping[str, Any]) -> Figure:
+    """The relative error that 99 % of a tensor's elements are below: a line a variant and precision."""
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    figure.suptitle(
+        f"Errors against PyTorch fp32: {content['model']} on {content['gpu'] or 'a CPU'}", fontsize=11
+    )
+    axes = figure.subplots()
+    errors = content["errors"]
+    tensors = list(dict.fromkeys(error["tensor"] for error in errors))
+    precisions = list(dict.fromkeys(error["precision"] for error in errors))
+    for precision in precisions:
+        for variant in dict.fromkeys(error["variant"] for error in errors):
+            points = [e for e in errors if (e["precision"], e["variant"]) == (precision, variant)]
+            if points:
+                axes.plot(
+                    [tensors.index(error["tensor"]) for error in points],
+                    [error["relative"]["p99"] for error in points],
+                    label=f"{NAMES[variant]} ({precision})",
+                    color=COLOURS[variant],
+                    linestyle=("-", "--", ":")[precisions.index(precision)],
+                )
+    axes.set_yscale("log")
+    axes.set_ylabel("relative error, p99")
+    axes.set_xticks(range(len(tensors)), tensors, rotation=90, fontsize=6)
+    axes.legend(fontsize=8)
+    return figure
 
 
 def batch_chart(records: Sequence[Record]) -> Figure:

@@ -33,7 +33,7 @@ from profiling.summary import summarize
 from runtime.gpu import current_gpu
 
 BATCHES = "1,8,16,64"
-PROFILE = "1,16,128"
+PROFILE, SWEEP_PROFILE = "1,16,64", "1,16,128"
 PRECISION = "fp16"
 SEARCHED = ("encoder", "decoder", "end_to_end")
 BUILD = "CMAKE_GENERATOR=Ninja cmake -S . -B build && cmake --build build --parallel"
@@ -75,25 +75,28 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     stock, fused = (default_folder(str(folder), plugins, PRECISION) for plugins in ("none", "fused"))
     accuracy = ["profiling.accuracy", "--engines", str(fused), "--engines", str(stock)]
     load = ["profiling.load", "--engines", str(fused), "--seconds", "3", "--model", name]
+    load += ["--backend", "tensorrt"]
     layers = ["profiling.layers", "--stock", str(stock), "--fused", str(fused), "--batch", "1,64"]
+    layers += ["--repeats", "120"]
     page = [*_bench(name, scratch / "page.json", "page", "stock,fused", "32"), "--lines", "100"]
     bench = "stock,fused,fused_steps,torch,stock_naive"
-    reads = folder == BUNDLED  # random weights read nothing
+
+    def if_it_reads(*stages: Stage) -> Sequence[Stage]:  # random weights do not
+        return stages if folder == BUNDLED else ()
+
     return [
         Stage("plugins", ["bash", "-c", BUILD], 30),
-        _module("engines", _engines(name, PRECISION), 30),
-        *([_module("accuracy", accuracy, 20, out / "accuracy.json", "--json")] if reads else []),
+        _module("engines", _engines(name, PRECISION, PROFILE), 30),
+        *if_it_reads(_module("accuracy", accuracy, 20, out / "accuracy.json", "--json")),
         _module("bench", _bench(name, scratch / "bench.json", SEARCHED, bench), 30),
-        _module("tests", ["pytest", "-m", "gpu", "-q", "-n", "6"], 60),
-        _module("page", page, 30),
-        *(
-            [_module("load", [*load, "--backend", "tensorrt"], 30, out / "load.json", "--json")]
-            if reads
-            else []
+        *if_it_reads(_module("page", page, 30)),
+        _module("layers", layers, 20, out / "layers", "--out"),
+        *if_it_reads(
+            _module("load", load, 30, out / "load.json", "--json"),
+            _module("tests", ["pytest", "-m", "gpu", "-q", "-n", "6"], 60),  # once a GPU is enough
         ),
-        _module("layers", layers, 30, out / "layers", "--out"),
         _module("compile", _bench(name, scratch / "compile.json", "encoder", "compile,onnxruntime"), 30),
-        *(_once_a_gpu(out.parent) if reads else []),
+        *if_it_reads(*_once_a_gpu(out.parent)),
     ]
 
 
@@ -117,7 +120,7 @@ def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
         )
     return [
         Stage("plugins", ["bash", "-c", BUILD], 30),
-        _module("engines", _engines(name, PRECISION), 30),
+        _module("engines", _engines(name, PRECISION, SWEEP_PROFILE), 30),
         _module("batches", batches, 30),
         _module("tokens", [*tokens, "--tokens", "5,10,40,60"], 30),
         replace(_module("tensorrt_rtx", rtx, 30), obstacle=reason),
@@ -137,14 +140,14 @@ def _of_trained_weights(folder: Path, name: str, out: Path) -> list[Stage]:
     tensors = ["profiling.tensors", "--backend", "tensorrt", "--model", name]
     return [
         _module("timeline", timeline, 20, out / "timeline.json", "--json"),
-        _module("engines of all precisions", _engines(name, "fp16,bf16,fp32"), 60),
+        _module("engines of all precisions", _engines(name, "fp16,bf16,fp32", SWEEP_PROFILE), 60),
         _module("accuracy", accuracy, 30, out / "accuracy.json", "--json"),
         _module("tensors", tensors, 60, out / "tensors", "--out"),
     ]
 
 
-def _engines(name: str, precision: str) -> list[str]:
-    return ["profiling.peers", "--model", name, "--batch", PROFILE, "--precision", precision]
+def _engines(name: str, precision: str, profile: str) -> list[str]:
+    return ["profiling.peers", "--model", name, "--batch", profile, "--precision", precision]
 
 
 def _module(

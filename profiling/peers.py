@@ -126,7 +126,12 @@ def rtx_engines(folder: Path) -> tuple[Engine, Engine, Engine]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build every engine that the bench compares.")
-    parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
+    parser.add_argument(
+        "--model",
+        type=lambda text: text.split(","),
+        default=["bundled"],
+        help="bundled, small, base, large (random) or folders (default: bundled)",
+    )
     parser.add_argument(
         "--precision",
         type=lambda text: text.split(","),
@@ -137,12 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.precision) - set(PRECISIONS):
         parser.error(f"no precision {', '.join(sorted(unknown))}; there are {', '.join(PRECISIONS)}")
-    model = str(find_model(options.model))
     try:
-        for precision, plugins in itertools.product(options.precision, ("none", "fused")):
-            build(model, plugins, precision, options.batch)
-        first = options.precision[0]
-        build_naive(model, first, options.batch, naive_folder(model, first))
+        for model in [str(find_model(name)) for name in options.model]:
+            for precision, plugins in itertools.product(options.precision, ("none", "fused")):
+                build(model, plugins, precision, options.batch)
+            first = options.precision[0]
+            build_naive(model, first, options.batch, naive_folder(model, first))
     except (BuildError, CheckpointError, SurgeryError, TensorRTError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -81,9 +81,16 @@ CHINESE = {
         "测于 {gpu}，驱动 {driver}，CUDA {cuda}，TensorRT {tensorrt}，提交 {commit}，{date}。"
     ),
     "Commands:": "命令：",
-    "Not measured yet: `{}` is not there, or does not have it; `make gpu-check` writes it.": (
-        "尚未测量：`{}` 不存在或没有这一项；由 `make gpu-check` 写出。"
+    "Not measured yet: `{}` is not there, or does not have it; `{}` writes it.": (
+        "尚未测量：`{}` 不存在或没有这一项；由 `{}` 写出。"
     ),
+    "load": "负载",
+    "offered lines/s": "到达 行/秒",
+    "lines a batch": "每批行数",
+    "Capacity: {} lines a second, batches up to {}.": "容量：每秒 {} 行，每批至多 {} 行。",
+    "encoder's states": "编码器状态",
+    "cross keys, values": "交叉注意力的键和值",
+    "tensors": "张量数",
 }
 TITLES = {
     "encoder": "Encoder",
@@ -98,6 +105,7 @@ def summary(
     accuracies: Sequence[dict[str, Any]],
     stages: Sequence[dict[str, Any]],
     unavailable: Sequence[str] = (),
+    load: Mapping[str, Any] | None = None,
 ) -> str:
     """The page. `stages` are the GPU check's: name, status, seconds, reason; `unavailable` are lines."""
     where = records[0] if records else None
@@ -110,6 +118,8 @@ def summary(
             lines += [f"## {TITLES[part]}", "", part_table(rows), ""]
     if accuracies:
         lines += ["## Accuracy on the labelled lines", "", accuracy_table(accuracies), ""]
+    if load:
+        lines += ["## Under load", "", load_table(load), ""]
     if unavailable:
         lines += ["## Not measured", "", *(f"* {line}" for line in unavailable), ""]
     if stages:
@@ -181,6 +191,23 @@ def accuracy_table(accuracies: Sequence[dict[str, Any]], language: str = "en") -
     return _table(rows, header, language)
 
 
+def load_table(load: Mapping[str, Any], language: str = "en") -> str:
+    """Latency while lines arrive at random moments: a row a share of the capacity."""
+    rows = [
+        [
+            f"{row['load']:.0%}",
+            f"{row['offered_lines_per_s']:.0f}",
+            f"{row['lines_per_s']:.0f}",
+            *(f"{row[name]:.1f}" for name in ("p50_ms", "p95_ms", "p99_ms", "mean_batch")),
+        ]
+        for row in load["loads"]
+    ]
+    header = ["load", "offered lines/s", "lines/s", "p50 ms", "p95 ms", "p99 ms", "lines a batch"]
+    capacity = _say("Capacity: {} lines a second, batches up to {}.", language)
+    table = _table(rows, header, language)
+    return table + "\n\n" + capacity.format(round(load["capacity_lines_per_s"]), load["batch_size"])
+
+
 def stage_table(stages: Sequence[dict[str, Any]]) -> str:
     rows = [[s["name"], s["status"], f"{s['seconds']:.0f}", s["reason"] or ""] for s in stages]
     return tabulate(rows, ["stage", "status", "seconds", "reason"], tablefmt="github", disable_numparse=True)
@@ -238,7 +265,13 @@ def summarize(folder: Path) -> str:
     bench = folder / "bench.json"
     records = read(bench) if bench.is_file() else []
     stages = content("environment.json", {"stages": []})["stages"]
-    return summary(records, content("accuracy.json", []), stages, content("unavailable.json", []))
+    return summary(
+        records,
+        content("accuracy.json", []),
+        stages,
+        content("unavailable.json", []),
+        content("load.json", None),
+    )
 
 
 def headline(results: Path) -> str:
@@ -254,6 +287,8 @@ def headline(results: Path) -> str:
         if (folder / "accuracy.json").is_file():
             accuracies = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
             lines += ["Accuracy on the labelled lines:", "", accuracy_table(accuracies), ""]
+        if load := _content(folder / "load.json"):
+            lines += ["Lines that arrive at random moments, from arrival to text:", "", load_table(load), ""]
         lines += [f"All parts, versions and the command of each figure: [{link}]({link}/summary.md).", ""]
     return "\n".join(lines)
 
@@ -285,6 +320,32 @@ def _part_place(part: str, folder: Path, words: Sequence[str], language: str) ->
 def _accuracy_place(folder: Path, words: Sequence[str], language: str) -> str | None:
     accuracies = _content(folder / "accuracy.json")
     return accuracy_table(accuracies, language) if accuracies else None
+
+
+def _load_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    load = _content(folder / "load.json")
+    return load_table(load, language) if load else None
+
+
+def _tensors_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    """Of every variant the errors of the encoder's states, the cross-attention's tensors and the logits."""
+    content = _content(folder / "tensors" / "tensors.json")
+    if not content:
+        return None
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for error in content["errors"]:
+        groups.setdefault((error["precision"], error["variant"]), []).append(error)
+
+    def worst(errors: Sequence[Mapping[str, Any]], name: str) -> str:
+        found = [error["relative"]["p99"] for error in errors if error["tensor"].startswith(name)]
+        return f"{max(found):.1e}" if found else "-"
+
+    parts = {"encoder's states": "encoder states", "cross keys, values": "cross ", "logits": "logits"}
+    rows = [
+        [precision, variant, *(worst(errors, name) for name in parts.values()), len(errors)]
+        for (precision, variant), errors in groups.items()
+    ]
+    return _table(rows, ["precision", "variant", *parts, "tensors"], language)
 
 
 def _environment_place(folder: Path, words: Sequence[str], language: str) -> str | None:
@@ -429,6 +490,8 @@ def _family_place(folder: Path, words: Sequence[str], language: str) -> str | No
 PLACES: Mapping[str, tuple[Callable[[Path, Sequence[str], str], str | None], str, int]] = {
     **{part: (partial(_part_place, part), "bench.json", 0) for part in PARTS},
     "accuracy": (_accuracy_place, "accuracy.json", 0),
+    "load": (_load_place, "load.json", 0),
+    "tensors": (_tensors_place, "tensors/tensors.json", 0),
     "environment": (_environment_place, "bench.json", 0),
     "layers": (_layers_place, LAYERS, 2),
     "layer": (_layer_place, LAYERS, 3),
@@ -456,8 +519,9 @@ def filled(text: str, results: Path, language: str) -> str:
         fill, file, _ = PLACES[kind]
         content = fill(results / words[0], words[1:], language)
         if content is None:
-            missing = "Not measured yet: `{}` is not there, or does not have it; `make gpu-check` writes it."
-            content = _say(missing, language).format(f"results/{words[0]}/{file}")
+            missing = "Not measured yet: `{}` is not there, or does not have it; `{}` writes it."
+            command = {"family": "make family", "tensors": "make gpu-sweep"}.get(kind, "make gpu-check")
+            content = _say(missing, language).format(f"results/{words[0]}/{file}", command)
         parts.append(f"{text[end : begin.end()]}\n\n{content}\n\n")
         end = close.start()
     return "".join(parts) + text[end:]
