@@ -89,6 +89,7 @@ def encoder_attention(ops) -> None:
     for batch, tokens, heads, head_dim, dtype in (
         (1, 1, 2, 64, "float16"),
         (2, 97, 3, 64, "float16"),
+        (1, 257, 2, 64, "float16"),
         (1, 257, 2, 64, "bfloat16"),
         (1, 578, 6, 64, "float16"),
         (2, 65, 2, 32, "float16"),

@@ -577,6 +577,7 @@ def run(
                 write(records, json)
     if json and skipped:
         reasons = json.with_name(f"{json.stem}-unavailable.txt")
+        reasons.parent.mkdir(parents=True, exist_ok=True)
         reasons.write_text("\n".join(skipped) + "\n", encoding="utf-8")
     return records, skipped
 

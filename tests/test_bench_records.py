@@ -265,9 +265,9 @@ def test_bench_says_what_it_cannot_measure(checkpoint, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     variants = ["fused", "fused_steps", "stock", "stock_naive"]
     options = ["--model", str(checkpoint("small")), "--batch", "1", "--variants", ",".join(variants)]
-    assert bench(["decoder", *options, "--json", "decoder.json"]) == 2
+    assert bench(["decoder", *options, "--json", "out/decoder.json"]) == 2
     printed = capsys.readouterr().out.splitlines()
-    reasons = (tmp_path / "decoder-unavailable.txt").read_text().splitlines()
+    reasons = (tmp_path / "out" / "decoder-unavailable.txt").read_text().splitlines()
     assert [f"not measured: {reason}" for reason in reasons] == printed[-len(variants) :]
     assert [reason.split(":")[0] for reason in reasons] == variants
 
