@@ -3,6 +3,9 @@
 #   make run         recognise the bundled sample lines (builds plugins and engines first where there is an NVIDIA GPU)
 #   make test        build the plugin library and run every test that this machine can run
 #   make gpu-check   on a GPU machine: tests, stock and fused engines, accuracy, benches -> results/<gpu>/
+#   make gpu-sweep   there: more batches and tokens, TensorRT-RTX, errors tensor by tensor; after gpu-check
+#   make family      there: every published configuration at full size, with random weights
+#   make sanitize    there: every kernel under compute-sanitizer
 #
 # PYTHON=... SETUP=0 uses a Python that already has the packages (a container, a machine without a network).
 
@@ -16,6 +19,7 @@ VENV ?= .venv
 SETUP ?= 1
 BUILD ?= build
 MODEL ?= bundled
+TEST_JOBS ?= 2
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
 ifeq ($(SETUP),1)
@@ -27,20 +31,31 @@ else
 PYTHON ?= $(BOOTSTRAP_PYTHON)
 endif
 
-.PHONY: help run test gpu-check setup build all-archs lint format lock clean
+.PHONY: help run test gpu-check gpu-sweep family sanitize setup build all-archs lint format lock clean
 
 help:
-	@sed -n '3,7s/^# \{0,1\}//p' $(MAKEFILE_LIST)
+	@sed -n '3,10s/^# \{0,1\}//p' $(MAKEFILE_LIST)
 
 run: $(PACKAGES) $(if $(HAS_GPU),build)
 	$(if $(HAS_GPU),$(PYTHON) build.py)
 	$(PYTHON) -m runtime.recognize --model models/trocr-tiny-printed --labels samples/labels.tsv --ignore-case samples
 
+# Two processes, and memory that they freed stays theirs: weights come and go, and pages that come back from the
+# system have to be cleared, which took a third of the time.
 test: $(PACKAGES) build
-	$(PYTHON) -m pytest
+	MALLOC_TRIM_THRESHOLD_=200000000000 MALLOC_MMAP_MAX_=0 $(PYTHON) -m pytest -n $(TEST_JOBS) --dist worksteal
 
 gpu-check: $(PACKAGES) $(TOOLCHAIN)
 	$(PYTHON) -m profiling.gpu_check --model $(MODEL)
+
+gpu-sweep: $(PACKAGES) $(TOOLCHAIN)
+	$(PYTHON) -m profiling.gpu_check --model $(MODEL) --sweep
+
+family: build
+	$(PYTHON) -m profiling.family
+
+sanitize: build
+	$(PYTHON) -m profiling.sanitize
 
 setup: $(PACKAGES) $(TOOLCHAIN)
 

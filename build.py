@@ -51,6 +51,8 @@ GRAPHS = ("encoder", "cross_kv", "decoder")
 PRECISIONS = ("fp32", "fp16", "bf16")
 CACHE_MULTIPLE = 32  # a fixed cache's capacity is rounded up to it: aligned rows, few different engines
 CHECKPOINT_FILES = {".bin", ".json", ".model", ".safetensors", ".txt"}
+# Of a build's inputs, those that decide the graphs; the others are the engines' affair.
+GRAPH_INPUTS = ("checkpoint", "precision", "plugins", "sources", "packages")
 PACKAGES = ("onnx", "onnx-graphsurgeon", "torch", "transformers")  # whose versions change the graphs
 
 Range = tuple[int, int, int]
@@ -104,7 +106,8 @@ def build(
             "plugin library": sha256(library) if library else None,
         }
     if force or not _up_to_date(out, inputs):
-        _build_folder(out, inputs, command, model, chosen, gpu if trt else None, trt, timing_cache)
+        reusable = None if force else _graphs_of_equal_inputs(out, inputs)
+        _build_folder(out, inputs, command, model, chosen, gpu if trt else None, trt, timing_cache, reusable)
     if not (trt or onnx_only):
         raise NoEngines(
             f"engines not built: {why_no_engines}; the graphs in {out} run on ONNX Runtime "
@@ -174,6 +177,19 @@ def _up_to_date(out: Path, inputs: Mapping[str, Any]) -> bool:
     return True
 
 
+def _graphs_of_equal_inputs(out: Path, inputs: Mapping[str, Any]) -> list[str] | None:
+    """The files of `out` but its engines, where a build from these inputs would write the same; else None."""
+    try:
+        manifest = Manifest.read(out)
+        files = [name for name in manifest.files if not name.endswith(".engine")]
+        for name in files:
+            manifest.check_file(out, name)
+    except ManifestError:
+        return None
+    same = all(manifest.inputs.get(name) == inputs[name] for name in GRAPH_INPUTS)
+    return files if same else None
+
+
 def _build_folder(
     out: Path,
     inputs: Mapping[str, Any],
@@ -183,9 +199,14 @@ def _build_folder(
     gpu: Gpu | None,
     trt: Any,
     timing_cache: Path | None,
+    reusable: Sequence[str] | None,
 ) -> None:
-    """Build in a temporary folder beside `out` and exchange the two at the end."""
+    """Build in a temporary folder beside `out` and exchange the two at the end.
+
+    `reusable` are files of `out` to take in place of exporting again.
+    """
     from graph_surgery.checkpoint import copy_processor_files
+    from graph_surgery.fuse import load
 
     spec = _load_spec(model)
     precision, batch = inputs["precision"], tuple(inputs["batch"])
@@ -194,8 +215,14 @@ def _build_folder(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
-        graphs = _write_graphs(spec, precision, plugins, folder)
-        copy_processor_files(spec, folder)
+        if reusable:
+            print(f"{out}: graphs are up to date")
+            for name in reusable:
+                os.link(out / name, folder / name)
+            graphs = load(folder)
+        else:
+            graphs = _write_graphs(spec, precision, plugins, folder)
+            copy_processor_files(spec, folder)
 
         properties = {entry.key: entry.value for entry in graphs["decoder"].metadata_props}
         cache = properties["trocr.cache"]
@@ -223,13 +250,11 @@ def _build_folder(
                 gpu.cuda,
             )
             manifest.plugin_library_sha256 = inputs["plugin library"]
-            # Of a growing cache: empty at the first step; all tokens but the last two at the last one.
-            past = (0, min(CACHE_MULTIPLE, max_length - 2), max_length - 2)
             manifest.engines = build_engines(
                 trt,
                 graphs,
                 folder,
-                {"batch": batch, "images": batch, "past_length": past, "capacity": (capacity,) * 3},
+                dynamic_sizes(batch, max_length) | {"capacity": (capacity,) * 3},
                 inputs["num_beams"],
                 [op.op for op in manifest.fused_ops],
                 timing_cache or out.parent / "timing.cache",
@@ -270,16 +295,15 @@ def _write_graphs(
     A fully fused folder also gets the weights of the CUDA greedy decoder, where that can run the checkpoint.
     """
     from graph_surgery.checkpoint import DTYPES, CheckpointError, load_model
-    from graph_surgery.export import export
-    from graph_surgery.fuse import fuse, load, save
+    from graph_surgery.export import export_graphs
+    from graph_surgery.fuse import fuse, save
     from runtime import greedy_weights
 
     try:
         weights = load_model(spec, DTYPES[precision])
     except CheckpointError as error:
         raise BuildError(str(error)) from error
-    export(spec, weights, precision, folder)
-    graphs = fuse(load(folder), spec, plugins)
+    graphs = fuse(export_graphs(spec, weights, precision), spec, plugins)
     for name, graph in graphs.items():
         save(graph, folder / f"{name}.onnx")
     if GROUPS["fused"] <= set(plugins) and greedy_weights.obstacle(spec, weights.dtype) is None:
@@ -300,6 +324,13 @@ def _count_fused_ops(graphs: Mapping[str, onnx.ModelProto]) -> list[FusedOp]:
     return [FusedOp(op.name, VERSION, nodes.count(op.name)) for op in FUSED_OPS.values() if op.name in nodes]
 
 
+def dynamic_sizes(batch: Range, max_length: int) -> dict[str, Range]:
+    """The ranges of the stock graphs' dynamic dimensions, by name."""
+    # Of a growing cache: empty at the first step; all tokens but the last two at the last one.
+    past = (0, min(CACHE_MULTIPLE, max_length - 2), max_length - 2)
+    return {"batch": batch, "images": batch, "past_length": past}
+
+
 def build_engines(
     trt: Any,
     graphs: Mapping[str, onnx.ModelProto],
@@ -309,18 +340,18 @@ def build_engines(
     fused_ops: Sequence[str],
     timing_cache: Path,
 ) -> dict[str, float]:
-    """Write an engine for every graph; returns the seconds each took."""
+    """Write an engine for every graph; returns the seconds each took. `trt` may be TensorRT-RTX."""
     from graph_surgery.fuse import strip_functions
 
     if fused_ops:
         load_plugin_library(fused_ops)
     builder = _builder(trt)
     seconds = {}
-    for name in GRAPHS:
+    for name in graphs:
         began = time.monotonic()
         network = builder.create_network(_network_flags(trt))
         network.name = f"{folder.name}/{name}"
-        parser = trt.OnnxParser(network, tensorrt_logger())
+        parser = trt.OnnxParser(network, tensorrt_logger(trt))
         graph = strip_functions(graphs[name])
         if not parser.parse(graph.SerializeToString()):
             errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
@@ -351,7 +382,7 @@ def build_engines(
 @functools.cache
 def _builder(trt: Any) -> Any:
     """One builder a process: TensorRT 10.6 takes a minute for the first one's kernels."""
-    return trt.Builder(tensorrt_logger())
+    return trt.Builder(tensorrt_logger(trt))
 
 
 def _network_flags(trt: Any) -> int:
@@ -429,7 +460,7 @@ def _progress_monitor(trt: Any, title: str) -> Any:
     return Progress()
 
 
-def _batch(text: str) -> Range:
+def batch_range(text: str) -> Range:
     """Parse --batch."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
@@ -467,7 +498,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: %(default)s")
     parser.add_argument(
-        "--batch", type=_batch, default=(1, 16, 64), metavar="MIN,OPT,MAX", help="default: 1,16,64"
+        "--batch", type=batch_range, default=(1, 16, 64), metavar="MIN,OPT,MAX", help="default: 1,16,64"
     )
     parser.add_argument("--out", type=Path, help="default: engines/<model>-<precision>-<plugins>")
     parser.add_argument(

@@ -120,12 +120,14 @@ TEXT_TOKENS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "u
 PRINTABLE_ASCII = [chr(code) for code in range(ord(" "), ord("~") + 1)]
 
 
-def random_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
+def random_checkpoint(
+    name: str, folder: Path, dtype: torch.dtype = torch.float16, seed: int = 0, device: str = "cpu"
+) -> Path:
     """Writes a full-size checkpoint with random weights; returns `folder`. `name` is one of ARCHITECTURES or
-    of PUBLISHED."""
+    of PUBLISHED. `device` is where the weights are drawn: on another device they are others."""
     architecture = PUBLISHED.get(name, name)
     return write_random_checkpoint(
-        *ARCHITECTURES[architecture], folder, dtype, seed, characters=architecture == "chinese"
+        *ARCHITECTURES[architecture], folder, dtype, seed, architecture == "chinese", device
     )
 
 
@@ -136,6 +138,7 @@ def write_random_checkpoint(
     dtype: torch.dtype = torch.float16,
     seed: int = 0,
     characters: bool = False,
+    device: str = "cpu",
 ) -> Path:
     """Writes a complete checkpoint: configuration, random weights in `dtype`, image processor, tokenizer.
 
@@ -156,9 +159,10 @@ def write_random_checkpoint(
             "pad_token_id": 1,
         }
     )
-    model = VisionEncoderDecoderModel(config)
+    with torch.device(device):
+        model = VisionEncoderDecoderModel(config)
     model.encoder.pooler = None
-    _randomize(model, seed)
+    _randomize(model, seed, device)
     model.to(dtype).save_pretrained(folder)
     write_image_processor(config.encoder.model_type, config.encoder.image_size, folder)
     if characters:
@@ -168,12 +172,12 @@ def write_random_checkpoint(
     return folder
 
 
-def _randomize(model: torch.nn.Module, seed: int) -> None:
+def _randomize(model: torch.nn.Module, seed: int, device: str) -> None:
     """Random weights that keep activations near 1 in any depth; biases and LayerNorms differ from 0 and 1.
 
     Hugging Face initialises biases to 0 and LayerNorms to 1, which hides a mistake in either.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, weight in tqdm(list(model.named_parameters()), desc="random weights", disable=None):
             if weight.ndim == 1:

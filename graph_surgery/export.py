@@ -12,6 +12,8 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -324,27 +326,26 @@ def _cache(
     return [TensorInfo(f"{prefix}.{layer}.{part}.{kind}", dtype, shape) for kind in ("key", "value")]
 
 
-def export(
-    spec: ModelSpec, model: VisionEncoderDecoderModel, precision: str, out_dir: Path
-) -> dict[str, Path]:
-    """Writes the three stock graphs of `model` into `out_dir`; returns their files by name.
+def export_graphs(
+    spec: ModelSpec, model: VisionEncoderDecoderModel, precision: str
+) -> dict[str, onnx.ModelProto]:
+    """The three stock graphs of `model`, by name.
 
     `precision` ("fp32", "fp16", "bf16") must be the type that the model was loaded in. Weights are inside the
-    files: the largest graph of the TrOCR family, a large encoder in fp32, has 1.2 GB, and ONNX allows 2 GB.
+    graphs: the largest of the TrOCR family, a large encoder in fp32, has 1.2 GB, and ONNX allows 2 GB.
     """
     dtype = DTYPES[precision]
     if model.dtype != dtype:
         raise ValueError(f"the model is in {model.dtype}, not in {dtype} as precision {precision!r} asks")
-    out_dir.mkdir(parents=True, exist_ok=True)
     encoder_heads, decoder_heads = spec.encoder.num_attention_heads, spec.decoder.num_attention_heads
-    graphs = {
+    modules = {
         "encoder": (Encoder(spec, model), encoder_tensors, encoder_heads, {"trocr.pixels": "normalised"}),
         "cross_kv": (CrossKeyValue(spec, model), cross_kv_tensors, decoder_heads, {}),
         "decoder": (DecoderStep(model), decoder_tensors, decoder_heads, {"trocr.cache": "growing"}),
     }
-    files = {}
+    graphs = {}
     for name, (module, tensors, num_heads, metadata) in tqdm(
-        graphs.items(), desc=f"export {spec.name} {precision}", unit="graph", disable=None
+        modules.items(), desc=f"export {spec.name} {precision}", unit="graph", disable=None
     ):
         graph = _trace(module.eval(), *tensors(spec, dtype))
         onnx.helper.set_model_props(
@@ -356,8 +357,17 @@ def export(
                 **metadata,
             },
         )
-        files[name] = _save(graph, out_dir / f"{name}.onnx")
-    return files
+        graphs[name] = graph
+    return graphs
+
+
+def export(
+    spec: ModelSpec, model: VisionEncoderDecoderModel, precision: str, out_dir: Path
+) -> dict[str, Path]:
+    """Writes the graphs of `export_graphs` into `out_dir`; returns their files by name."""
+    graphs = export_graphs(spec, model, precision)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    return {name: _save(graph, out_dir / f"{name}.onnx") for name, graph in graphs.items()}
 
 
 def _trace(module: nn.Module, inputs: list[TensorInfo], outputs: list[TensorInfo]) -> onnx.ModelProto:
@@ -367,7 +377,7 @@ def _trace(module: nn.Module, inputs: list[TensorInfo], outputs: list[TensorInfo
     (/layers.0/attention/q_proj/MatMul) and needs no further package; the newer one leaves Dropout nodes.
     """
     buffer = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _shared_weights_by_address():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the TorchScript exporter
         torch.onnx.export(
             module,
@@ -391,8 +401,24 @@ def _trace(module: nn.Module, inputs: list[TensorInfo], outputs: list[TensorInfo
     return model
 
 
+@contextmanager
+def _shared_weights_by_address() -> Iterator[None]:
+    """Keeps the exporter from comparing all weights of one shape with each other, element by element.
+
+    That takes most of its time. Weights that the model shares, as a tied output layer, are one tensor anyway.
+    """
+    deduplicate = torch._C._jit_pass_onnx_deduplicate_initializers
+    torch._C._jit_pass_onnx_deduplicate_initializers = lambda graph, weights, _: deduplicate(
+        graph, weights, True
+    )
+    try:
+        yield
+    finally:
+        torch._C._jit_pass_onnx_deduplicate_initializers = deduplicate
+
+
 def _tidy(graph: onnx.GraphProto) -> None:
-    """Leaves only nodes that compute: constants become initializers, weights that are equal become one.
+    """Leaves only nodes that compute: constants become initializers, weights that are shared become one.
 
     Folded weights get the name of the parameter they come from (layers.0.attention.q_proj.weight).
     """

@@ -1,6 +1,8 @@
 """Stock ONNX -> fused ONNX: runs passes over a model's graphs and checks that each fired as often as it must.
 
     python -m graph_surgery.fuse --in STOCK_DIR --out FUSED_DIR --plugins fused --model CHECKPOINT
+    python -m graph_surgery.fuse ... --for-tensorrt && trtexec --onnx=FUSED_DIR/encoder.onnx --stronglyTyped \
+        --dynamicPlugins=build/libtrocr_plugins.so
 
 A fused graph runs as it is on ONNX Runtime, for it carries the definition of every fused op as a local
 function. TensorRT takes the copy that `strip_functions` makes. The graph's metadata says what was done:
@@ -264,6 +266,9 @@ def main() -> int:
         "--plugins", default="fused", help="names or groups, separated by commas (default: fused)"
     )
     parser.add_argument("--model", help="checkpoint of the graphs (default: the config.json beside them)")
+    parser.add_argument(
+        "--for-tensorrt", action="store_true", help="leave out the ops' definitions: graphs for trtexec"
+    )
     arguments = parser.parse_args()
     try:
         plugins = parse_plugins(arguments.plugins)
@@ -274,6 +279,7 @@ def main() -> int:
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, model in fused.items():
+        model = strip_functions(model) if arguments.for_tensorrt else model
         print(save(model, arguments.out / f"{name}.onnx"))
     return 0
 

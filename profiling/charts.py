@@ -1,22 +1,27 @@
-"""Charts of the committed results, as SVG: results/<gpu>/<model>/bench.json -> docs/charts/.
+"""Charts of the committed results, as SVG, in docs/charts/<gpu>/<model>.
 
     python -m profiling.charts
 
-A chart is of greedy search, and shows the variants that were measured; one for which nothing was measured is
-not drawn. The same records give the same bytes: no dates, no random names.
+They are of bench.json, load.json and tensors/tensors.json in results/<gpu>/<model>. A chart of bench.json is
+of greedy search, and shows the variants that were measured; one for which nothing was measured is not drawn.
+The same records give the same bytes: no dates, no random names.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from profiling.records import ROOT, VARIANTS, Record, RecordError, read
+from profiling.records import ROOT, VARIANTS, Record, RecordError, read, usual_tokens
 
 STYLE = {
     "svg.hashsalt": "trocr",
@@ -69,7 +74,7 @@ def charts(results: Path) -> dict[str, Figure]:
         folder = file.parent.relative_to(results).as_posix()
         for part in PARTS:
             of_part = [record for record in records if record.part == part]
-            tokens = _usual_tokens(of_part)
+            tokens = usual_tokens(of_part)
             over_batch = [record for record in of_part if record.tokens == tokens]
             if over_batch:
                 figures[f"{folder}/{part}.svg"] = batch_chart(over_batch)
@@ -77,15 +82,74 @@ def charts(results: Path) -> dict[str, Figure]:
                     figures[f"{folder}/{part}-speedup.svg"] = speedup_chart(over_batch)
             if len({record.tokens for record in of_part}) > 1:
                 figures[f"{folder}/{part}-tokens.svg"] = tokens_chart(of_part)
+    for file in sorted(results.glob("*/*/load.json")):
+        figures[f"{file.parent.relative_to(results).as_posix()}/load.svg"] = load_chart(_read(file))
+    for file in sorted(results.glob("*/*/tensors/tensors.json")):
+        folder = file.parent.parent.relative_to(results).as_posix()
+        figures[f"{folder}/tensors.svg"] = tensors_chart(_read(file))
     if models:
         figures["headline.svg"] = headline_chart(models)
     return figures
 
 
-def _usual_tokens(records: Sequence[Record]) -> int | None:
-    """The number of tokens that most records have; None for the encoder."""
-    counts = [record.tokens for record in records]
-    return max(dict.fromkeys(counts), key=counts.count, default=None)
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{file}: no JSON ({error}); measure again") from None
+
+
+def load_chart(content: Mapping[str, Any]) -> Figure:
+    """Percentiles of the latency and the throughput, over the load."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure.suptitle(f"Lines that arrive at random: {content['model']} on {content['gpu']}", fontsize=11)
+    latency, throughput = figure.subplots(1, 2)
+    loads = content["loads"]
+    place = range(len(loads))
+    labels = [f"{load['load']:.0%}" for load in loads]
+    for name, colour in (("p50", "#56b4e9"), ("p95", "#0072b2"), ("p99", "#d55e00")):
+        latency.plot(place, [load[f"{name}_ms"] for load in loads], marker="o", label=name, color=colour)
+    latency.set_ylabel("ms from arrival to text")
+    latency.set_ylim(bottom=0)
+    latency.legend()
+    drawn = throughput.bar(place, [load["lines_per_s"] for load in loads], 0.6, color="#0072b2")
+    throughput.bar_label(drawn, [f"{load['lines_per_s']:,.0f}" for load in loads], fontsize=8)
+    throughput.axhline(content["capacity_lines_per_s"], color="black", linewidth=0.8, label="capacity")
+    throughput.set_ylim(top=1.2 * content["capacity_lines_per_s"])
+    throughput.set_ylabel("lines a second")
+    throughput.legend(loc="upper left")
+    for axes in (latency, throughput):
+        axes.set_xticks(place, labels)
+        axes.set_xlabel("arrivals, share of the capacity")
+    return figure
+
+
+def tensors_chart(content: Mapping[str, Any]) -> Figure:
+    """The relative error that 99 % of a tensor's elements are below: a line a variant and precision."""
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    figure.suptitle(
+        f"Errors against PyTorch fp32: {content['model']} on {content['gpu'] or 'a CPU'}", fontsize=11
+    )
+    axes = figure.subplots()
+    errors = content["errors"]
+    tensors = list(dict.fromkeys(error["tensor"] for error in errors))
+    precisions = list(dict.fromkeys(error["precision"] for error in errors))
+    for precision in precisions:
+        for variant in dict.fromkeys(error["variant"] for error in errors):
+            points = [e for e in errors if (e["precision"], e["variant"]) == (precision, variant)]
+            if points:
+                axes.plot(
+                    [tensors.index(error["tensor"]) for error in points],
+                    [error["relative"]["p99"] for error in points],
+                    label=f"{NAMES[variant]} ({precision})",
+                    color=COLOURS[variant],
+                    linestyle=("-", "--", ":")[precisions.index(precision)],
+                )
+    axes.set_yscale("log")
+    axes.set_ylabel("relative error, p99")
+    axes.set_xticks(range(len(tensors)), tensors, rotation=90, fontsize=6)
+    axes.legend(fontsize=8)
+    return figure
 
 
 def batch_chart(records: Sequence[Record]) -> Figure:
@@ -162,7 +226,7 @@ def headline_chart(models: Sequence[Sequence[Record]]) -> Figure:
         row[0].set_ylabel(records[0].model, fontsize=9)
         for axes, part in zip((row[:2], row[2:]), ("encoder", "end_to_end"), strict=True):
             found = [record for record in records if record.part == part]
-            found = [record for record in found if record.tokens == _usual_tokens(found)]
+            found = [record for record in found if record.tokens == usual_tokens(found)]
             batches = sorted({record.batch for record in found})
             for panel, batch in zip(axes, (batches[:1] + batches[1:][-1:]), strict=False):
                 _headline_panel(panel, [record for record in found if record.batch == batch])
@@ -189,7 +253,7 @@ def _headline_panel(axes, records: Sequence[Record]) -> None:
 def _figure(records: Sequence[Record], width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     first = records[0]
-    tokens = _usual_tokens(records)
+    tokens = usual_tokens(records)
     many = len({record.tokens for record in records}) > 1
     steps = "" if tokens is None or many else f", {tokens} tokens a line"
     figure.suptitle(f"{PARTS[first.part]}: {first.model} on {first.gpu}{steps}", fontsize=11)
@@ -221,12 +285,20 @@ def _speedups(records: Sequence[Record]) -> dict[tuple[str, int], float]:
     }
 
 
+def numbered(svg: str) -> str:
+    """The same picture with ids counted: matplotlib's are hashes, which the last bit of a number changes."""
+    ids: dict[str, str] = {}
+    return re.sub(r"\b[pm][0-9a-f]{10}\b", lambda match: ids.setdefault(match[0], f"id{len(ids)}"), svg)
+
+
 @matplotlib.rc_context(STYLE)
 def write(figures: dict[str, Figure], out: Path) -> None:
     """Save the charts, and delete those of records that are gone."""
     for name, figure in figures.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out / name, metadata={"Date": None, "Creator": None})
+        content = io.StringIO()
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+        (out / name).write_text(numbered(content.getvalue()), encoding="utf-8")
     for file in out.rglob("*.svg"):
         if file.relative_to(out).as_posix() not in figures:
             file.unlink()

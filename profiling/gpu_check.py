@@ -1,6 +1,7 @@
 """`make gpu-check`: everything that wants a GPU, in ten minutes, written to results/<gpu>/<model>/.
 
     python -m profiling.gpu_check --model bundled
+    python -m profiling.gpu_check --model bundled --sweep     make gpu-sweep: what there is no time for
 
 Every stage is a command of its own: one that fails or takes too long is recorded, and the others go on.
 Stages are in the order of their importance; those for which the time budget is too small are skipped, and
@@ -12,6 +13,7 @@ Exit codes: 0 all stages passed; 1 one failed or was skipped; 2 no GPU, or no su
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -20,10 +22,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from build import default_folder
+from build import PRECISIONS, default_folder
 from profiling import records
 from profiling.models import BUNDLED, find_model
 from profiling.records import ROOT
@@ -31,17 +33,27 @@ from profiling.summary import summarize
 from runtime.gpu import current_gpu
 
 BATCHES = "1,8,16,64"
-PROFILE = "1,16,64"
+PROFILE, SWEEP_PROFILE = "1,16,64", "1,16,128"
 PRECISION = "fp16"
+SEARCHED = ("encoder", "decoder", "end_to_end")
+BUILD = "CMAKE_GENERATOR=Ninja cmake -S . -B build && cmake --build build --parallel"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, and the least seconds that make it worth starting."""
+    """A command.
+
+    Attributes:
+        least_seconds: that make it worth starting.
+        output: file or folder that it writes anew.
+        obstacle: why it cannot be run here.
+    """
 
     name: str
     command: list[str]
     least_seconds: float
+    output: Path | None = None
+    obstacle: str | None = None
 
 
 @dataclass
@@ -56,52 +68,114 @@ class Outcome:
 
 
 def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
-    """The stages for the checkpoint in `folder`, called `name` on the command line, most important first."""
-    python = [sys.executable]
+    """The check of the checkpoint in `folder`, `name` on the command line, most important stages first.
+
+    `out` is the model's folder of results; what depends on no model goes into the one above.
+    """
     stock, fused = (default_folder(str(folder), plugins, PRECISION) for plugins in ("none", "fused"))
+    accuracy = ["profiling.accuracy", "--engines", str(fused), "--engines", str(stock)]
+    load = ["profiling.load", "--engines", str(fused), "--seconds", "3", "--model", name]
+    load += ["--backend", "tensorrt"]
+    layers = ["profiling.layers", "--stock", str(stock), "--fused", str(fused), "--batch", "1,64"]
+    layers += ["--repeats", "120"]
+    page = [*_bench(name, scratch / "page.json", "page", "stock,fused", "32"), "--lines", "100"]
+    bench = "stock,fused,fused_steps,torch,stock_naive"
 
-    def bench(file: str, parts: Sequence[str], variants: str, batches: str = BATCHES) -> list[str]:
-        command = [*python, "-m", "runtime.bench", *parts, "--model", name, "--batch", batches]
-        return [*command, "--variants", variants, "--json", str(scratch / file)]
+    def if_it_reads(*stages: Stage) -> Sequence[Stage]:  # random weights do not
+        return stages if folder == BUNDLED else ()
 
-    engines = [*python, "build.py", "--model", str(folder), "--plugins", "none", "--plugins", "fused"]
-    engines += ["--precision", PRECISION, "--batch", PROFILE]
-    accuracy = [*python, "-m", "profiling.accuracy", "--engines", str(fused), "--engines", str(stock)]
-    accuracy += ["--json", str(out / "accuracy.json")]
-    kernels = [*python, "-m", "profiling.kernels", "--out", str(out / "kernels.json")]
-    load = [*python, "-m", "profiling.load", "--engines", str(fused), "--seconds", "3"]
-    load += ["--model", name, "--backend", "tensorrt", "--json", str(out / "load.json")]
-    layers = [*python, "-m", "profiling.layers", "--stock", str(stock), "--fused", str(fused)]
-    layers += ["--batch", "1,64", "--out", str(out / "layers")]
-    page = [*bench("page.json", ("page",), "stock,fused", "32"), "--lines", "100"]
-    build = "CMAKE_GENERATOR=Ninja cmake -S . -B build && cmake --build build --parallel"
-    parts = ("encoder", "decoder", "end_to_end")
     return [
-        Stage("plugins", ["bash", "-c", build], 30),
-        Stage("engines", engines, 30),
-        # Random weights read nothing.
-        *([Stage("accuracy", accuracy, 20)] if folder == BUNDLED else []),
-        Stage("bench", bench("bench.json", parts, "stock,fused,fused_steps,torch"), 30),
-        Stage("tests", [*python, "-m", "pytest", "-m", "gpu", "-q", "-n", "6"], 60),
-        Stage("page", page, 30),
-        *([Stage("load", load, 30)] if folder == BUNDLED else []),
-        Stage("layers", layers, 30),
-        Stage("compile", bench("compile.json", ("encoder",), "compile"), 30),
-        Stage("kernels", kernels, 30),
-        Stage(
-            "greedy decoder",
-            [*python, "-m", "profiling.greedy_decoder", "--out", str(out / "greedy_decoder.json")],
-            30,
+        Stage("plugins", ["bash", "-c", BUILD], 30),
+        _module("engines", _engines(name, PRECISION, PROFILE), 30),
+        *if_it_reads(_module("accuracy", accuracy, 20, out / "accuracy.json", "--json")),
+        _module("bench", _bench(name, scratch / "bench.json", SEARCHED, bench), 30),
+        *if_it_reads(_module("page", page, 30)),
+        _module("layers", layers, 20, out / "layers", "--out"),
+        *if_it_reads(
+            _module("load", load, 30, out / "load.json", "--json"),
+            _module("tests", ["pytest", "-m", "gpu", "-q", "-n", "6"], 60),  # once a GPU is enough
         ),
+        _module("compile", _bench(name, scratch / "compile.json", "encoder", "compile,onnxruntime"), 30),
+        *if_it_reads(*_once_a_gpu(out.parent)),
     ]
+
+
+def _once_a_gpu(out: Path) -> list[Stage]:
+    """What depends on no checkpoint."""
+    return [
+        _module("kernels", ["profiling.kernels"], 30, out / "kernels.json", "--out"),
+        _module("greedy decoder", ["profiling.greedy_decoder"], 30, out / "greedy_decoder.json", "--out"),
+    ]
+
+
+def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
+    """What the check has no time for: more batches and tokens, TensorRT-RTX, errors tensor by tensor."""
+    batches = _bench(name, scratch / "batches.json", SEARCHED, "stock,fused,torch", "2,4,32,128")
+    tokens = _bench(name, scratch / "tokens.json", SEARCHED[1:], "stock,fused,torch", "1,16")
+    rtx = _bench(name, scratch / "rtx.json", SEARCHED, "tensorrt_rtx")
+    reason = None
+    if not any(importlib.util.find_spec(module) for module in ("tensorrt_rtx", "tensorrt_rtx_bindings")):
+        reason = (
+            "TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
+        )
+    return [
+        Stage("plugins", ["bash", "-c", BUILD], 30),
+        _module("engines", _engines(name, PRECISION, SWEEP_PROFILE), 30),
+        _module("batches", batches, 30),
+        _module("tokens", [*tokens, "--tokens", "5,10,40,60"], 30),
+        replace(_module("tensorrt_rtx", rtx, 30), obstacle=reason),
+        *(_of_trained_weights(folder, name, out) if folder == BUNDLED else []),
+    ]
+
+
+def _of_trained_weights(folder: Path, name: str, out: Path) -> list[Stage]:
+    """The timeline, accuracy in every precision, and errors tensor by tensor."""
+    timeline = ["profiling.nsys", "--cupti", "--model", name, "--backend", "tensorrt", "--batch-size", "16"]
+    built = [
+        default_folder(str(folder), plugins, precision)
+        for precision in PRECISIONS
+        for plugins in ("fused", "none")
+    ]
+    accuracy = ["profiling.accuracy", *(word for engines in built for word in ("--engines", str(engines)))]
+    tensors = ["profiling.tensors", "--backend", "tensorrt", "--model", name]
+    return [
+        _module("timeline", timeline, 20, out / "timeline.json", "--json"),
+        _module("engines of all precisions", _engines(name, "fp16,bf16,fp32", SWEEP_PROFILE), 60),
+        _module("accuracy", accuracy, 30, out / "accuracy.json", "--json"),
+        _module("tensors", tensors, 60, out / "tensors", "--out"),
+    ]
+
+
+def _engines(name: str, precision: str, profile: str) -> list[str]:
+    return ["profiling.peers", "--model", name, "--batch", profile, "--precision", precision]
+
+
+def _module(
+    name: str, command: Sequence[str], least_seconds: float, output: Path | None = None, option: str = ""
+) -> Stage:
+    """A stage that runs a module with this Python; `option` tells it where its output goes."""
+    arguments = [option, str(output)] if output else []
+    return Stage(name, [sys.executable, "-m", *command, *arguments], least_seconds, output)
+
+
+def _bench(
+    model: str, file: Path, parts: str | Sequence[str], variants: str, batches: str = BATCHES
+) -> list[str]:
+    parts = [parts] if isinstance(parts, str) else parts
+    command = ["runtime.bench", *parts, "--model", model, "--batch", batches, "--precision", PRECISION]
+    return [*command, "--variants", variants, "--json", str(file)]
 
 
 def run_stage(stage: Stage, deadline: float) -> Outcome:
     """Run one stage, its output on the terminal as it comes, until the budget ends."""
     command = shlex.join(stage.command).replace(sys.executable, "python")
+    if stage.obstacle:
+        return Outcome(stage.name, command, "skipped", 0, stage.obstacle)
     left = deadline - time.monotonic()
     if left < stage.least_seconds:
         return Outcome(stage.name, command, "skipped", 0, f"{max(left, 0):.0f} s were left")
+    if stage.output is not None:  # of an earlier run
+        stage.output.unlink() if stage.output.is_file() else shutil.rmtree(stage.output, ignore_errors=True)
     print(f"== {stage.name}: {command}", flush=True)
     began = time.monotonic()
     process = subprocess.Popen(stage.command, start_new_session=True)
@@ -129,17 +203,29 @@ def _end(process: subprocess.Popen) -> None:
             process.wait()
 
 
-def collect(scratch: Path, out: Path) -> None:
-    """Put the benches' records into one bench.json, part by part."""
+def collect(scratch: Path, out: Path, fresh: bool) -> None:
+    """Put the benches' records into bench.json, and what they could not measure into unavailable.json.
+
+    They take the place of earlier records of the same cases; `fresh` drops all earlier ones.
+    """
+    bench, unavailable = out / "bench.json", out / "unavailable.json"
     found = [record for file in sorted(scratch.glob("*.json")) for record in records.read(file)]
+    known = records.read(bench) if bench.is_file() and not fresh else []
     if found:
-        records.write(sorted(found, key=lambda record: records.PARTS.index(record.part)), out / "bench.json")
+        records.write(records.merged(known, found), bench)
+    elif fresh:
+        bench.unlink(missing_ok=True)
+    lines = [] if fresh or not unavailable.is_file() else json.loads(unavailable.read_text(encoding="utf-8"))
+    for file in sorted(scratch.glob("*-unavailable.txt")):
+        lines += file.read_text(encoding="utf-8").splitlines()
+    unavailable.write_text(json.dumps(list(dict.fromkeys(lines)), indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check and measure everything that wants a GPU.")
     parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
     parser.add_argument("--out", type=Path, help="default: results/<gpu>; a folder a model is made in it")
+    parser.add_argument("--sweep", action="store_true", help="more batches and tokens, peers, tensors")
     parser.add_argument("--budget-minutes", type=float, default=10, help="default: %(default)s")
     parser.add_argument(
         "--stages", type=lambda text: text.split(","), help="only these, with commas (default: all)"
@@ -161,25 +247,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)  # so that the recorded commands have no path of this machine
     out = parent / folder.resolve().name
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("bench", "accuracy", "kernels", "load", "greedy_decoder"):  # of an earlier run
-        (out / f"{name}.json").unlink(missing_ok=True)
-    shutil.rmtree(out / "layers", ignore_errors=True)
-
     scratch = Path("build") / "gpu-check"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    plan = stages(folder, options.model, scratch, out)
+    plan = (sweep if options.sweep else stages)(folder, options.model, scratch, out)
     if unknown := set(options.stages or ()) - {stage.name for stage in plan}:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in plan)}")
     outcomes = [
         run_stage(stage, deadline) for stage in plan if not options.stages or stage.name in options.stages
     ]
-    collect(scratch, out)
+    collect(scratch, out, fresh=not (options.sweep or options.stages))
     here = records.environment(
         shlex.join(["python", "-m", "profiling.gpu_check", *(arguments or sys.argv[1:])])
     )
-    content = asdict(here) | {"stages": [asdict(outcome) for outcome in outcomes]}
-    (out / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
+    file = out / "environment.json"
+    kept = []  # of the check, where these were only some stages, or the sweep's
+    if file.is_file() and (options.sweep or options.stages):
+        run_now = {outcome.name for outcome in outcomes}
+        kept = [s for s in json.loads(file.read_text())["stages"] if s["name"] not in run_now]
+    content = asdict(here) | {"stages": kept + [asdict(outcome) for outcome in outcomes]}
+    file.write_text(json.dumps(content, indent=1) + "\n")
     text = summarize(out)
     (out / "summary.md").write_text(text, encoding="utf-8")
     print(text)

@@ -14,8 +14,14 @@ parts a node; where there is none, the other arithmetic; where there is none of 
 copies. What was divided is shown as "shared": where that is small, an op stands against exactly the layers
 that it replaced.
 
-TensorRT's layer times are taken with an event between any two layers, which no inference has: they add up to
-more than the replay of a CUDA graph takes, whose time stands beside them.
+How the times are taken. Every engine is captured twice as a CUDA graph, plain and with TensorRT's profiler,
+and the graphs of both variants are replayed in turns: the host's pace and the clock's drift touch all of
+them alike. The profiler puts an event between any two layers, so that a profiled replay takes longer than a
+plain one. What it adds is known in total only, from the two replays' medians. It is taken off the layers in
+equal parts, from none more than it has, so that the parts add up to the plain replay, which is what an
+inference takes; how much was taken off is part of the result ("profiler"). Layers that TensorRT runs side
+by side, on streams of its own, have times that overlap: those are first scaled to the profiled replay
+("side by side" says how much they overlapped).
 """
 
 from __future__ import annotations
@@ -44,10 +50,10 @@ MOVEMENTS = {"Cast", "Concat", "Constant", "Expand", "Flatten", "Gather", "Ident
 MOVEMENTS |= {"Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 NOT_ATTRIBUTED = "not attributed"
 OUTSIDE = "outside of the layers"
-TOLERANCE = 0.05  # of the parts' sum against the profiled whole
+TOLERANCE = 0.05  # of the layers' sum against the profiled replay, and of the parts' against the plain one
 WARMUPS = 10
 RAW, COMPARISON, TABLES, PAGE = "layers-raw.json", "layers.json", "layers.md", "layers.html"
-FORMAT = 1
+FORMAT = 2
 
 
 class LayersError(RuntimeError):
@@ -67,41 +73,92 @@ def measure(
 
     Yields:
         For each engine and batch: `layers`, a list of name and `times_ms`, in the order of execution;
-        `enqueue_ms` and `replay_ms`, the whole without the profiler, enqueued and as a CUDA graph;
-        `inspector`, TensorRT's description; `nodes`, the graph's nodes and their operators; `replaced`.
+        `profiled_ms`, the same runs as a whole; `enqueue_ms` and `replay_ms`, the whole without the profiler,
+        enqueued and as a CUDA graph; `inspector`, TensorRT's description; `nodes`, the graph's nodes and
+        their operators; `replaced`.
 
     Raises:
         EngineError: an engine that cannot be loaded, or not run at this batch.
     """
     import torch
 
-    from runtime.engine import Engine, capture
+    from runtime.engine import Engine
 
     folders = {"stock": stock, "fused": fused}
     with torch.cuda.stream(torch.cuda.Stream()):  # on the default stream TensorRT synchronises
         for graph in graphs:
             engines = {variant: Engine.load(folder, graph) for variant, folder in folders.items()}
             for batch in batches:
-                for variant, engine in engines.items():
-                    tensors = _tensors(engine, folders[variant], batch, position)
-                    bound = engine.bind(tensors)
-                    for _ in range(WARMUPS):
-                        bound()
-                    entry = {
+                runs = {
+                    variant: EngineRuns(engine, _tensors(engine, folders[variant], batch, position))
+                    for variant, engine in engines.items()
+                }
+                for _ in range(repeats):
+                    for run in runs.values():
+                        run.time_once()
+                for variant, run in runs.items():
+                    yield {
                         "variant": variant,
                         "graph": graph,
                         "batch": batch,
                         "position": position if graph == "decoder" else None,
-                        "enqueue_ms": _times(bound, repeats),
-                        "replay_ms": _times(capture(bound).replay, repeats),
+                        **run.content(),
                         **_graph_content(folders[variant] / f"{graph}.onnx"),
                     }
-                    entry["layers"] = _layer_times(engine.bind(tensors), repeats)
-                    try:
-                        entry["inspector"] = bound.layer_information()
-                    except RuntimeError as error:  # the times are worth keeping
-                        entry["inspector"] = f"not available: {error}"
-                    yield entry
+
+
+class EngineRuns:
+    """One engine on fixed tensors, in three ways: enqueued, as a CUDA graph, and as one with the profiler."""
+
+    def __init__(self, engine, tensors: Mapping[str, Any]):
+        import torch
+
+        from runtime.engine import capture
+
+        self._plain, self._profiled = engine.bind(tensors), engine.bind(tensors)
+        self._reports: list[tuple[str, float]] = []
+        self._profiled.attach_profiler(lambda name, ms: self._reports.append((name, ms)))
+        for _ in range(WARMUPS):
+            self._plain()
+            self._profiled()
+        torch.cuda.synchronize()
+        self._replay, self._replay_profiled = capture(self._plain).replay, self._profiled
+        try:
+            replay = capture(self._profiled).replay
+            replay()
+            torch.cuda.synchronize()
+            self._profiled.report_layers()
+            if sum(ms for _, ms in self._reports) > 0:
+                self._replay_profiled = replay
+        except RuntimeError as error:
+            print(f"the profiled engine is enqueued, not replayed: {error}", file=sys.stderr)
+        for _ in range(WARMUPS):
+            self._replay()
+            self._replay_profiled()
+        self._times: dict[str, list[float]] = {"enqueue_ms": [], "replay_ms": [], "profiled_ms": []}
+        self._layers: dict[str, list[float]] = defaultdict(list)
+
+    def time_once(self) -> None:
+        """One run in each way."""
+        self._times["enqueue_ms"].append(_time(self._plain))
+        self._times["replay_ms"].append(_time(self._replay))
+        self._times["profiled_ms"].append(_time(self._replay_profiled))
+        self._reports.clear()
+        self._profiled.report_layers()
+        of_run: dict[str, float] = defaultdict(float)  # a layer may be reported more than once
+        for name, ms in self._reports:
+            of_run[name] += ms
+        for name, ms in of_run.items():
+            self._layers[name].append(round(ms, 6))
+
+    def content(self) -> dict[str, Any]:
+        """What `measure` yields of the runs so far."""
+        try:
+            inspector = self._plain.layer_information()
+        except RuntimeError as error:  # the times are worth keeping
+            inspector = f"not available: {error}"
+        layers = [{"name": name, "times_ms": values} for name, values in self._layers.items()]
+        return {**self._times, "layers": layers, "inspector": inspector}
 
 
 def _tensors(engine, folder: Path, batch: int, position: int) -> dict[str, Any]:
@@ -138,39 +195,16 @@ def _tensors(engine, folder: Path, batch: int, position: int) -> dict[str, Any]:
     return inputs | outputs
 
 
-def _times(run: Callable[[], None], repeats: int) -> list[float]:
+def _time(run: Callable[[], None]) -> float:
+    """Milliseconds of one run; waits for its end."""
     import torch
 
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
     run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times
-
-
-def _layer_times(bound, repeats: int) -> list[dict[str, Any]]:
-    import torch
-
-    reports: list[tuple[str, float]] = []
-    bound.report_layers(lambda name, ms: reports.append((name, ms)))
-    times: dict[str, list[float]] = defaultdict(list)
-    for run in range(-WARMUPS, repeats):
-        reports.clear()
-        bound()
-        torch.cuda.synchronize()
-        if run < 0:
-            continue
-        of_run: dict[str, float] = defaultdict(float)  # a layer may be reported more than once
-        for name, ms in reports:
-            of_run[name] += ms
-        for name, ms in of_run.items():
-            times[name].append(round(ms, 6))
-    return [{"name": name, "times_ms": values} for name, values in times.items()]
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def _graph_content(file: Path) -> dict[str, Any]:
@@ -195,9 +229,9 @@ def compare(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         `environment`, and `comparisons`, for each graph and batch that both variants were measured at:
-        `whole` (per variant: the sum of the parts, the profiled whole, their relative difference, the
-        enqueued and the replayed time), and three tables that each add up to the whole: `units` (op by op,
-        with the names of the layers), `ops` (by operator) and `modules` (by the model's layers).
+        `whole` (per variant: the sum of the parts, the whole in all three ways, and what was taken off, see
+        `_whole`), and three tables that each add up to the sum: `units` (op by op, with the names of the
+        layers), `ops` (by operator) and `modules` (by the model's layers).
 
     Raises:
         LayersError: a measurement without its counterpart, or without layers.
@@ -227,7 +261,9 @@ def _compare(graph: str, batch: int, position: int | None, entries: Mapping[str,
     whole, timelines = {}, {}
     for variant, entry in entries.items():
         timelines[variant] = []
-        for layer in _layers(entry):
+        layers = _layers(entry)
+        whole[variant] = _whole(entry, layers)
+        for layer in layers:
             shares = _shares(layer["nodes"], entry["nodes"], unit_of if variant == "stock" else {})
             for name, share in shares.items():
                 unit = units.setdefault(name, _new_unit(name, graph, stock, fused))
@@ -238,7 +274,6 @@ def _compare(graph: str, batch: int, position: int | None, entries: Mapping[str,
             timelines[variant].append(
                 {"name": layer["name"], "ms": layer["ms"], "op": " + ".join(sorted(ops))}
             )
-        whole[variant] = _whole(entry, timelines[variant])
     for new in fused["fused_nodes"]:  # one that TensorRT's profile does not show must be seen to be missing
         units.setdefault(new, _new_unit(new, graph, stock, fused))
     return {
@@ -330,21 +365,46 @@ def _module(name: str, graph: str) -> str:
     return f"{graph} layer {index[1]}" if index else OUTSIDE
 
 
-def _whole(entry: Mapping[str, Any], timeline: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    runs = min(len(layer["times_ms"]) for layer in entry["layers"])
-    profiled = [sum(layer["times_ms"][run] for layer in entry["layers"]) for run in range(runs)]
-    total = sum(layer["ms"] for layer in timeline)
-    whole = {
-        "layers": len(timeline),
-        "runs": runs,
+def _whole(entry: Mapping[str, Any], layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Takes what the profiler adds off the layers' `ms`, in place; returns the engine's times as a whole.
+
+    Returns:
+        `replay_ms`, `enqueue_ms`, `profiled_ms`: medians of the whole; `layers_ms`: the layers' medians
+        added up, as TensorRT reports them; `side_by_side`: how many times the profiled replay that is,
+        where it is more; `profiler_us`: what was taken off each layer (less where it had less); `sum_ms`:
+        the parts added up, and its relative difference from the replay; `unaccounted`: share of the
+        profiled replay that no layer has.
+    """
+    whole = {name: statistics.median(entry[name]) for name in ("enqueue_ms", "replay_ms", "profiled_ms")}
+    reported = sum(layer["ms"] for layer in layers)
+    side_by_side = max(1.0, reported / whole["profiled_ms"])
+    for layer in layers:
+        layer["ms"] /= side_by_side
+    profiler = _level([layer["ms"] for layer in layers], reported / side_by_side - whole["replay_ms"])
+    for layer in layers:
+        layer["ms"] = max(0.0, layer["ms"] - profiler)
+    total = sum(layer["ms"] for layer in layers)
+    return whole | {
+        "layers": len(layers),
+        "runs": min(len(layer["times_ms"]) for layer in entry["layers"]),
+        "layers_ms": reported,
+        "side_by_side": side_by_side,
+        "profiler_us": 1e3 * profiler,
         "sum_ms": total,
-        "profiled_ms": statistics.median(profiled),
-        "enqueue_ms": statistics.median(entry["enqueue_ms"]),
-        "replay_ms": statistics.median(entry["replay_ms"]),
+        "difference_from_replay": total / whole["replay_ms"] - 1,
     }
-    for name in ("profiled", "enqueue", "replay"):
-        whole[f"difference_from_{name}"] = total / whole[f"{name}_ms"] - 1
-    return whole
+
+
+def _level(values: Sequence[float], amount: float) -> float:
+    """What to take off each value, from none more than it is, to take off `amount` in all; at least 0."""
+    taken = 0.0
+    rest = sorted(value for value in values if value > 0)
+    for number, value in enumerate(rest):
+        level = (amount - taken) / (len(rest) - number)
+        if level <= value:
+            return max(0.0, level)
+        taken += value
+    return 0.0
 
 
 def _totals(units: Iterable[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
@@ -365,6 +425,12 @@ def _ratio(stock: float, fused: float) -> float | None:
 
 # --- showing ---
 
+METHOD = """Median milliseconds. TensorRT's profiler puts an event between any two layers; what that adds to
+the replay of the engine's CUDA graph was measured, by replaying graphs with and without it in turns, and
+taken off the layers in equal parts. "Side by side": how many times the profiled replay the layers' times
+are, where TensorRT runs layers at the same time; their times were scaled. "Shared" is time of layers that
+do the work of several ops, divided between them (`profiling/layers.py` says how)."""
+
 
 def markdown(comparison: Mapping[str, Any]) -> str:
     """The tables: the whole, operator by operator, and layer by layer."""
@@ -372,13 +438,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     text = ["# Layer by layer: stock against fused", ""]
     text += [f"{here['gpu']}, driver {here['driver']}, CUDA {here['cuda']}, TensorRT {here['tensorrt']}, "]
     text += [f"commit {here['commit']}, {here['date']}. `{here['command']}`", ""]
-    text += [
-        "Median milliseconds. TensorRT puts an event between any two layers to time them, so that the sum"
-    ]
-    text += [
-        'of the layers is more than the replay of a CUDA graph takes. "Shared" is time of layers that do'
-    ]
-    text += ["the work of several ops; it was divided between them (`profiling/layers.py` says how).", ""]
+    text += [METHOD, ""]
     for entry in comparison["comparisons"]:
         text += [f"## {title(entry)}", "", whole_table(entry), ""]
         text += [totals_table(entry["ops"], "op"), "", totals_table(entry["modules"], "module"), ""]
@@ -391,29 +451,24 @@ def title(entry: Mapping[str, Any]) -> str:
 
 
 def whole_table(entry: Mapping[str, Any]) -> str:
-    header = [
-        "whole engine",
-        "layers",
-        "runs",
-        "sum of layers",
-        "profiled",
-        "difference",
-        "enqueued",
-        "CUDA graph",
-    ]
+    header = ["whole engine", "layers", "runs", "CUDA graph", "sum of parts", "difference", "profiled"]
+    header += ["profiler us a layer", "side by side", "enqueued"]
     rows = []
     for variant in VARIANTS:
         whole = entry["whole"][variant]
-        difference = whole["difference_from_profiled"]
-        mark = "" if abs(difference) <= TOLERANCE else " (!)"
-        rows.append(
-            [variant, whole["layers"], whole["runs"], _ms(whole["sum_ms"]), _ms(whole["profiled_ms"])]
-        )
-        rows[-1] += [f"{difference:+.1%}{mark}", _ms(whole["enqueue_ms"]), _ms(whole["replay_ms"])]
+        difference, beside = whole["difference_from_replay"], whole["side_by_side"]
+        mark = " (!)" if _does_not_add_up(whole) else ""
+        rows.append([variant, whole["layers"], whole["runs"], _ms(whole["replay_ms"]), _ms(whole["sum_ms"])])
+        rows[-1] += [f"{difference:+.1%}{mark}", _ms(whole["profiled_ms"]), f"{whole['profiler_us']:.2f}"]
+        rows[-1] += [f"{beside:.2f}x" if beside > 1 + TOLERANCE else "-", _ms(whole["enqueue_ms"])]
     speedup = entry["speedup"]
-    rows.append(["speedup", "", "", _times_faster(speedup["sum_ms"]), "", ""])
-    rows[-1] += [_times_faster(speedup["enqueue_ms"]), _times_faster(speedup["replay_ms"])]
+    rows.append(["speedup", "", "", _times_faster(speedup["replay_ms"]), _times_faster(speedup["sum_ms"])])
+    rows[-1] += ["", "", "", "", _times_faster(speedup["enqueue_ms"])]
     return _table(rows, header)
+
+
+def _does_not_add_up(whole: Mapping[str, Any]) -> bool:
+    return abs(whole["difference_from_replay"]) > TOLERANCE
 
 
 def totals_table(totals: Sequence[Mapping[str, Any]], key: str) -> str:
@@ -477,7 +532,7 @@ def html(comparison: Mapping[str, Any]) -> str:
         )
     folder = FileSystemLoader(Path(__file__).parent)
     page = Environment(loader=folder, autoescape=True).get_template("layers.html.jinja")
-    return page.render(environment=comparison["environment"], sections=sections)
+    return page.render(environment=comparison["environment"], method=METHOD, sections=sections)
 
 
 def _timeline(entry: Mapping[str, Any]):
@@ -665,13 +720,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     off = [
-        f"{title(entry)}, {variant}: {entry['whole'][variant]['difference_from_profiled']:+.1%}"
+        f"{title(entry)}, {variant}: {whole['difference_from_replay']:+.1%}"
         for entry in comparison["comparisons"]
-        for variant in VARIANTS
-        if abs(entry["whole"][variant]["difference_from_profiled"]) > TOLERANCE
+        for variant, whole in entry["whole"].items()
+        if _does_not_add_up(whole)
     ]
     for line in off:
-        print(f"the layers' medians do not add up to the engine's time: {line}", file=sys.stderr)
+        print(f"the layers do not add up to the engine's time: {line}", file=sys.stderr)
     return 1 if off else 0
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from runtime.gpu import current_gpu, driver_version
-from runtime.tensorrt_loader import TensorRTError, load_tensorrt
+from runtime.tensorrt_loader import TensorRTError, load_tensorrt, load_tensorrt_rtx
 
 PARTS = ("encoder", "decoder", "end_to_end", "page")
 VARIANTS = ("stock", "stock_naive", "fused", "fused_steps", "torch", "compile", "onnxruntime", "tensorrt_rtx")
@@ -76,11 +76,17 @@ class Record(Environment):
     page_s: float | None = None
 
 
-def environment(command: str) -> Environment:
-    """This machine, now."""
+def usual_tokens(records: Sequence[Record]) -> int | None:
+    """The number of tokens that most records have; None for the encoder."""
+    counts = [record.tokens for record in records]
+    return max(dict.fromkeys(counts), key=counts.count, default=None)
+
+
+def environment(command: str, rtx: bool = False) -> Environment:
+    """This machine, now; with `rtx`, TensorRT-RTX in place of TensorRT, which it does not go with."""
     gpu = current_gpu()
     try:
-        tensorrt = load_tensorrt().__version__
+        tensorrt = (load_tensorrt_rtx if rtx else load_tensorrt)().__version__
     except TensorRTError:
         tensorrt = None
     date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -103,6 +109,13 @@ def commit() -> str | None:
 def write(records: Sequence[Record], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+
+
+def merged(old: Sequence[Record], new: Sequence[Record]) -> list[Record]:
+    """All of them, part by part; a new one takes the place of an old one of the same case."""
+    case = ("part", "model", "variant", "precision", "batch", "tokens", "num_beams", "lines")
+    by_case = {tuple(getattr(record, name) for name in case): record for record in (*old, *new)}
+    return sorted(by_case.values(), key=lambda record: PARTS.index(record.part))
 
 
 def read(path: Path) -> list[Record]:

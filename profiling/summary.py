@@ -5,7 +5,7 @@
     python -m profiling.summary --docs
 
 The second command puts the headline tables of all results into README.md, between its two marks. The third
-fills the marked places of the reports (docs/report.md and its translation):
+fills the marked places of the reports (docs/report.md and its translation) and of docs/checkpoints.md:
 
     <!-- results: encoder nvidia-h200/trocr-small-random -->
     ... written anew ...
@@ -29,15 +29,17 @@ from typing import Any
 import tabulate as tabulate_module
 from tabulate import tabulate
 
-from profiling.records import PARTS, ROOT, VARIANTS, Record, RecordError, read
+from profiling.records import PARTS, ROOT, VARIANTS, Record, RecordError, read, usual_tokens
 
 README_BEGIN = "<!-- results: written by python -m profiling.summary --readme -->"
 README_END = "<!-- end of results -->"
-REPORTS = {"docs/report.md": "en", "docs/report.zh.md": "zh"}
+REPORTS = {"docs/report.md": "en", "docs/report.zh.md": "zh"}  # the same in two languages
+PAGES = REPORTS | {"docs/checkpoints.md": "en"}
 LAYERS = "layers/layers.json"
 MARK = re.compile(r"^<!-- (results: (?P<place>.+)|end of results) -->$", re.MULTILINE)
 CHINESE = {
     "precision": "精度",
+    "tokens": "词元数",
     "batch": "批大小",
     "beams": "束宽",
     "lines": "行数",
@@ -52,6 +54,7 @@ CHINESE = {
     "layers": "层数",
     "sum of layers ms": "各层之和 ms",
     "CUDA graph ms": "CUDA graph ms",
+    "profiler us a layer, taken off": "每层扣除的剖析器耗时（微秒）",
     "op": "算子",
     "count": "个数",
     "of it shared": "其中分摊",
@@ -78,9 +81,16 @@ CHINESE = {
         "测于 {gpu}，驱动 {driver}，CUDA {cuda}，TensorRT {tensorrt}，提交 {commit}，{date}。"
     ),
     "Commands:": "命令：",
-    "Not measured yet: `{}` is not there, or does not have it; `make gpu-check` writes it.": (
-        "尚未测量：`{}` 不存在或没有这一项；由 `make gpu-check` 写出。"
+    "Not measured yet: `{}` is not there, or does not have it; `{}` writes it.": (
+        "尚未测量：`{}` 不存在或没有这一项；由 `{}` 写出。"
     ),
+    "load": "负载",
+    "offered lines/s": "到达 行/秒",
+    "lines a batch": "每批行数",
+    "Capacity: {} lines a second, batches up to {}.": "容量：每秒 {} 行，每批至多 {} 行。",
+    "encoder's states": "编码器状态",
+    "cross keys, values": "交叉注意力的键和值",
+    "tensors": "张量数",
 }
 TITLES = {
     "encoder": "Encoder",
@@ -91,9 +101,13 @@ TITLES = {
 
 
 def summary(
-    records: Sequence[Record], accuracies: Sequence[dict[str, Any]], stages: Sequence[dict[str, Any]]
+    records: Sequence[Record],
+    accuracies: Sequence[dict[str, Any]],
+    stages: Sequence[dict[str, Any]],
+    unavailable: Sequence[str] = (),
+    load: Mapping[str, Any] | None = None,
 ) -> str:
-    """The whole page. `stages` are the GPU check's: name, status, seconds, reason."""
+    """The page. `stages` are the GPU check's: name, status, seconds, reason; `unavailable` are lines."""
     where = records[0] if records else None
     lines = [f"# {where.model if where else 'No measurements'}", ""]
     if where:
@@ -104,6 +118,10 @@ def summary(
             lines += [f"## {TITLES[part]}", "", part_table(rows), ""]
     if accuracies:
         lines += ["## Accuracy on the labelled lines", "", accuracy_table(accuracies), ""]
+    if load:
+        lines += ["## Under load", "", load_table(load), ""]
+    if unavailable:
+        lines += ["## Not measured", "", *(f"* {line}" for line in unavailable), ""]
     if stages:
         lines += ["## Stages of the check", "", stage_table(stages), ""]
     return "\n".join(lines)
@@ -112,13 +130,16 @@ def summary(
 def part_table(records: Sequence[Record], language: str = "en") -> str:
     """A row for each batch size: every variant's time, and how many times faster fused is than stock.
 
-    Beams are a column where there are any. A page's times are seconds for all of its lines.
+    Beams are a column where there are any, tokens where there are several. A page's times are seconds for all
+    of its lines.
     """
     variants = [name for name in VARIANTS if any(record.variant == name for record in records)]
     part, tokens = records[0].part, records[0].tokens
+    with_tokens = len({record.tokens for record in records}) > 1
     with_beams = any(record.num_beams > 1 for record in records)
     field, unit = ("page_s", "s") if part == "page" else ("median_ms", "ms")
-    header = ["precision", "batch"] + ["beams"] * with_beams + ["lines"] * (part == "page")
+    header = ["precision", "batch"] + ["tokens"] * with_tokens
+    header += ["beams"] * with_beams + ["lines"] * (part == "page")
     header += [*(f"{name} {unit}" for name in variants), "fused against stock"]
     header += ["fused lines/s"] + (["fused us/token"] if part == "decoder" else [])
     header += ["stock TFLOP/s", "fused TFLOP/s"] if part == "encoder" else []
@@ -126,8 +147,9 @@ def part_table(records: Sequence[Record], language: str = "en") -> str:
     for key in sorted({_key(record) for record in records}):
         by_variant = {record.variant: record for record in records if _key(record) == key}
         stock, fused = by_variant.get("stock"), by_variant.get("fused")
-        precision, batch, beams, lines = key
-        row = [precision, batch] + [beams] * with_beams + [lines] * (part == "page")
+        precision, batch, tokens_a_line, beams, lines = key
+        row = [precision, batch] + [tokens_a_line] * with_tokens
+        row += [beams] * with_beams + [lines] * (part == "page")
         row += [_number(by_variant.get(name), field) for name in variants]
         row.append(f"{stock.median_ms / fused.median_ms:.2f}x" if stock and fused else "-")
         row.append(_number(fused, "lines_per_s"))
@@ -137,13 +159,19 @@ def part_table(records: Sequence[Record], language: str = "en") -> str:
             row += [_number(stock, "tflops"), _number(fused, "tflops")]
         rows.append(row)
     table = _table(rows, header, language)
-    table += "\n\n" + _say("{} tokens a line.", language).format(tokens) if tokens else ""
+    table += "\n\n" + _say("{} tokens a line.", language).format(tokens) if tokens and not with_tokens else ""
     return table + _correctness(records, language)
 
 
-def _key(record: Record) -> tuple[str, int, int, int]:
-    """What the variants are compared at: precision, batch, beams, lines of a page."""
-    return record.precision, record.batch, record.num_beams, record.lines or 0
+def _key(record: Record) -> tuple[str, int, int, int, int]:
+    """What the variants are compared at: precision, batch, tokens, beams, lines of a page."""
+    return record.precision, record.batch, record.tokens or 0, record.num_beams, record.lines or 0
+
+
+def _usual(records: Sequence[Record], part: str) -> list[Record]:
+    """Those of a part that have its usual number of tokens."""
+    of_part = [record for record in records if record.part == part]
+    return [record for record in of_part if record.tokens == usual_tokens(of_part)]
 
 
 def accuracy_table(accuracies: Sequence[dict[str, Any]], language: str = "en") -> str:
@@ -161,6 +189,23 @@ def accuracy_table(accuracies: Sequence[dict[str, Any]], language: str = "en") -
         for entry in accuracies
     ]
     return _table(rows, header, language)
+
+
+def load_table(load: Mapping[str, Any], language: str = "en") -> str:
+    """Latency while lines arrive at random moments: a row a share of the capacity."""
+    rows = [
+        [
+            f"{row['load']:.0%}",
+            f"{row['offered_lines_per_s']:.0f}",
+            f"{row['lines_per_s']:.0f}",
+            *(f"{row[name]:.1f}" for name in ("p50_ms", "p95_ms", "p99_ms", "mean_batch")),
+        ]
+        for row in load["loads"]
+    ]
+    header = ["load", "offered lines/s", "lines/s", "p50 ms", "p95 ms", "p99 ms", "lines a batch"]
+    capacity = _say("Capacity: {} lines a second, batches up to {}.", language)
+    table = _table(rows, header, language)
+    return table + "\n\n" + capacity.format(round(load["capacity_lines_per_s"]), load["batch_size"])
 
 
 def stage_table(stages: Sequence[dict[str, Any]]) -> str:
@@ -220,7 +265,13 @@ def summarize(folder: Path) -> str:
     bench = folder / "bench.json"
     records = read(bench) if bench.is_file() else []
     stages = content("environment.json", {"stages": []})["stages"]
-    return summary(records, content("accuracy.json", []), stages)
+    return summary(
+        records,
+        content("accuracy.json", []),
+        stages,
+        content("unavailable.json", []),
+        content("load.json", None),
+    )
 
 
 def headline(results: Path) -> str:
@@ -231,11 +282,13 @@ def headline(results: Path) -> str:
         link = folder.relative_to(results.parent).as_posix()
         lines += [f"### {records[0].model} on {records[0].gpu}", ""]
         for part, unit in (("encoder", "ms a batch"), ("end_to_end", "ms a batch"), ("page", "s a page")):
-            if rows := [record for record in records if record.part == part]:
+            if rows := _usual(records, part):
                 lines += [f"{TITLES[part]}, median {unit}:", "", part_table(rows), ""]
         if (folder / "accuracy.json").is_file():
             accuracies = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
             lines += ["Accuracy on the labelled lines:", "", accuracy_table(accuracies), ""]
+        if load := _content(folder / "load.json"):
+            lines += ["Lines that arrive at random moments, from arrival to text:", "", load_table(load), ""]
         lines += [f"All parts, versions and the command of each figure: [{link}]({link}/summary.md).", ""]
     return "\n".join(lines)
 
@@ -260,13 +313,39 @@ def _content(file: Path) -> Any:
 
 def _part_place(part: str, folder: Path, words: Sequence[str], language: str) -> str | None:
     bench = folder / "bench.json"
-    rows = [record for record in (read(bench) if bench.is_file() else []) if record.part == part]
+    rows = _usual(read(bench) if bench.is_file() else [], part)
     return part_table(rows, language) if rows else None
 
 
 def _accuracy_place(folder: Path, words: Sequence[str], language: str) -> str | None:
     accuracies = _content(folder / "accuracy.json")
     return accuracy_table(accuracies, language) if accuracies else None
+
+
+def _load_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    load = _content(folder / "load.json")
+    return load_table(load, language) if load else None
+
+
+def _tensors_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    """Of every variant the errors of the encoder's states, the cross-attention's tensors and the logits."""
+    content = _content(folder / "tensors" / "tensors.json")
+    if not content:
+        return None
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for error in content["errors"]:
+        groups.setdefault((error["precision"], error["variant"]), []).append(error)
+
+    def worst(errors: Sequence[Mapping[str, Any]], name: str) -> str:
+        found = [error["relative"]["p99"] for error in errors if error["tensor"].startswith(name)]
+        return f"{max(found):.1e}" if found else "-"
+
+    parts = {"encoder's states": "encoder states", "cross keys, values": "cross ", "logits": "logits"}
+    rows = [
+        [precision, variant, *(worst(errors, name) for name in parts.values()), len(errors)]
+        for (precision, variant), errors in groups.items()
+    ]
+    return _table(rows, ["precision", "variant", *parts, "tensors"], language)
 
 
 def _environment_place(folder: Path, words: Sequence[str], language: str) -> str | None:
@@ -298,9 +377,11 @@ def _layers_place(folder: Path, words: Sequence[str], language: str) -> str | No
         return None
     engines = [
         [variant, whole["layers"], f"{whole['sum_ms']:.3f}", f"{whole['replay_ms']:.3f}"]
+        + [f"{whole[name]:.2f}" for name in ("profiler_us",) if name in whole]  # not in older results
         for variant in ("stock", "fused")
         for whole in [comparison["whole"][variant]]
     ]
+    header = ["engine", "layers", "sum of layers ms", "CUDA graph ms", "profiler us a layer, taken off"]
     ops = [
         [
             op["op"],
@@ -316,7 +397,7 @@ def _layers_place(folder: Path, words: Sequence[str], language: str) -> str | No
     ops.append(["total", "", f"{stock:.4f}", "", f"{fused:.4f}", f"{stock / fused:.2f}x"])
     return "\n\n".join(
         [
-            _table(engines, ["engine", "layers", "sum of layers ms", "CUDA graph ms"], language),
+            _table(engines, header[: len(engines[0])], language),
             _table(ops, ["op", "count", "stock ms", "of it shared", "fused ms", "speedup"], language),
         ]
     )
@@ -376,15 +457,47 @@ def _kernels_place(folder: Path, words: Sequence[str], language: str) -> str | N
     return _table(rows, header, language) if rows else None
 
 
+def _family_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    """Every checkpoint: its status and parameters, and its configuration's times, sizes and build times."""
+    entries = _content(folder / "family.json")
+    if not entries:
+        return None
+
+    def both(engines: Mapping[str, Any], show: Callable[[Mapping[str, Any]], str]) -> str:
+        return " / ".join(show(engines[variant]) for variant in ("stock", "fused"))
+
+    rows = [
+        [
+            checkpoint,
+            f"{entry['weights']} weights, full size",
+            f"{entry['parameters'] / 1e6:.1f} M",
+            both(entry["engines"], lambda engine: f"{engine['encoder_ms']:.3f}"),
+            both(entry["engines"], lambda engine: f"{engine['us_per_token']:.0f}"),
+            both(entry["engines"], lambda engine: f"{engine['engine_bytes'] / 2**20:.0f}"),
+            both(entry["engines"], lambda engine: f"{engine['build_s']:.0f}"),
+            both(entry["engines"], lambda engine: f"{engine['same_tokens']:.0%}"),
+        ]
+        for entry in entries
+        for checkpoint in entry["checkpoints"]
+    ]
+    header = ["checkpoint", "measured with", "parameters", "encoder ms", "us/token", "engines MiB"]
+    header += ["build s", "tokens as PyTorch fp32"]
+    where = "{gpu}, TensorRT {tensorrt}, {date}; stock / fused, {precision}, batch 1, {tokens} tokens a line."
+    return _table(rows, header, language) + "\n\n" + where.format(**entries[0])
+
+
 # Kind -> what fills it, the file it comes from, how many words follow the folder.
 PLACES: Mapping[str, tuple[Callable[[Path, Sequence[str], str], str | None], str, int]] = {
     **{part: (partial(_part_place, part), "bench.json", 0) for part in PARTS},
     "accuracy": (_accuracy_place, "accuracy.json", 0),
+    "load": (_load_place, "load.json", 0),
+    "tensors": (_tensors_place, "tensors/tensors.json", 0),
     "environment": (_environment_place, "bench.json", 0),
     "layers": (_layers_place, LAYERS, 2),
     "layer": (_layer_place, LAYERS, 3),
     "greedy": (_greedy_place, "greedy_decoder.json", 0),
     "kernels": (_kernels_place, "kernels.json", 2),
+    "family": (_family_place, "family.json", 0),
 }
 
 
@@ -406,8 +519,9 @@ def filled(text: str, results: Path, language: str) -> str:
         fill, file, _ = PLACES[kind]
         content = fill(results / words[0], words[1:], language)
         if content is None:
-            missing = "Not measured yet: `{}` is not there, or does not have it; `make gpu-check` writes it."
-            content = _say(missing, language).format(f"results/{words[0]}/{file}")
+            missing = "Not measured yet: `{}` is not there, or does not have it; `{}` writes it."
+            command = {"family": "make family", "tensors": "make gpu-sweep"}.get(kind, "make gpu-check")
+            content = _say(missing, language).format(f"results/{words[0]}/{file}", command)
         parts.append(f"{text[end : begin.end()]}\n\n{content}\n\n")
         end = close.start()
     return "".join(parts) + text[end:]
@@ -435,7 +549,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = with_headline(readme.read_text(encoding="utf-8"), ROOT / "results")
             readme.write_text(text, encoding="utf-8")
         elif options.docs:
-            texts = {name: _report(name, language) for name, language in REPORTS.items()}
+            texts = {name: _report(name, language) for name, language in PAGES.items()}
             for name, text in texts.items():
                 (ROOT / name).write_text(text, encoding="utf-8")
         else:

@@ -18,8 +18,16 @@ Every variant gets the same uint8 pixels. The encoder's time begins with them on
 the variant's encoder takes, normalised beforehand where that is normalised; end to end begins with uint8
 pixels on the device, and includes normalising in every variant that needs it.
 
-`fused` decodes with the CUDA greedy decoder where that serves the GPU and the checkpoint; `fused_steps`
-always with the decoder's engine, a step at a time.
+Variants:
+    stock, fused    the engine folders of build.py; `fused` decodes with the CUDA greedy decoder where that
+    serves
+                    the GPU and the checkpoint
+    fused_steps     the same engines, the decoder's a step at a time
+    stock_naive     TensorRT from PyTorch's own export of the encoder (profiling/peers.py)
+    torch, compile  Hugging Face's model; its encoder under torch.compile
+    onnxruntime     the fused graphs on a CPU; on a GPU machine the stock graphs on the CUDA provider
+    tensorrt_rtx    the stock graphs as engines of TensorRT-RTX; in a process without TensorRT, so ask for
+    it alone
 
 Engines: CUDA events around replays of CUDA graphs. PyTorch on a GPU: CUDA events around calls. CPU: wall
 clock.
@@ -62,12 +70,13 @@ from graph_surgery.checkpoint import (
 from graph_surgery.fused_ops import SurgeryError
 from profiling.accuracy import LinesError, line_images
 from profiling.models import find_model
-from profiling.records import PARTS, Record, environment, write
+from profiling.peers import build_naive, naive_engine, naive_folder, rtx_engines
+from profiling.records import PARTS, VARIANTS, Record, environment, write
 from runtime.backends.base import Backend, BackendError
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tensorrt_backend import TensorRTBackend
 from runtime.beam_search import BeamSearch
-from runtime.engine import capture
+from runtime.engine import Engine, capture
 from runtime.generation import Decoder, GreedySearch
 from runtime.images import load_image
 from runtime.recognizer import Recognizer
@@ -76,11 +85,13 @@ from runtime.tensorrt_loader import TensorRTError
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-VARIANTS = ("stock", "fused", "fused_steps", "torch", "compile", "onnxruntime")
 DEFAULT_VARIANTS = "stock,fused,torch" if ON_GPU else "onnxruntime,torch"
 DEFAULT_BATCHES = "1,8,16,64" if ON_GPU else "1"
 DEFAULT_PRECISION = "fp16" if ON_GPU else "fp32"
 PAGE_LINES = 100 if ON_GPU else 8
+PEERS = {"compile", "onnxruntime", "stock_naive", "tensorrt_rtx"}  # others' failures are no reason to stop
+TENSORRT = {"stock", "stock_naive", "fused", "fused_steps"}  # variants that load it
+PROFILE = (1, 16, 64)  # minimum, optimum and maximum batch of engines that are built here
 REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
 WARMUPS = 3
 MIN_REPEATS, MAX_REPEATS, SECONDS = 10, 100, 0.5  # of one measurement
@@ -256,18 +267,57 @@ class EngineVariant(BackendVariant):
         self.steps_only = not greedy_kernels and self.backend.manifest.cache == "fixed"
 
     def check(self, case: Case) -> None:
-        if self.steps_only and case.part == "encoder":
-            raise Unavailable("the encoder is that of `fused`")
+        if self.steps_only and case.part in ("encoder", "page"):
+            # A page is read by a Recognizer, which decodes as `fused` does.
+            raise Unavailable(f"the {case.part} is that of `fused`")
         super().check(case)
 
     def encoder(self, pixels: torch.Tensor) -> Measurement:
-        engine = self.backend.encoder
-        inputs = {"pixel_values": self.backend.encoder_input(pixels)}
-        outputs = engine.empty_outputs(inputs)
-        bound = engine.bind(inputs | outputs)
-        bound()
-        run = capture(bound).replay if self.backend.cuda_graphs else bound
-        return Measurement(measure(run), outputs["last_hidden_state"])
+        return _measure_encoder(
+            self.backend.encoder, self.backend.encoder_input(pixels), self.backend.cuda_graphs
+        )
+
+
+class NaiveVariant:
+    """TensorRT's engine of the encoder as PyTorch exports Hugging Face's module."""
+
+    def __init__(self, engine: Engine, spec: ModelSpec, cuda_graphs: bool):
+        self.engine, self.cuda_graphs = engine, cuda_graphs
+        self.normalization = load_normalization(spec)
+        torch.cuda.set_stream(torch.cuda.Stream())  # on the default stream TensorRT synchronises
+
+    def check(self, case: Case) -> None:
+        if case.part != "encoder":
+            raise Unavailable("only the encoder is exported naively: a decoder's cache takes work by hand")
+        if case.batch > self.engine.max_batch:
+            raise Unavailable(f"{self.engine.path} is built for batch up to {self.engine.max_batch}")
+
+    def encoder(self, pixels: torch.Tensor) -> Measurement:
+        pixels = self.normalization(pixels.to(DEVICE)).to(self.engine.dtypes["pixel_values"])
+        return _measure_encoder(self.engine, pixels, self.cuda_graphs)
+
+
+class RtxVariant(EngineVariant):
+    """The stock graphs as engines of TensorRT-RTX."""
+
+    def __init__(self, folder: Path, cuda_graphs: bool):
+        backend = TensorRTBackend(folder, cuda_graphs, greedy_kernels=False, engines=rtx_engines(folder))
+        BackendVariant.__init__(self, backend, folder)
+        self.steps_only = False
+
+    def check(self, case: Case) -> None:
+        if case.part == "page":
+            raise Unavailable("a page is read by a Recognizer, which has TensorRT's engines")
+        super().check(case)
+
+
+def _measure_encoder(engine: Engine, pixels: torch.Tensor, cuda_graphs: bool) -> Measurement:
+    inputs = {"pixel_values": pixels}
+    outputs = engine.empty_outputs(inputs)
+    bound = engine.bind(inputs | outputs)
+    bound()
+    run = capture(bound).replay if cuda_graphs else bound
+    return Measurement(measure(run), outputs["last_hidden_state"])
 
 
 class OnnxVariant(BackendVariant):
@@ -278,11 +328,43 @@ class OnnxVariant(BackendVariant):
         super().__init__(OnnxRuntimeBackend(folder, spec, spec.max_new_tokens), folder)
 
     def encoder(self, pixels: torch.Tensor) -> Measurement:
-        session = ort.InferenceSession(self.folder / "encoder.onnx", providers=["CPUExecutionProvider"])
-        inputs = {"pixel_values": self.backend.encoder_input(pixels)}
-        (hidden,) = session.run(None, inputs)
-        times = measure(lambda: session.run(None, inputs), device=self.backend.device)
-        return Measurement(times, torch.from_numpy(hidden))
+        return _measure_session(self.folder, "CPUExecutionProvider", self.backend.encoder_input(pixels))
+
+
+class OnnxCudaVariant:
+    """The stock encoder on ONNX Runtime's CUDA provider; input and output stay on the GPU."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.normalization = load_normalization(load_spec(folder))
+
+    def check(self, case: Case) -> None:
+        if case.part != "encoder":
+            raise Unavailable("measured for the encoder only: the decode loop has no CUDA provider")
+
+    def encoder(self, pixels: torch.Tensor) -> Measurement:
+        pixels = self.normalization(pixels).numpy()
+        with_type = ort.InferenceSession(self.folder / "encoder.onnx", providers=["CPUExecutionProvider"])
+        is_half = with_type.get_inputs()[0].type == "tensor(float16)"
+        return _measure_session(
+            self.folder, "CUDAExecutionProvider", pixels.astype(np.float16 if is_half else np.float32)
+        )
+
+
+def _measure_session(folder: Path, provider: str, pixels: np.ndarray) -> Measurement:
+    """The folder's encoder on ONNX Runtime, with input and output where the provider computes."""
+    session = ort.InferenceSession(folder / "encoder.onnx", providers=[provider])
+    device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("pixel_values", ort.OrtValue.ortvalue_from_numpy(pixels, device, 0))
+    binding.bind_output("last_hidden_state", device)
+
+    def run() -> None:  # waits for the end
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    times = measure(run, device=torch.device("cpu"))
+    return Measurement(times, torch.from_numpy(binding.copy_outputs_to_cpu()[0]))
 
 
 class TorchVariant:
@@ -407,10 +489,30 @@ def open_variant(
         return CompileVariant(spec, precision)
     plugins = "none" if name == "stock" else "fused"
     target = engines / default_folder(str(folder), plugins, precision).name
-    if name == "onnxruntime":
+    graphs = engines / default_folder(str(folder), "none", precision).name
+    if name == "onnxruntime" and not ON_GPU:
         return OnnxVariant(build(str(folder), plugins, precision, out=target, onnx_only=True))
+    if name == "onnxruntime":
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise Unavailable(
+                f"ONNX Runtime {ort.__version__} has no CUDA provider here; pip install onnxruntime-gpu"
+            )
+        return OnnxCudaVariant(build(str(folder), "none", precision, out=graphs, onnx_only=True))
     if not ON_GPU:
         raise Unavailable("no NVIDIA GPU can be used here")
+    if name == "tensorrt_rtx":
+        graphs = graphs.with_name(f"{graphs.name}-rtx")
+        try:
+            return RtxVariant(
+                build(str(folder), "none", precision, PROFILE, graphs, onnx_only=True), cuda_graphs
+            )
+        except TensorRTError as error:
+            raise Unavailable(str(error)) from None
+    if name == "stock_naive":
+        naive = engines / naive_folder(str(folder), precision).name
+        return NaiveVariant(
+            naive_engine(build_naive(str(folder), precision, PROFILE, naive), str(folder)), spec, cuda_graphs
+        )
     if not target.exists():
         raise Unavailable(
             f"{target} does not exist; build it: python build.py --model {folder} --plugins {plugins} "
@@ -434,13 +536,14 @@ def run(
     json: Path | None = None,
     cuda_graphs: bool = True,
 ) -> tuple[list[Record], list[str]]:
-    """Measure every case with every variant; the file `json` is written anew after each variant.
+    """Measure every case with every variant; the file `json` is written anew after each variant, and beside
+    it (-unavailable.txt) what could not be measured.
 
     Returns:
         The records, and a line for every measurement that could not be made, with the reason.
     """
     spec = load_spec(folder)
-    here = asdict(environment(command))
+    here = asdict(environment(command, "tensorrt_rtx" in variants))
     reference = Reference(spec)
     records: list[Record] = []
     skipped: list[str] = []
@@ -448,7 +551,9 @@ def run(
         for name in variants:
             try:
                 variant = open_variant(name, folder, spec, precision, engines, cuda_graphs)
-            except Unavailable as reason:
+            except Exception as reason:
+                if not _can_go_on(name, reason):
+                    raise
                 skipped.append(f"{name}: {reason}")
                 bar.update(len(cases))
                 continue
@@ -461,14 +566,25 @@ def run(
                     records.append(
                         Record(**here, **fields, model=spec.name, precision=precision, variant=name)
                     )
-                except Unavailable as reason:
+                except Exception as reason:
+                    if not _can_go_on(name, reason):
+                        raise
                     skipped.append(f"{name} {case.part} batch {case.batch}: {reason}")
                 bar.update()
             del variant
             torch.cuda.empty_cache()
             if json:
                 write(records, json)
+    if json and skipped:
+        reasons = json.with_name(f"{json.stem}-unavailable.txt")
+        reasons.parent.mkdir(parents=True, exist_ok=True)
+        reasons.write_text("\n".join(skipped) + "\n", encoding="utf-8")
     return records, skipped
+
+
+def _can_go_on(variant: str, error: Exception) -> bool:
+    """Whether the measurement is left out, with the reason, and the others are made."""
+    return isinstance(error, Unavailable) or variant in PEERS
 
 
 def measure_case(variant, case: Case, spec: ModelSpec, reference: Reference) -> dict[str, Any]:
@@ -555,7 +671,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
     parser.add_argument("--batch", type=_numbers, default=DEFAULT_BATCHES, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=20, help="decode steps a line (default: %(default)s)")
+    parser.add_argument("--tokens", type=_numbers, default="20", help="decode steps a line (default: 20)")
     parser.add_argument("--num-beams", type=int, default=1, help="beams (default: 1, greedy)")
     parser.add_argument("--lines", type=int, default=PAGE_LINES, help="lines a page (default: %(default)s)")
     parser.add_argument(
@@ -577,17 +693,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(parts) - {*PARTS, "all"}:
         parser.error(f"no part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}, all")
     parts = PARTS if "all" in parts else parts
+    if "tensorrt_rtx" in options.variants and TENSORRT & set(options.variants):
+        parser.error("tensorrt_rtx and TensorRT cannot be in one process: measure it alone")
     cases = [
         Case(
             part,
             batch,
-            options.tokens if part in ("decoder", "end_to_end") else None,
+            tokens,
             1 if part == "encoder" else options.num_beams,
             options.lines if part == "page" else None,
             options.overlap,
         )
         for part in parts
         for batch in options.batch
+        for tokens in (options.tokens if part in ("decoder", "end_to_end") else [None])
     ]
     command = shlex.join(
         ["python", "-m", "runtime.bench", *(sys.argv[1:] if arguments is None else arguments)]

@@ -36,7 +36,7 @@ class Engine:
         self.path = path
         self.rebuild = rebuild
         self._trt = trt
-        self._runtime = trt.Runtime(tensorrt_logger())  # has to outlive the engine
+        self._runtime = trt.Runtime(tensorrt_logger(trt))  # has to outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(
@@ -187,11 +187,9 @@ class BoundEngine:
         self._context.set_tensor_address(name, address)
         self.tensors[name] = tensor  # keeps the memory
 
-    def report_layers(self, report: Callable[[str, float], None]) -> None:
-        """From now on every call waits for its end, and reports each layer's name and milliseconds.
-
-        TensorRT puts an event between any two layers: they run one after the other, and no CUDA graph can be
-        captured.
+    def attach_profiler(self, report: Callable[[str, float], None]) -> None:
+        """From now on TensorRT puts an event between any two layers, of calls and of graphs captured from
+        them; `report_layers` hands their times to `report`: a layer's name and milliseconds.
         """
         trt = self.engine._trt
 
@@ -203,7 +201,16 @@ class BoundEngine:
                 report(layer_name, ms)
 
         self._profiler = Profiler()  # TensorRT does not keep it
+        self._context.enqueue_emits_profile = False  # it would wait for the end, which no capture can
         self._context.profiler = self._profiler
+
+    def report_layers(self) -> None:
+        """Report the layers' times of the last inference, enqueued or replayed, which must have ended."""
+        if not self._context.report_to_profiler():
+            raise EngineError(
+                f"{self.engine.path}: TensorRT has no layers' times (its log is above); attach a profiler "
+                "before the engine is enqueued or captured"
+            )
 
     def layer_information(self) -> str:
         """TensorRT's description of the layers with these shapes: the JSON of its engine inspector."""

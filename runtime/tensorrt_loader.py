@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -83,9 +84,35 @@ def _bindings_major() -> str:
 
 
 @functools.cache
-def tensorrt_logger() -> Any:
+def load_tensorrt_rtx() -> ModuleType:
+    """TensorRT-RTX's Python module, a peer to measure against; not beside TensorRT, whose symbols it has.
+
+    Raises:
+        TensorRTError: not installed, or TensorRT is in this process already.
+    """
+    if loaded := [name for name in ("tensorrt", "tensorrt_bindings") if name in sys.modules]:
+        raise TensorRTError(
+            f"TensorRT-RTX cannot be loaded beside TensorRT ({loaded[0]}): measure it in a process of its own"
+        )
+    looked = []
+    for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
+        if importlib.util.find_spec(name) is None:
+            looked.append(f"Python module {name}: not installed")
+            continue
+        try:
+            return importlib.import_module(name)
+        except (ImportError, OSError) as error:
+            looked.append(f"Python module {name}: {error}")
+    raise TensorRTError(
+        "TensorRT-RTX cannot be loaded.\n  "
+        + "\n  ".join(looked)
+        + "\nRemedy: pip install tensorrt-rtx-cu13-libs==1.6.1.120 tensorrt-rtx-cu13-bindings==1.6.1.120"
+    )
+
+
+@functools.cache
+def tensorrt_logger(trt: ModuleType) -> Any:
     """The process's one `trt.Logger`, at warnings: TensorRT keeps the first that it is given."""
-    trt = load_tensorrt()
     return trt.Logger(trt.Logger.WARNING)
 
 

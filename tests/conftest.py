@@ -1,5 +1,10 @@
 """Fixtures that several test files share."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: its threads would fight for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path

@@ -7,17 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from graph_surgery.architectures import ARCHITECTURES, write_random_checkpoint
 from graph_surgery.checkpoint import load_spec
-from profiling.gpu_check import Stage, run_stage, stages
+from profiling.gpu_check import Stage, collect, run_stage, stages, sweep
 from profiling.gpu_check import main as gpu_check
 from profiling.models import BUNDLED
-from profiling.records import Record, RecordError, commit, read, write
-from profiling.summary import summary
-from runtime.bench import encoder_flops
+from profiling.records import Record, RecordError, commit, read, usual_tokens, write
+from profiling.summary import part_table, summary
+from runtime.bench import Case, EngineVariant, NaiveVariant, OnnxCudaVariant, Unavailable, encoder_flops
 from runtime.bench import main as bench
 from runtime.gpu import current_gpu
 
@@ -107,6 +108,31 @@ def test_summary_shows_wins_and_losses():
     assert "skipped" in text and "3 s were left" in text
 
 
+def test_summary_of_several_numbers_of_tokens():
+    """A row each, stock against fused at the same number; the headline has the usual number alone."""
+    decoder = {"part": "decoder", "rel_error": None, "same_tokens": 1.0}
+    records = [
+        record(**decoder, tokens=tokens, variant=variant, median_ms=ms)
+        for tokens, stock, fused in ((5, 4.0, 2.0), (20, 15.0, 5.0))
+        for variant, ms in (("stock", stock), ("fused", fused))
+    ]
+    records.append(record(**decoder, tokens=20, batch=16))
+    text = summary(records, [], [], ["tensorrt_rtx: not installed"])
+    header, _, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")
+    ]
+    assert header[:3] == ["precision", "batch", "tokens"]
+    assert [row[1:6] for row in rows] == [
+        ["8", "5", "4", "2", "2.00x"],
+        ["8", "20", "15", "5", "3.00x"],
+        ["16", "20", "1.55", "-", "-"],
+    ]
+    assert "tokens a line." not in text
+    assert "* tensorrt_rtx: not installed" in text
+    usual = part_table([entry for entry in records if entry.tokens == usual_tokens(records)])
+    assert "20 tokens a line." in usual and "2.00x" not in usual
+
+
 def test_summary_of_pages_and_beams():
     page = {"part": "page", "batch": 32, "lines": 100, "rel_error": None}
     records = [
@@ -132,17 +158,72 @@ def test_stages_of_the_gpu_check(tmp_path: Path):
         "engines",
         "accuracy",
         "bench",
-        "tests",
         "page",
-        "load",
         "layers",
+        "load",
+        "tests",
         "compile",
         "kernels",
         "greedy decoder",
     ]
     random = [stage.name for stage in stages(tmp_path, "small", tmp_path, tmp_path)]
-    assert random == [name for name in bundled if name not in ("accuracy", "load")]
+    of_text = ("accuracy", "page", "load")
+    of_no_checkpoint = ("tests", "kernels", "greedy decoder")  # once a GPU is enough
+    assert random == [name for name in bundled if name not in (*of_text, *of_no_checkpoint)]
     assert "--lines 100" in " ".join(bundled["page"]) and "--batch 32" in " ".join(bundled["page"])
+
+
+def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    plan = {stage.name: stage for stage in sweep(BUNDLED, "bundled", tmp_path, tmp_path)}
+    of_all = ["plugins", "engines", "batches", "tokens", "tensorrt_rtx"]
+    of_trained_weights = ["timeline", "engines of all precisions", "accuracy", "tensors"]
+    assert list(plan) == [*of_all, *of_trained_weights]
+    assert plan["engines of all precisions"].command[-1] == "fp16,bf16,fp32"
+    assert [word.split("printed-")[1] for word in plan["accuracy"].command if "printed-" in word][:4] == [
+        "fp32-fused",
+        "fp32-none",
+        "fp16-fused",
+        "fp16-none",
+    ]
+    assert "--tokens 5,10,40,60" in " ".join(plan["tokens"].command)
+    assert "--batch 2,4,32,128" in " ".join(plan["batches"].command)
+    outcome = run_stage(plan["tensorrt_rtx"], time.monotonic() + 100)
+    assert (outcome.status, outcome.reason) == ("skipped", plan["tensorrt_rtx"].obstacle)
+    assert [stage.name for stage in sweep(tmp_path, "small", tmp_path, tmp_path)] == of_all
+
+
+def test_collected_records_take_the_place_of_earlier_ones(tmp_path: Path):
+    scratch, out = tmp_path / "scratch", tmp_path / "out"
+    write([record(batch=1), record(batch=8, median_ms=9.0)], out / "bench.json")
+    write([record(batch=8, median_ms=5.0), record(batch=128)], scratch / "batches.json")
+    write([record(part="decoder", tokens=5)], scratch / "tokens.json")
+    (scratch / "rtx-unavailable.txt").write_text("tensorrt_rtx: not installed\n")
+    collect(scratch, out, fresh=False)
+    found = [(entry.part, entry.batch, entry.tokens, entry.median_ms) for entry in read(out / "bench.json")]
+    assert found == [
+        ("encoder", 1, None, 1.55),
+        ("encoder", 8, None, 5.0),
+        ("encoder", 128, None, 1.55),
+        ("decoder", 8, 5, 1.55),
+    ]
+    assert json.loads((out / "unavailable.json").read_text()) == ["tensorrt_rtx: not installed"]
+    (scratch / "rtx-unavailable.txt").unlink()
+    collect(scratch, out, fresh=True)
+    assert [entry.batch for entry in read(out / "bench.json")] == [8, 128, 8]
+    assert json.loads((out / "unavailable.json").read_text()) == []
+
+
+def test_a_stage_writes_its_output_anew(tmp_path: Path):
+    for name, old in (("file.json", False), ("folder", True)):
+        output = tmp_path / name
+        if old:
+            output.mkdir()
+            (output / "old").touch()
+        else:
+            output.touch()
+        outcome = run_stage(Stage(name, [sys.executable, "-c", ""], 0, output), time.monotonic() + 60)
+        assert outcome.status == "ok" and not output.exists()
 
 
 @pytest.mark.parametrize(("name", "gflop"), [("small", 31.0), ("base", 111.0), ("large", 382.0)])
@@ -179,10 +260,65 @@ def test_bench_on_a_cpu(checkpoint, tmp_path: Path, monkeypatch):
                 assert entry.same_tokens == 1
 
 
+@pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: they would be measured")
 def test_bench_says_what_it_cannot_measure(checkpoint, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert bench(["decoder", "--model", str(checkpoint("small")), "--batch", "1", "--variants", "fused"]) == 2
-    assert "not measured: fused" in capsys.readouterr().out
+    variants = ["fused", "fused_steps", "stock", "stock_naive"]
+    options = ["--model", str(checkpoint("small")), "--batch", "1", "--variants", ",".join(variants)]
+    assert bench(["decoder", *options, "--json", "out/decoder.json"]) == 2
+    printed = capsys.readouterr().out.splitlines()
+    reasons = (tmp_path / "out" / "decoder-unavailable.txt").read_text().splitlines()
+    assert [f"not measured: {reason}" for reason in reasons] == printed[-len(variants) :]
+    assert [reason.split(":")[0] for reason in reasons] == variants
+
+
+def test_a_peer_that_fails_does_not_stop_the_bench(checkpoint, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def broken(*arguments):
+        raise RuntimeError("cannot compile")
+
+    monkeypatch.setattr("runtime.bench.CompileVariant.encoder", broken)
+    options = ["encoder", "--model", str(checkpoint("small")), "--batch", "1", "--precision", "fp32"]
+    assert bench([*options, "--variants", "compile,torch", "--json", "encoder.json"]) == 0
+    assert [entry.variant for entry in read(tmp_path / "encoder.json")] == ["torch"]
+    assert "not measured: compile encoder batch 1: cannot compile" in capsys.readouterr().out
+    monkeypatch.setattr("runtime.bench.TorchVariant.encoder", broken)
+    with pytest.raises(RuntimeError, match="cannot compile"):
+        bench([*options, "--variants", "torch"])
+
+
+def test_bench_measures_tensorrt_rtx_alone(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench(["encoder", "--variants", "tensorrt_rtx,stock"])
+    assert "tensorrt_rtx and TensorRT cannot be in one process" in capsys.readouterr().err
+
+
+def test_what_a_variant_does_not_measure():
+    """Nothing is claimed for a variant that another one's code would run."""
+
+    def variant(kind: type, **fields):
+        made = object.__new__(kind)
+        vars(made).update(fields)
+        return made
+
+    backend = SimpleNamespace(max_batch=16, max_steps=96, largest_batch=lambda beams: 16)
+    steps = variant(EngineVariant, backend=backend, folder=Path("engines/x"), steps_only=True)
+    fused = variant(EngineVariant, backend=backend, folder=Path("engines/x"), steps_only=False)
+    for part in ("encoder", "page"):
+        with pytest.raises(Unavailable, match=f"the {part} is that of `fused`"):
+            steps.check(Case(part, 8, None))
+        fused.check(Case(part, 8, None))
+    steps.check(Case("decoder", 8, 20))
+    with pytest.raises(Unavailable, match="built for tokens up to 96"):
+        steps.check(Case("decoder", 8, 97))
+    naive = variant(NaiveVariant, engine=SimpleNamespace(max_batch=16, path="x"))
+    naive.check(Case("encoder", 16, None))
+    for case in (Case("encoder", 17, None), Case("decoder", 1, 20), Case("page", 1, None)):
+        with pytest.raises(Unavailable):
+            naive.check(case)
+    with pytest.raises(Unavailable, match="encoder only"):
+        variant(OnnxCudaVariant).check(Case("end_to_end", 1, 20))
 
 
 @pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: the check would run")

@@ -122,6 +122,33 @@ def test_changed_option_builds_again(model: str, tmp_path: Path, capsys, change:
     assert snapshot(tmp_path / "engines")["manifest.json"] != before["manifest.json"]
 
 
+def test_graphs_are_not_exported_again_for_other_sizes(model: str, tmp_path: Path, monkeypatch, capsys):
+    """Batch and length are the engines' affair; other plugins, or a damaged graph, are the graphs'."""
+    options = {"plugins": "layernorm", "precision": "fp32", "out": tmp_path / "engines", "onnx_only": True}
+    build(model, **options)
+    before = Manifest.read(tmp_path / "engines")
+    exports = []
+    write_graphs = build_module._write_graphs
+    monkeypatch.setattr(
+        build_module, "_write_graphs", lambda *args: exports.append(args) or write_graphs(*args)
+    )
+    build(model, **options, batch=(1, 2, 4), max_length=9)
+    assert not exports and "graphs are up to date" in capsys.readouterr().out
+    after = Manifest.read(tmp_path / "engines")
+    assert (after.batch, after.max_length) == ((1, 2, 4), 9)
+    assert (after.files, after.fused_ops) == (before.files, before.fused_ops)
+    for name in after.files:
+        after.check_file(tmp_path / "engines", name)
+
+    (tmp_path / "engines" / "encoder.onnx").write_bytes(b"damaged")
+    build(model, **options)
+    assert len(exports) == 1
+    build(model, **options | {"plugins": "none"})
+    assert len(exports) == 2
+    build(model, **options | {"plugins": "none"}, force=True)
+    assert len(exports) == 3
+
+
 def test_changed_bin_weights_build_again(model: str, tmp_path: Path, capsys):
     """Weights that are only there as `.bin` are part of the inputs and of the manifest as well."""
     folder = tmp_path / "checkpoint"

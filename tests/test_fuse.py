@@ -498,6 +498,19 @@ def test_command_line(stock, checkpoint, tmp_path, monkeypatch, capsys):
     assert op_counts(load(out)["decoder"]) == {"decoder_self_attention": 2, "cross_attention": 2}
 
 
+def test_command_line_for_trtexec(stock, checkpoint, tmp_path, monkeypatch):
+    _, models = stock("small")
+    for name, model in models.items():
+        save(model, tmp_path / f"{name}.onnx")
+    arguments = ("--in", tmp_path, "--plugins", "all", "--model", checkpoint("small"))
+    assert run_main(monkeypatch, *arguments, "--out", tmp_path / "fused") == 0
+    assert run_main(monkeypatch, *arguments, "--out", tmp_path / "plain", "--for-tensorrt") == 0
+    fused, plain = load(tmp_path / "fused"), load(tmp_path / "plain")
+    for name in GRAPHS[::2]:  # all but cross_kv, which has no fused op
+        assert fused[name].functions and not plain[name].functions
+        assert plain[name] == strip_functions(fused[name])
+
+
 @pytest.mark.parametrize(
     ("plugins", "spoilt", "message"),
     [

@@ -248,7 +248,7 @@ def test_a_library_without_the_needed_op_is_refused(trt):
 @needs_tensorrt
 def test_a_builder_infers_types_and_shapes(trt):
     """With a real builder: what the network says of a plugin layer's outputs."""
-    network = trt.Builder(tensorrt_loader.tensorrt_logger()).create_network(
+    network = trt.Builder(tensorrt_loader.tensorrt_logger(trt)).create_network(
         1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     )
     shapes = {"qkv": (-1, 1, 768), "past_key": (-1, 8, 64, 32), "past_value": (-1, 8, 64, 32)}

@@ -1,6 +1,7 @@
 """The committed charts are those of the committed results."""
 
 import dataclasses
+import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="no matplotlib here: make setup")
 
 from profiling import records
-from profiling.charts import charts, main
+from profiling.charts import charts, main, numbered
 from profiling.records import ROOT
 from tests.test_bench_records import record
 
@@ -24,6 +25,14 @@ def test_committed_charts_are_those_of_the_results(tmp_path: Path):
     """After new results: python -m profiling.charts"""
     assert main(["--out", str(tmp_path)]) == 0
     assert files(tmp_path) == files(COMMITTED)
+
+
+def test_ids_do_not_depend_on_the_last_bit():
+    """Two hashes that differ between processors give the same file; what refers to an id still does."""
+    one = '<clipPath id="p0123456789"/><use href="#m00000000ab"/><g clip-path="url(#p0123456789)"/>'
+    other = one.replace("p0123456789", "pabcdef0123")
+    assert numbered(one) == numbered(other)
+    assert numbered(one) == '<clipPath id="id0"/><use href="#id1"/><g clip-path="url(#id0)"/>'
 
 
 def texts(path: Path) -> set[str]:
@@ -52,6 +61,29 @@ def test_what_was_measured_is_drawn_and_nothing_else(tmp_path: Path):
     assert "2.50" in texts(out / "gpu/model/encoder-speedup.svg")
     assert "PyTorch eager (fp16)" not in texts(out / "gpu/model/encoder.svg")
     assert {"tokens a line", "batch 8"} <= texts(out / "gpu/model/end_to_end-tokens.svg")
+
+
+def test_load_and_tensors_are_drawn(tmp_path: Path):
+    folder = tmp_path / "results" / "gpu" / "model"
+    records.write([record()], folder / "bench.json")
+    load = {"load": 0.5, "lines_per_s": 90.0, "p50_ms": 3.0, "p95_ms": 5.0, "p99_ms": 7.0}
+    content = {"model": "M", "gpu": "G", "capacity_lines_per_s": 200.0, "loads": [load]}
+    (folder / "load.json").write_text(json.dumps(content))
+    errors = [
+        {"precision": precision, "variant": "fused", "tensor": tensor, "relative": {"p99": 1e-3}}
+        for precision in ("fp16", "bf16")
+        for tensor in ("encoder.0", "logits.0")
+    ]
+    (folder / "tensors").mkdir()
+    (folder / "tensors" / "tensors.json").write_text(json.dumps(content | {"errors": errors}))
+    out = tmp_path / "charts"
+    assert main(["--results", str(tmp_path / "results"), "--out", str(out)]) == 0
+    assert {"p99", "50%", "capacity", "90"} <= texts(out / "gpu/model/load.svg")
+    drawn = texts(out / "gpu/model/tensors.svg")
+    assert {"encoder.0", "logits.0", "TensorRT, fused (bf16)"} <= drawn
+    (folder / "load.json").write_text("{")
+    with pytest.raises(records.RecordError, match=r"load\.json: no JSON"):
+        charts(tmp_path / "results")
 
 
 def test_speedups_are_of_the_same_precision(tmp_path: Path):

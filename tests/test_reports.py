@@ -71,6 +71,32 @@ def test_layers_and_greedy_decoder(tmp_path):
     assert "`results/gpu/layers/layers.json`" in filled(place("layers gpu encoder 64"), tmp_path, "en")
 
 
+def test_load_and_tensors(tmp_path):
+    (tmp_path / "gpu" / "tensors").mkdir(parents=True)
+    row = {"load": 0.8, "offered_lines_per_s": 80.0, "lines_per_s": 79.6, "mean_batch": 3.25}
+    row |= {"p50_ms": 1.25, "p95_ms": 2.0, "p99_ms": 4.0}
+    load = {"capacity_lines_per_s": 100.2, "batch_size": 64, "loads": [row]}
+    (tmp_path / "gpu" / "load.json").write_text(json.dumps(load))
+    shown = re.sub(" +", " ", filled(place("load gpu"), tmp_path, "en"))
+    assert "| 80% | 80 | 80 | 1.2 | 2.0 | 4.0 | 3.2 |" in shown
+    assert "Capacity: 100 lines a second, batches up to 64." in shown
+    errors = [
+        {"precision": "fp16", "variant": "fused", "tensor": tensor, "relative": {"p99": p99}}
+        for tensor, p99 in (
+            ("encoder layer 0", 9.0),
+            ("encoder states", 1e-3),
+            ("cross key 0", 2e-3),
+            ("cross value 1", 3e-3),
+            ("logits, step 0", 4e-3),
+        )
+    ]
+    (tmp_path / "gpu" / "tensors" / "tensors.json").write_text(json.dumps({"errors": errors}))
+    shown = re.sub(" +", " ", filled(place("tensors gpu"), tmp_path, "en"))
+    assert "| fp16 | fused | 1.0e-03 | 3.0e-03 | 4.0e-03 | 5 |" in shown
+    missing = filled(place("tensors none"), tmp_path, "zh")
+    assert "`results/none/tensors/tensors.json`" in missing and "`make gpu-sweep`" in missing
+
+
 @pytest.mark.parametrize(
     "text",
     [

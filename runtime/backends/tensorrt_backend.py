@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -113,7 +113,12 @@ class TensorRTBackend(Backend):
     name = "tensorrt"
 
     def __init__(
-        self, folder: Path | str, cuda_graphs: bool = True, overlap: bool = True, greedy_kernels: bool = True
+        self,
+        folder: Path | str,
+        cuda_graphs: bool = True,
+        overlap: bool = True,
+        greedy_kernels: bool = True,
+        engines: Sequence[Engine] | None = None,
     ):
         """
         Args:
@@ -121,11 +126,12 @@ class TensorRTBackend(Backend):
             cuda_graphs: replay graphs in place of enqueueing engines.
             overlap: encode one batch while another is decoded.
             greedy_kernels: search greedily with the CUDA decoder, where the folder has its weights.
+            engines: encoder, cross_kv and decoder in place of the folder's own.
 
         Raises:
             EngineError: see `Engine.load`.
         """
-        self.encoder, self.cross_kv, self.decoder = (
+        self.encoder, self.cross_kv, self.decoder = engines or (
             Engine.load(folder, name) for name in ("encoder", "cross_kv", "decoder")
         )
         self.manifest = Manifest.read(folder)
