@@ -567,14 +567,14 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int p
     return isShort ? run<T, Short>(params, stream, processors) : run<T, Full>(params, stream, processors);
 }
 
-//! The path of the lower cost: rounds of the fullest block, at what a round takes. Measured on an H200 at 578 tokens
-//! (SM90.md): 6.8 us for a round of two query tiles, 9.3 us for one of three.
+//! The path of the lower cost: rounds of the fullest block, at what a round takes. Measured on an H100 at 578 tokens
+//! (SM90.md), without what does not grow with rounds: 6.0 us for a round of two query tiles, 8.5 us for one of three.
 EncoderAttentionPath choosePath(EncoderAttentionParams const& params, int processors)
 {
     int const tiles = params.batch * params.numHeads * ceilDiv(params.sequenceLength, kQUERIES);
     auto const cost = [&](int groups, double microseconds)
     { return ceilDiv(tilesPerBlock(tiles, groups, processors), groups) * microseconds; };
-    return cost(3, 9.3) < cost(2, 6.8) ? EncoderAttentionPath::kHOPPER_3 : EncoderAttentionPath::kHOPPER_2;
+    return cost(3, 8.5) < cost(2, 6.0) ? EncoderAttentionPath::kHOPPER_3 : EncoderAttentionPath::kHOPPER_2;
 }
 
 template <typename T>

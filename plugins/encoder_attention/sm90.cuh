@@ -20,15 +20,7 @@ __device__ __forceinline__ void loadBox4d(
         : "memory");
 }
 
-//! cp.async.bulk.prefetch.tensor.4d: the box into the L2 cache.
-__device__ __forceinline__ void prefetchBox4d(CUtensorMap const* map, int32_t x, int32_t y, int32_t z, int32_t w)
-{
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(x), "r"(y),
-                 "r"(z), "r"(w)
-                 : "memory");
-}
-
-//! operandDescriptor of an operand with N together and more than 64 columns: `leading` bytes from 64 to the next 64.
+//! operandDescriptor of an operand with N together and more than 64 columns, `leading` bytes from 64 to the next.
 __device__ __forceinline__ uint64_t operandDescriptor(uint32_t address, uint32_t leading)
 {
     return operandDescriptor(address) - (uint64_t{1} << 16) + (static_cast<uint64_t>(leading >> 4) << 16);
@@ -41,8 +33,8 @@ struct SharedProduct;
 
 //! wgmma.m64n72k16: d[64, 72] += a[64, 16] b[16, 72]. a[r] of lane l of warp w holds the elements of row
 //! 16 w + 8 (r % 2) + l / 4 and columns 8 (r / 2) + 2 (l % 4), + 1: what two neighbouring 8-column blocks of an
-//! accumulator hold. b is in shared memory in rows of 64 elements: with N together, operandDescriptor's 1024 is the step
-//! from eight rows (of K) to the next eight, and the leading offset that from 64 columns, one swizzle, to the next.
+//! accumulator hold. b is in shared memory in rows of 64 elements: with N together, operandDescriptor's 1024 is the
+//! step from eight rows (of K) to the next eight, and the leading offset that from 64 columns to the next, here eight.
 template <typename T>
 struct RegisterProduct;
 
@@ -112,9 +104,6 @@ struct RegisterProduct;
     TROCR_SHARED_PRODUCT(T, TYPES, 128, TROCR_P10() "," TROCR_P10(1) "," TROCR_P10(2) "," TROCR_P10(3) ","             \
         TROCR_P10(4) "," TROCR_P10(5) "," TROCR_P4(6), "%64", "%65",                                                   \
         TROCR_OUT16(0), TROCR_OUT16(16), TROCR_OUT16(32), TROCR_OUT16(48))                                             \
-    TROCR_SHARED_PRODUCT(T, TYPES, 160, TROCR_P10() "," TROCR_P10(1) "," TROCR_P10(2) "," TROCR_P10(3) ","             \
-        TROCR_P10(4) "," TROCR_P10(5) "," TROCR_P10(6) "," TROCR_P10(7), "%80", "%81",                                   \
-        TROCR_OUT16(0), TROCR_OUT16(16), TROCR_OUT16(32), TROCR_OUT16(48), TROCR_OUT16(64))                            \
     TROCR_REGISTER_PRODUCT(T, TYPES)
 TROCR_PRODUCTS(__half, "f16.f16")
 TROCR_PRODUCTS(__nv_bfloat16, "bf16.bf16")

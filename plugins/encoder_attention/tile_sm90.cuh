@@ -1,7 +1,7 @@
 #pragma once
 
-// What the two Hopper kernels of encoder attention share: the copy engine's view of qkv, both products, and the softmax
-// of a tile of scores in the registers of a warpgroup (row and column of a register: Wgmma in common/sm90.cuh).
+// What the Hopper kernel of encoder attention does with one tile: the copy engine's view of qkv, both products, and the
+// softmax of scores in the registers of a warpgroup (row and column of a register: Wgmma in common/sm90.cuh).
 
 #include <math_constants.h>
 
