@@ -21,7 +21,7 @@ from runtime.kernels import load_kernels
 
 HEAD_DIM = 64
 HOPPER_PATHS = ("hopper2", "hopper3")
-VARIANTS = ("mma", *HOPPER_PATHS)
+VARIANTS = ("mma", *HOPPER_PATHS, "auto")
 # Several inputs in turn, so that they come from memory and not from the 50 MB L2 cache.
 ROTATION_BYTES = 256 << 20
 

@@ -80,6 +80,18 @@ def test_rising_maximum(path, rising):
     assert error <= bound
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rise", (2.0, 5.0, 5.6, 6.0, 12.0, 40.0, 120.0))
+def test_late_peak(path, rise, dtype):
+    """A key behind the first tile scores `rise` more: below, about at, above where references move."""
+    qkv = random_qkv(2, 578, 3, dtype)
+    qkv[:, :, 0, :, 0] = 8
+    qkv[:, :, 1, :, 0] = 0
+    qkv[:, 300, 1, :, 0] = rise
+    error, bound, _ = errors(path, qkv)
+    assert error <= bound
+
+
 def test_equal_scores_average_the_values(path):
     qkv = random_qkv(2, 578, 3, torch.float16)
     qkv[:, :, 0] = 0

@@ -5,13 +5,9 @@
 #include <limits>
 #include <type_traits>
 
-#include <cudaTypedefs.h>
-#include <math_constants.h>
-
-#include "common/device.cuh"
 #include "common/launch.h"
 #include "encoder_attention/launchers.h"
-#include "encoder_attention/sm90.cuh"
+#include "encoder_attention/tile_sm90.cuh"
 
 namespace trocr
 {
@@ -21,35 +17,39 @@ namespace
 
 using namespace sm90;
 
-constexpr int kHEAD_DIM = 64;
-constexpr int kROW_BYTES = kHEAD_DIM * 2; // one 128-byte swizzle
-constexpr int kQUERIES = 64;              // query rows of a tile: the M of wgmma
-constexpr int kQUERY_BYTES = kQUERIES * kROW_BYTES;
 constexpr int kCONSUMER_WARPS = 4; // of one consumer group, a warpgroup
 
 //! Sizes of one variant of the kernel. The last key tile of a head takes kTAIL columns, the others kKEYS.
-template <int kGROUPS_, int kKEYS_, int kTAIL_, int kSLOTS_>
+template <int kGROUPS_, int kKEYS_, int kTAIL_>
 struct Variant
 {
     static constexpr int kGROUPS = kGROUPS_; // consumer warpgroups
     static constexpr int kKEYS = kKEYS_;
     static constexpr int kTAIL = kTAIL_;
-    static constexpr int kSLOTS = kSLOTS_; // key or value tiles in shared memory
+    static constexpr int kPAIRS = 5; // slots, each of a tile of keys and one of values
 
     static constexpr int kTHREADS = 128 * (kGROUPS + 1);
     static constexpr int kQUERY_BUFFERS = 2 * kGROUPS;
-    static constexpr int kSLOT_BYTES = kKEYS * kROW_BYTES;
-    static constexpr int kBARRIERS = 2 * (kSLOTS + kQUERY_BUFFERS);
-    static constexpr int kSHARED_BYTES
-        = kSLOTS * kSLOT_BYTES + kQUERY_BUFFERS * kQUERY_BYTES + kBARRIERS * 8 + 1024 /* alignment */;
+    static constexpr int kTILE_BYTES = kKEYS * kROW_BYTES;
+    static constexpr int kPAIR_BYTES = 2 * kTILE_BYTES;
+    static constexpr int kBARRIERS = 4 * kPAIRS + 2 * kQUERY_BUFFERS;
+
+    // Shared memory, from an address that is a multiple of 1024.
+    static constexpr int kQUERIES_AT = kPAIRS * kPAIR_BYTES;
+    static constexpr int kONES_AT = kQUERIES_AT + kQUERY_BUFFERS * kQUERY_BYTES;
+    static constexpr int kBARRIERS_AT = kONES_AT + kONES_BYTES;
+    static constexpr int kSHARED_BYTES = kBARRIERS_AT + kBARRIERS * 8 + 1024 /* alignment */;
     // 64 K registers: what the launch gives every thread is moved from the producer's warpgroup to the others.
     static constexpr int kPRODUCER_REGISTERS = kGROUPS == 2 ? 24 : 32;
     static constexpr int kCONSUMER_REGISTERS = kGROUPS == 2 ? 240 : 160;
 
     static_assert(kKEYS % 16 == 0 && kTAIL % 16 == 0 && kTAIL <= kKEYS && kKEYS <= 256);
-    static_assert(kSLOT_BYTES % 1024 == 0, "the swizzle's pattern repeats every 1024 bytes");
+    static_assert(kTILE_BYTES % 1024 == 0, "the swizzle's pattern repeats every 1024 bytes");
     static_assert(kSHARED_BYTES <= 227 * 1024);
 };
+
+//! How far, in powers of two, a row's maximum may pass what its exponentials refer to before they are scaled anew.
+constexpr float kLAG = 8.0F;
 
 //! Query tiles are numbered over all images and heads: tile = (image * heads + head) * queryTiles + tile of the head.
 struct Arguments
@@ -73,47 +73,74 @@ __device__ __forceinline__ int passEnd(Arguments const& arguments, int begin, in
     return arguments.resident ? end : min(end, begin + groups);
 }
 
-//! Shared memory: slots, query buffers, and four arrays of barriers.
+//! Place in the ring of slots: the slot, and the parity of its use.
+template <typename V>
+struct Place
+{
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ __forceinline__ void advance()
+    {
+        if (++slot == V::kPAIRS)
+        {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+//! Shared memory: slots, query buffers, ones, and barriers.
 template <typename V>
 struct Shared
 {
     uint32_t base;
 
-    __device__ __forceinline__ uint32_t slot(int load) const
+    __device__ __forceinline__ uint32_t keys(int slot) const
     {
-        return base + load % V::kSLOTS * V::kSLOT_BYTES;
+        return base + slot * V::kPAIR_BYTES;
     }
-    __device__ __forceinline__ uint32_t query(int tile) const
+    __device__ __forceinline__ uint32_t values(int slot) const
     {
-        return base + V::kSLOTS * V::kSLOT_BYTES + tile % V::kQUERY_BUFFERS * kQUERY_BYTES;
+        return keys(slot) + V::kTILE_BYTES;
+    }
+    __device__ __forceinline__ uint32_t ones() const
+    {
+        return base + V::kONES_AT;
     }
     __device__ __forceinline__ uint32_t barrier(int i) const
     {
-        return base + V::kSLOTS * V::kSLOT_BYTES + V::kQUERY_BUFFERS * kQUERY_BYTES + 8 * i;
+        return base + V::kBARRIERS_AT + 8 * i;
     }
-
-    // Loads are numbered from 0 in the order of the producer, K and V tiles in turn; use n of a slot is its phase n.
-    __device__ __forceinline__ uint32_t slotFull(int load) const
+    __device__ __forceinline__ uint32_t keysFull(int slot) const
     {
-        return barrier(load % V::kSLOTS);
+        return barrier(slot);
     }
-    __device__ __forceinline__ uint32_t slotEmpty(int load) const
+    __device__ __forceinline__ uint32_t valuesFull(int slot) const
     {
-        return barrier(V::kSLOTS + load % V::kSLOTS);
+        return barrier(V::kPAIRS + slot);
     }
-    static __device__ __forceinline__ uint32_t slotPhase(int load)
+    __device__ __forceinline__ uint32_t keysEmpty(int slot) const
     {
-        return load / V::kSLOTS & 1;
+        return barrier(2 * V::kPAIRS + slot);
+    }
+    __device__ __forceinline__ uint32_t valuesEmpty(int slot) const
+    {
+        return barrier(3 * V::kPAIRS + slot);
     }
 
     // Query tiles by their number in the block.
+    __device__ __forceinline__ uint32_t query(int tile) const
+    {
+        return base + V::kQUERIES_AT + tile % V::kQUERY_BUFFERS * kQUERY_BYTES;
+    }
     __device__ __forceinline__ uint32_t queryFull(int tile) const
     {
-        return barrier(2 * V::kSLOTS + tile % V::kQUERY_BUFFERS);
+        return barrier(4 * V::kPAIRS + tile % V::kQUERY_BUFFERS);
     }
     __device__ __forceinline__ uint32_t queryEmpty(int tile) const
     {
-        return barrier(2 * V::kSLOTS + V::kQUERY_BUFFERS + tile % V::kQUERY_BUFFERS);
+        return barrier(4 * V::kPAIRS + V::kQUERY_BUFFERS + tile % V::kQUERY_BUFFERS);
     }
     static __device__ __forceinline__ uint32_t queryPhase(int tile)
     {
@@ -138,17 +165,17 @@ __device__ __forceinline__ void produce(
         int const row = tile % arguments.queryTiles * kQUERIES;
         loadBox4d(shared.query(i), queryMap, 0, row, head, image, shared.queryFull(i));
     };
-    int load = 0;
-    auto loadKeysOrValues = [&](int keyTile, int row, int image)
+    auto loadTile = [&](uint32_t destination, int keyTile, int row, int image, uint32_t full, uint32_t empty,
+                        uint32_t phase)
     {
-        barrierWait(shared.slotEmpty(load), Shared<V>::slotPhase(load) ^ 1);
-        barrierArriveExpect(shared.slotFull(load), V::kSLOT_BYTES);
-        loadBox4d(shared.slot(load), keyValueMap, 0, keyTile * V::kKEYS, row, image, shared.slotFull(load));
-        ++load;
+        barrierWait(empty, phase ^ 1);
+        barrierArriveExpect(full, V::kTILE_BYTES);
+        loadBox4d(destination, keyValueMap, 0, keyTile * V::kKEYS, row, image, full);
     };
 
     // The consumers write only after they have read what is loaded from here on: they need not wait themselves.
     waitForPriorGrids();
+    Place<V> place;
     for (int begin = blockBegin, end; begin < blockEnd; begin = end)
     {
         end = passEnd(arguments, begin, blockEnd, V::kGROUPS);
@@ -156,9 +183,10 @@ __device__ __forceinline__ void produce(
         int const image = begin / arguments.queryTiles / heads;
         int const firstRound = min(end, begin + V::kGROUPS);
 
-        for (int keyTile = 0; keyTile < arguments.keyTiles; ++keyTile)
+        for (int keyTile = 0; keyTile < arguments.keyTiles; ++keyTile, place.advance())
         {
-            loadKeysOrValues(keyTile, heads + head, image);
+            loadTile(shared.keys(place.slot), keyTile, heads + head, image, shared.keysFull(place.slot),
+                shared.keysEmpty(place.slot), place.phase);
             if (keyTile == 0)
             {
                 for (int tile = begin; tile < firstRound; ++tile)
@@ -166,96 +194,13 @@ __device__ __forceinline__ void produce(
                     loadQuery(tile, head, image);
                 }
             }
-            loadKeysOrValues(keyTile, 2 * heads + head, image);
-        }
-        if (end < blockEnd && arguments.resident)
-        {
-            int const nextHead = end / arguments.queryTiles % heads;
-            int const nextImage = end / arguments.queryTiles / heads;
-            for (int keyTile = 0; keyTile < arguments.keyTiles; ++keyTile)
-            {
-                prefetchBox4d(keyValueMap, 0, keyTile * V::kKEYS, heads + nextHead, nextImage);
-                prefetchBox4d(keyValueMap, 0, keyTile * V::kKEYS, 2 * heads + nextHead, nextImage);
-            }
+            loadTile(shared.values(place.slot), keyTile, 2 * heads + head, image, shared.valuesFull(place.slot),
+                shared.valuesEmpty(place.slot), place.phase);
         }
         for (int tile = firstRound; tile < end; ++tile)
         {
             loadQuery(tile, head, image);
         }
-    }
-}
-
-//! s[64, N] = q k^T, asynchronously.
-template <typename T, int N>
-__device__ __forceinline__ void multiplyScores(float* s, uint32_t queries, uint32_t keys)
-{
-    SharedProduct<T, N>::run(s, operandDescriptor(queries), operandDescriptor(keys));
-}
-
-//! o[64, 64] += p[64, N] v, asynchronously.
-template <typename T, int N>
-__device__ __forceinline__ void multiplyValues(float* o, uint32_t const* p, uint32_t values)
-{
-    uint64_t const descriptor = operandDescriptor(values);
-#pragma unroll
-    for (int k = 0; k < N / 16; ++k)
-    {
-        RegisterProduct<T>::run(o, p + 4 * k, descriptor + 16 * kROW_BYTES / 16 * k);
-    }
-}
-
-//! -inf from column `columns` on.
-template <int N>
-__device__ __forceinline__ void mask(float* s, int columns)
-{
-    int const column = 2 * (threadIdx.x % 4);
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i)
-    {
-        if (column + i / 4 * 8 + i % 2 >= columns)
-        {
-            s[i] = -CUDART_INF_F;
-        }
-    }
-}
-
-//! The largest of this thread's scores in each of its two rows.
-template <int N>
-__device__ __forceinline__ void threadMaxima(float const* s, float (&maxima)[2])
-{
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-    {
-        maxima[h] = fmaxf(s[2 * h], s[2 * h + 1]);
-#pragma unroll
-        for (int i = 4; i < N / 2; i += 4)
-        {
-            maxima[h] = fmaxf(maxima[h], fmaxf(s[i + 2 * h], s[i + 2 * h + 1]));
-        }
-    }
-}
-
-//! s = 2^(scale (s - maximum)), and the thread's part of the rows' sums.
-template <int N>
-__device__ __forceinline__ void exponentials(float* s, float scale, float const (&maxima)[2], float (&sums)[2])
-{
-    float const offsets[2] = {-maxima[0] * scale, -maxima[1] * scale};
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i)
-    {
-        int const h = i / 2 % 2;
-        s[i] = exp2Approx(fmaf(s[i], scale, offsets[h]));
-        sums[h] += s[i];
-    }
-}
-
-template <typename T, int N>
-__device__ __forceinline__ void pack(uint32_t* p, float const* s)
-{
-#pragma unroll
-    for (int i = 0; i < N / 4; ++i)
-    {
-        p[i] = packPair<T>(s[2 * i], s[2 * i + 1]);
     }
 }
 
@@ -275,9 +220,9 @@ __device__ __forceinline__ uint4 transposeQuad(uint32_t w0, uint32_t w1, uint32_
     return {odd ? c : w0, odd ? w1 : c, odd ? d : w2, odd ? w3 : d};
 }
 
-//! context = o / sum for the rows of this warp that exist.
+//! context = o / sum for the rows of this warp that exist; the sum is in the column of ones.
 template <typename T>
-__device__ __forceinline__ void store(Arguments const& arguments, float const* o, float const (&sums)[2], int tile)
+__device__ __forceinline__ void store(Arguments const& arguments, float const* o, int tile)
 {
     int const lane = threadIdx.x % kWARP_SIZE;
     int const row = tile % arguments.queryTiles * kQUERIES + threadIdx.x % 128 / kWARP_SIZE * 16 + lane / 4;
@@ -289,7 +234,7 @@ __device__ __forceinline__ void store(Arguments const& arguments, float const* o
 #pragma unroll
     for (int h = 0; h < 2; ++h)
     {
-        float const inverse = 1.0F / groupSum<4>(sums[h]);
+        float const inverse = 1.0F / o[kHEAD_DIM / 2 + 2 * h];
         uint32_t w[8];
 #pragma unroll
         for (int block = 0; block < 8; ++block)
@@ -319,10 +264,10 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
     int const keyTiles = arguments.keyTiles;
     int const tailColumns = arguments.sequenceLength - (keyTiles - 1) * kKEYS;
     float const scale = arguments.scale;
+    float const lag = kLAG / scale;
     bool const leader = threadIdx.x % kWARP_SIZE == 0;
     int const warp = __shfl_sync(kFULL_WARP, static_cast<int>(threadIdx.x) % 128 / kWARP_SIZE, 0);
 
-    auto waitFull = [&](int load) { barrierWait(shared.slotFull(load), Shared<V>::slotPhase(load)); };
     auto release = [&](bool condition, uint32_t empty)
     {
         if (condition && leader)
@@ -331,42 +276,56 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
         }
     };
 
-    float s[kKEYS / 2]; // scores, then exponentials, of one key tile
+    float s[kKEYS / 2];    // scores, then exponentials, of one key tile
     uint32_t p[kKEYS / 4]; // the exponentials as the first operand of the second product
-    float o[kHEAD_DIM / 2];
-    float maxima[2];
-    float sums[2];
+    float o[kOUTPUTS / 2];
+    float maxima[2]; // what the exponentials of a row refer to: its maximum, or up to 2^kLAG less
 
-    int passLoad = 0; // the pass's first load
-    int mine = group; // this group's next tile, counted from blockBegin
-    for (int begin = blockBegin, end; begin < blockEnd; begin = end, passLoad += 2 * keyTiles)
+    Place<V> passPlace; // the slot of the pass's first key tile
+    int mine = group;   // this group's next tile, counted from blockBegin
+    for (int begin = blockBegin, end; begin < blockEnd; begin = end)
     {
         end = passEnd(arguments, begin, blockEnd, V::kGROUPS);
         int const passTiles = end - blockBegin;
         if (mine >= passTiles)
         {
-            for (int load = passLoad; load < passLoad + 2 * keyTiles; ++load)
+            for (int j = 0; j < keyTiles; ++j, passPlace.advance())
             {
-                waitFull(load); // else the arrival could count for the slot's use before
-                release(true, shared.slotEmpty(load));
+                // Else the arrival could count for the slot's use before.
+                barrierWait(shared.keysFull(passPlace.slot), passPlace.phase);
+                release(true, shared.keysEmpty(passPlace.slot));
+                barrierWait(shared.valuesFull(passPlace.slot), passPlace.phase);
+                release(true, shared.valuesEmpty(passPlace.slot));
             }
             continue;
         }
 
         barrierWait(shared.queryFull(mine), Shared<V>::queryPhase(mine));
-        waitFull(passLoad);
+        barrierWait(shared.keysFull(passPlace.slot), passPlace.phase);
         wgmmaFence();
-        multiplyScores<T, kKEYS>(s, shared.query(mine), shared.slot(passLoad));
+        multiplyScores<T, kKEYS>(s, shared.query(mine), shared.keys(passPlace.slot));
         wgmmaCommit();
         wgmmaWait<0>();
         wgmmaResult(s);
+        int const passFirst = mine;
+        Place<V> place;
         for (; mine < passTiles; mine += V::kGROUPS)
         {
             bool const last = mine + V::kGROUPS >= passTiles;
             // This warp's rows are all beyond the sequence: its part of the products is computed and dropped.
             int const firstRow = (blockBegin + mine) % arguments.queryTiles * kQUERIES + warp * 16;
             bool const idle = firstRow >= arguments.sequenceLength;
-            release(last, shared.slotEmpty(passLoad));
+            // Later tiles of the pass find keys and values where the first has waited for them.
+            auto waitFull = [&](uint32_t full, uint32_t phase)
+            {
+                if (mine == passFirst)
+                {
+                    barrierWait(full, phase);
+                }
+            };
+
+            place = passPlace;
+            release(last, shared.keysEmpty(place.slot));
             if constexpr (kTAIL == kKEYS)
             {
                 if (keyTiles == 1)
@@ -376,38 +335,38 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                 }
             }
             maxima[0] = maxima[1] = 0.0F;
-            sums[0] = sums[1] = 0.0F;
             if (!idle)
             {
                 threadMaxima<kKEYS>(s, maxima);
                 maxima[0] = groupMax<4>(maxima[0]);
                 maxima[1] = groupMax<4>(maxima[1]);
-                exponentials<kKEYS>(s, scale, maxima, sums);
+                exponentials<kKEYS>(s, scale, maxima);
             }
             pack<T, kKEYS>(p, s);
 #pragma unroll
-            for (int i = 0; i < kHEAD_DIM / 2; ++i)
+            for (int i = 0; i < kOUTPUTS / 2; ++i)
             {
                 o[i] = 0.0F;
             }
 
             // Scores of tile j while the values of tile j - 1 are added up.
-            auto step = [&](int j, auto tail)
+            auto step = [&](auto tail)
             {
                 constexpr bool kIS_TAIL = decltype(tail)::value;
                 constexpr int N = kIS_TAIL ? kTAIL : kKEYS;
-                int const load = passLoad + 2 * j;
-                waitFull(load);
-                waitFull(load - 1);
+                Place<V> const before = place;
+                place.advance();
+                waitFull(shared.keysFull(place.slot), place.phase);
+                waitFull(shared.valuesFull(before.slot), before.phase);
                 wgmmaFence();
-                multiplyScores<T, N>(s, shared.query(mine), shared.slot(load));
+                multiplyScores<T, N>(s, shared.query(mine), shared.keys(place.slot));
                 wgmmaCommit();
-                multiplyValues<T, kKEYS>(o, p, shared.slot(load - 1));
+                multiplyValues<T, kKEYS>(o, p, shared.values(before.slot), shared.ones());
                 wgmmaCommit();
 
                 wgmmaWait<1>();
                 wgmmaResult(s);
-                release(last, shared.slotEmpty(load));
+                release(last, shared.keysEmpty(place.slot));
                 if constexpr (kIS_TAIL)
                 {
                     release(true, shared.queryEmpty(mine));
@@ -423,8 +382,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                     }
                     float tops[2];
                     threadMaxima<N>(s, tops);
-                    // Exact maxima: a row's largest probability is then 1, which rounding leaves as it is.
-                    rescale = __any_sync(kFULL_WARP, tops[0] > maxima[0] || tops[1] > maxima[1]);
+                    rescale = __any_sync(kFULL_WARP, tops[0] > maxima[0] + lag || tops[1] > maxima[1] + lag);
                     if (rescale)
                     {
 #pragma unroll
@@ -432,11 +390,10 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                         {
                             float const maximum = fmaxf(maxima[h], groupMax<4>(tops[h]));
                             factors[h] = exp2Approx((maxima[h] - maximum) * scale);
-                            sums[h] *= factors[h];
                             maxima[h] = maximum;
                         }
                     }
-                    exponentials<N>(s, scale, maxima, sums);
+                    exponentials<N>(s, scale, maxima);
                 }
 
                 // The wait stands in both branches: in one line with the exponentials, ptxas moves it above them, and
@@ -446,7 +403,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                     wgmmaWait<0>();
                     wgmmaResult(o);
 #pragma unroll
-                    for (int i = 0; i < kHEAD_DIM / 2; ++i)
+                    for (int i = 0; i < kOUTPUTS / 2; ++i)
                     {
                         o[i] *= factors[i / 2 % 2];
                     }
@@ -456,47 +413,48 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                     wgmmaWait<0>();
                     wgmmaResult(o);
                 }
-                release(last, shared.slotEmpty(load - 1));
+                release(last, shared.valuesEmpty(before.slot));
                 pack<T, N>(p, s);
             };
             for (int j = 1; j < keyTiles - 1; ++j)
             {
-                step(j, std::false_type{});
+                step(std::false_type{});
             }
             if (keyTiles > 1)
             {
-                step(keyTiles - 1, std::true_type{});
+                step(std::true_type{});
             }
 
-            int const lastLoad = passLoad + 2 * keyTiles - 1;
-            waitFull(lastLoad);
+            waitFull(shared.valuesFull(place.slot), place.phase);
             int const next = mine + V::kGROUPS;
             if (!last)
             {
                 barrierWait(shared.queryFull(next), Shared<V>::queryPhase(next));
             }
             wgmmaFence();
-            multiplyValues<T, kTAIL>(o, p, shared.slot(lastLoad));
+            multiplyValues<T, kTAIL>(o, p, shared.values(place.slot), shared.ones());
             wgmmaCommit();
             if (last)
             {
                 wgmmaWait<0>();
                 wgmmaResult(o);
-                release(true, shared.slotEmpty(lastLoad));
-                store<T>(arguments, o, sums, blockBegin + mine);
+                release(true, shared.valuesEmpty(place.slot));
+                store<T>(arguments, o, blockBegin + mine);
             }
             else // the next tile's first scores run while this one's output is written
             {
                 wgmmaFence();
-                multiplyScores<T, kKEYS>(s, shared.query(next), shared.slot(passLoad));
+                multiplyScores<T, kKEYS>(s, shared.query(next), shared.keys(passPlace.slot));
                 wgmmaCommit();
                 wgmmaWait<1>();
                 wgmmaResult(o);
-                store<T>(arguments, o, sums, blockBegin + mine);
+                store<T>(arguments, o, blockBegin + mine);
                 wgmmaWait<0>();
                 wgmmaResult(s);
             }
         }
+        passPlace = place;
+        passPlace.advance();
     }
 }
 
@@ -505,14 +463,15 @@ __global__ void __launch_bounds__(V::kTHREADS, 1) encoderAttentionKernel(__grid_
     __grid_constant__ CUtensorMap const keyValueMap, __grid_constant__ Arguments const arguments)
 {
     extern __shared__ uint8_t dynamicShared[];
-    Shared<V> const shared{(sharedAddress(dynamicShared) + 1023) / 1024 * 1024};
+    // Uniform in a warp, and known to be so: addresses and descriptors then stay in uniform registers.
+    Shared<V> const shared{__shfl_sync(kFULL_WARP, (sharedAddress(dynamicShared) + 1023) / 1024 * 1024, 0)};
 
     if (threadIdx.x == 0)
     {
-        for (int i = 0; i < V::kSLOTS; ++i)
+        for (int i = 0; i < 2 * V::kPAIRS; ++i)
         {
-            barrierInit(shared.slotFull(i), 1);
-            barrierInit(shared.slotEmpty(i), V::kGROUPS * kCONSUMER_WARPS);
+            barrierInit(shared.barrier(i), 1);
+            barrierInit(shared.barrier(2 * V::kPAIRS + i), V::kGROUPS * kCONSUMER_WARPS);
         }
         for (int i = 0; i < V::kQUERY_BUFFERS; ++i)
         {
@@ -523,6 +482,7 @@ __global__ void __launch_bounds__(V::kTHREADS, 1) encoderAttentionKernel(__grid_
         prefetchTensorMap(&queryMap);
         prefetchTensorMap(&keyValueMap);
     }
+    fillOnes<T>(shared.ones());
     __syncthreads();
     launchDependents();
 
@@ -541,44 +501,6 @@ __global__ void __launch_bounds__(V::kTHREADS, 1) encoderAttentionKernel(__grid_
         growRegisters<V::kCONSUMER_REGISTERS>();
         consume<T, V>(arguments, shared, group);
     }
-}
-
-//! The driver's cuTensorMapEncodeTiled, found without linking to the driver's library; null where there is none.
-PFN_cuTensorMapEncodeTiled_v12000 tensorMapEncoder()
-{
-    static PFN_cuTensorMapEncodeTiled_v12000 const encoder = []
-    {
-        void* function{};
-        cudaDriverEntryPointQueryResult found{};
-        cudaError_t const status
-            = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-        return status == cudaSuccess && found == cudaDriverEntryPointSuccess
-            ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function)
-            : nullptr;
-    }();
-    return encoder;
-}
-
-//! qkv [B, S, 3, H, 64] as [B, 3 H, S, 64], in boxes of `rows` rows of one head: what a box has beyond S is zero, not
-//! the next image.
-cudaError_t makeMap(EncoderAttentionParams const& params, int rows, CUtensorMap& map)
-{
-    auto const encode = tensorMapEncoder();
-    if (encode == nullptr)
-    {
-        return cudaErrorNotSupported;
-    }
-    cuuint64_t const planes = 3 * static_cast<cuuint64_t>(params.numHeads);
-    cuuint64_t const length = params.sequenceLength;
-    cuuint64_t const sizes[] = {kHEAD_DIM, length, planes, static_cast<cuuint64_t>(params.batch)};
-    cuuint64_t const strides[] = {planes * kROW_BYTES, kROW_BYTES, length * planes * kROW_BYTES};
-    cuuint32_t const box[] = {kHEAD_DIM, static_cast<cuuint32_t>(rows), 1, 1};
-    cuuint32_t const steps[] = {1, 1, 1, 1};
-    CUresult const result = encode(&map,
-        params.dataType == DataType::kHALF ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-        const_cast<void*>(params.qkv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 //! A block's consumer groups work side by side: more than one round of theirs is filled up to a whole number of rounds.
@@ -616,7 +538,7 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int p
     arguments.keyTiles = ceilDiv(params.sequenceLength, V::kKEYS);
     arguments.tiles = params.batch * params.numHeads * arguments.queryTiles;
     arguments.tilesPerBlock = tilesPerBlock(arguments.tiles, V::kGROUPS, processors);
-    arguments.resident = 2 * arguments.keyTiles <= V::kSLOTS;
+    arguments.resident = arguments.keyTiles <= V::kPAIRS;
     arguments.scale = kLOG2_E / std::sqrt(static_cast<float>(kHEAD_DIM));
 
     cudaLaunchConfig_t config{};
@@ -635,24 +557,24 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int p
     return cudaLaunchKernelEx(&config, kernel, queryMap, keyValueMap, arguments);
 }
 
-template <typename T, int kGROUPS, int kSLOTS>
+template <typename T, int kGROUPS>
 cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int processors)
 {
-    using Short = Variant<kGROUPS, 128, 80, kSLOTS>; // 577 and 578 tokens: 4 x 128 + 65 or 66
-    using Full = Variant<kGROUPS, 128, 128, kSLOTS>;
+    using Short = Variant<kGROUPS, 128, 80>; // 577 and 578 tokens: 4 x 128 + 65 or 66
+    using Full = Variant<kGROUPS, 128, 128>;
     int const tail = (params.sequenceLength - 1) % Short::kKEYS + 1;
     bool const isShort = params.sequenceLength > Short::kKEYS && tail <= Short::kTAIL;
     return isShort ? run<T, Short>(params, stream, processors) : run<T, Full>(params, stream, processors);
 }
 
-//! The path of the lower cost: rounds of the fullest block, at what a round takes. Measured on an H200 at 578 tokens
-//! (SM90.md): 6.8 us for a round of two query tiles, 9.3 us for one of three.
+//! The path of the lower cost: rounds of the fullest block, at what a round takes. Measured on an H100 at 578 tokens
+//! (SM90.md), without what does not grow with rounds: 6.0 us for a round of two query tiles, 8.5 us for one of three.
 EncoderAttentionPath choosePath(EncoderAttentionParams const& params, int processors)
 {
     int const tiles = params.batch * params.numHeads * ceilDiv(params.sequenceLength, kQUERIES);
     auto const cost = [&](int groups, double microseconds)
     { return ceilDiv(tilesPerBlock(tiles, groups, processors), groups) * microseconds; };
-    return cost(3, 9.3) < cost(2, 6.8) ? EncoderAttentionPath::kHOPPER_3 : EncoderAttentionPath::kHOPPER_2;
+    return cost(3, 8.5) < cost(2, 6.0) ? EncoderAttentionPath::kHOPPER_3 : EncoderAttentionPath::kHOPPER_2;
 }
 
 template <typename T>
@@ -668,8 +590,8 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
         = params.path != EncoderAttentionPath::kAUTO && params.path != EncoderAttentionPath::kHOPPER;
     switch (isForced ? params.path : choosePath(params, processors))
     {
-    case EncoderAttentionPath::kHOPPER_2: return run<T, 2, 12>(params, stream, processors);
-    case EncoderAttentionPath::kHOPPER_3: return run<T, 3, 11>(params, stream, processors);
+    case EncoderAttentionPath::kHOPPER_2: return run<T, 2>(params, stream, processors);
+    case EncoderAttentionPath::kHOPPER_3: return run<T, 3>(params, stream, processors);
     default: return cudaErrorInvalidValue;
     }
 }

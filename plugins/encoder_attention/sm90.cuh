@@ -20,12 +20,10 @@ __device__ __forceinline__ void loadBox4d(
         : "memory");
 }
 
-//! cp.async.bulk.prefetch.tensor.4d: the box into the L2 cache.
-__device__ __forceinline__ void prefetchBox4d(CUtensorMap const* map, int32_t x, int32_t y, int32_t z, int32_t w)
+//! operandDescriptor of an operand with N together and more than 64 columns, `leading` bytes from 64 to the next.
+__device__ __forceinline__ uint64_t operandDescriptor(uint32_t address, uint32_t leading)
 {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(x), "r"(y),
-                 "r"(z), "r"(w)
-                 : "memory");
+    return operandDescriptor(address) - (uint64_t{1} << 16) + (static_cast<uint64_t>(leading >> 4) << 16);
 }
 
 //! wgmma.m64nNk16, four times: d[64, N] = a[64, 64] b[N, 64]^T, both in shared memory (operandDescriptor); d as in
@@ -33,15 +31,16 @@ __device__ __forceinline__ void prefetchBox4d(CUtensorMap const* map, int32_t x,
 template <typename T, int N>
 struct SharedProduct;
 
-//! wgmma.m64n64k16: d[64, 64] += a[64, 16] b[16, 64]. a[r] of lane l of warp w holds the elements of row
+//! wgmma.m64n72k16: d[64, 72] += a[64, 16] b[16, 72]. a[r] of lane l of warp w holds the elements of row
 //! 16 w + 8 (r % 2) + l / 4 and columns 8 (r / 2) + 2 (l % 4), + 1: what two neighbouring 8-column blocks of an
-//! accumulator hold. b is in shared memory in rows of 64 elements: with N together and one 128-byte swizzle wide,
-//! operandDescriptor's 1024 is the step from eight rows (of K) to the next eight, and the leading offset has no use.
+//! accumulator hold. b is in shared memory in rows of 64 elements: with N together, operandDescriptor's 1024 is the
+//! step from eight rows (of K) to the next eight, and the leading offset that from 64 columns to the next, here eight.
 template <typename T>
 struct RegisterProduct;
 
 #define TROCR_OUT4(i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
 #define TROCR_OUT16(i) TROCR_OUT4(i), TROCR_OUT4(i + 4), TROCR_OUT4(i + 8), TROCR_OUT4(i + 12)
+#define TROCR_INOUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define TROCR_INOUT8(i)                                                                                                \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
         "+f"(d[i + 7])
@@ -91,11 +90,11 @@ struct RegisterProduct;
             asm volatile("{\n"                                                                                         \
                          ".reg .pred p;\n"                                                                             \
                          "setp.ne.b32 p, 1, 0;\n"                                                                      \
-                         "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPES                                           \
-                         " {" TROCR_P10() "," TROCR_P10(1) "," TROCR_P10(2) "," TROCR_P2(3) "}, {%32,%33,%34,%35},"    \
-                         " %36, p, 1, 1, 1;\n"                                                                         \
+                         "wgmma.mma_async.sync.aligned.m64n72k16.f32." TYPES                                           \
+                         " {" TROCR_P10() "," TROCR_P10(1) "," TROCR_P10(2) "," TROCR_P6(3) "}, {%36,%37,%38,%39},"    \
+                         " %40, p, 1, 1, 1;\n"                                                                         \
                          "}\n"                                                                                         \
-                         : TROCR_INOUT8(0), TROCR_INOUT8(8), TROCR_INOUT8(16), TROCR_INOUT8(24)                        \
+                         : TROCR_INOUT8(0), TROCR_INOUT8(8), TROCR_INOUT8(16), TROCR_INOUT8(24), TROCR_INOUT4(32)      \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                        \
         }                                                                                                              \
     };
@@ -119,6 +118,7 @@ TROCR_PRODUCTS(__nv_bfloat16, "bf16.bf16")
 #undef TROCR_P4
 #undef TROCR_P2
 #undef TROCR_INOUT8
+#undef TROCR_INOUT4
 #undef TROCR_OUT16
 #undef TROCR_OUT4
 
