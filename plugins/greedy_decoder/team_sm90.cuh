@@ -321,9 +321,17 @@ struct Attention
             float c[4] = {};
             multiplyAdd<T>(c, {query.x, query.x, query.y, query.y}, key.x, key.y);
             multiplyAdd<T>(c, {query.z, query.z, query.w, query.w}, key.z, key.w);
-            int const first = half * 8 + static_cast<int>(threadIdx.x % 4 * 2);
-            scores[2 * half] = first < count ? c[0] * scale : kNO_SCORE;
-            scores[2 * half + 1] = first + 1 < count ? c[1] * scale : kNO_SCORE;
+            scores[2 * half] = c[0] * scale;
+            scores[2 * half + 1] = c[1] * scale;
+        }
+        if (count < 16)
+        {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+            {
+                int const key = i / 2 * 8 + static_cast<int>(threadIdx.x % 4 * 2) + i % 2;
+                scores[i] = key < count ? scores[i] : kNO_SCORE;
+            }
         }
     }
 
