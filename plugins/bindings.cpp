@@ -467,7 +467,7 @@ PYBIND11_MODULE(trocr_kernels, module)
         "cost, else 1 to linear_tactic_count().");
     module.def("linear_tactic_count", &linearTacticCount);
     module.def("linear_tactic_on_hopper", &linearTacticOnHopper, py::kw_only(), "rows"_a, "outputs"_a, "inputs"_a,
-        "multiprocessors"_a, "What tactic 0 takes on Hopper; needs no GPU.");
+        "residual"_a, "multiprocessors"_a, "What tactic 0 takes on Hopper; needs no GPU.");
 
     module.def("row_statistics", bindRowStatistics, "x"_a, "statistics"_a, py::kw_only(), "rows"_a, "width"_a,
         "dtype"_a, "stream"_a = 0,

@@ -1,6 +1,7 @@
 """The fused linear kernel against PyTorch: correctness and speed on the shapes of the encoders.
 
     python -m profiling.linear bench [--models small,base] [--batches 1,8,16,64] [--dtype float16]
+    python -m profiling.linear chain [--models small,base] [--batches 1,8,16,64] [--dtype float16]
     python -m profiling.linear check [--tactics 1,2,3]      # quick; prints the first failure and where it is
 
 Needs the module `trocr_kernels` in CMake's build folder (TROCR_BUILD_DIR, by default `build`).
@@ -263,6 +264,46 @@ def bench(models: list[str], batches: list[int], dtype: torch.dtype) -> bool:
     return right
 
 
+def chain(models: list[str], batches: list[int], dtype: torch.dtype, layers: int = 12) -> None:
+    """Prints, a line a model and batch, microseconds a layer of the four products of `layers` layers one after the
+    other, launched as in an engine: each reads what the one before wrote, and starts while it ends."""
+    print(f"{torch.cuda.get_device_name()}, {name_of(dtype)}: us a layer of four products, dependent launch")
+    print(
+        f"{'model':6}{'B':>3}{'layer':>9}{'qkv':>8}{'projection':>11}{'fc1':>8}{'fc2':>8}  (alone, not overlapped)"
+    )
+    for model in models:
+        tokens, hidden = ENCODERS[model]
+        for batch in batches:
+            products = {
+                name: Linear(batch * tokens, inputs, outputs, epilogue, dtype)
+                for name, (inputs, outputs, epilogue) in encoder_products(hidden).items()
+            }
+            qkv, projection, fc1, fc2 = products.values()
+            # The residual stream alternates between two buffers; attention is left out: projection reads the queries'
+            # part of what QKV wrote, as if it were a tensor of its own.
+            projection.x = qkv.y.view(-1)[: projection.rows * hidden].view(projection.rows, hidden)
+            projection.residual = fc2.y[: fc2.rows]
+            fc1.x, fc1.input_statistics = projection.y[: fc1.rows], projection.output_statistics
+            fc2.x, fc2.residual = fc1.y[: fc2.rows], projection.y[: fc2.rows]
+            qkv.x, qkv.input_statistics = fc2.y[: qkv.rows], fc2.output_statistics
+
+            def launch(products: list[Linear] = list(products.values())) -> None:
+                for _ in range(layers):
+                    for product in products:
+                        product.run(overlap=True)
+
+            for product in products.values():
+                product.y.normal_()
+                if product.output_statistics is not None:
+                    product.output_statistics.fill_(1.0)
+            layer = microseconds(launch) / layers
+            alone = [microseconds(product.run) for product in products.values()]
+            print(
+                f"{model:6}{batch:3}{layer:9.2f}{alone[0]:8.2f}{alone[1]:11.2f}{alone[2]:8.2f}{alone[3]:8.2f}",
+                flush=True,
+            )
+
+
 def check(tactics: list[int]) -> bool:
     """A quick look at some tactics, from easy to hard; stops at the first failure."""
     cases = [
@@ -300,7 +341,7 @@ def check(tactics: list[int]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("bench", "check"))
+    parser.add_argument("what", choices=("bench", "chain", "check"))
     parser.add_argument("--models", default="small,base,large,tiny")
     parser.add_argument("--batches", default="1,8,16,64")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
@@ -309,8 +350,14 @@ def main() -> int:
     if arguments.what == "check":
         right = check([int(tactic) for tactic in arguments.tactics.split(",")])
     else:
+        models = arguments.models.split(",")
         batches = [int(batch) for batch in arguments.batches.split(",")]
-        right = bench(arguments.models.split(","), batches, getattr(torch, arguments.dtype))
+        dtype = getattr(torch, arguments.dtype)
+        if arguments.what == "bench":
+            right = bench(models, batches, dtype)
+        else:
+            chain(models, batches, dtype)
+            right = True
     return 0 if right else 1
 
 

@@ -69,21 +69,22 @@ def test_gelu_polynomial_is_within_a_quarter_of_half_an_ulp() -> None:
 
 
 def test_tactics_are_nearly_the_best_of_those_measured() -> None:
-    """The choice among Hopper's tactics, against times on an H200 (132 multiprocessors)."""
+    """The choice among Hopper's tactics, against times on an H100 (132 multiprocessors)."""
     try:
         kernels = load_kernels()
     except ImportError as error:
         pytest.skip(str(error))
-    table = Path(__file__).parents[1] / "plugins" / "linear" / "tactics-h200.csv"
+    table = Path(__file__).parents[1] / "plugins" / "linear" / "tactics-h100.csv"
     ratios = []
     for row in csv.DictReader(table.open()):
         sizes = {name: int(row[name]) for name in ("rows", "inputs", "outputs")}
-        chosen = kernels.linear_tactic_on_hopper(**sizes, multiprocessors=132)
+        residual = row["product"] in ("projection", "fc2")
+        chosen = kernels.linear_tactic_on_hopper(**sizes, residual=residual, multiprocessors=132)
         times = {name: float(row[name]) for name in row if name.startswith("tactic") and row[name]}
         ratios.append(times[f"tactic {chosen}"] / min(times.values()))
     assert len(ratios) == 64
     assert max(ratios) < 1.06
-    assert statistics.mean(ratios) < 1.002
+    assert statistics.mean(ratios) < 1.004
 
 
 @pytest.mark.gpu

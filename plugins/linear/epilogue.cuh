@@ -101,22 +101,74 @@ __device__ __forceinline__ float boundBelow(float x, float bound)
     return y;
 }
 
-//! (rstd, -mean rstd) of one row from its partial statistics: Chan's combination, in order.
-__device__ __forceinline__ float2 rowScale(float2 const* partials, int count, float epsilon)
+//! Partial statistics of one row, or of kMOST parts of it: loaded together, combined later.
+template <int kMOST>
+struct PartialStatistics
 {
+    float2 parts[kMOST];
+
+    //! Nothing where there are no statistics, and for rows beyond the last.
+    __device__ __forceinline__ void load(EpilogueParams const& p, int row, int from = 0)
+    {
+        int const count = p.inputs / kCHUNK_COLUMNS;
+        auto const* const statistics
+            = reinterpret_cast<float2 const*>(p.inputStatistics) + static_cast<int64_t>(row) * count;
+#pragma unroll
+        for (int i = 0; i < kMOST; ++i)
+        {
+            if (p.inputStatistics != nullptr && row < p.rows && from + i < count)
+            {
+                parts[i] = statistics[from + i];
+            }
+        }
+    }
+
+    //! Chan's combination, in order, of the parts from `from` on with what came before.
+    __device__ __forceinline__ void combine(EpilogueParams const& p, float& mean, float& m2, int from = 0) const
+    {
+        int const count = p.inputs / kCHUNK_COLUMNS;
+#pragma unroll
+        for (int i = 0; i < kMOST; ++i)
+        {
+            if (from + i < count)
+            {
+                float const share = __fdividef(1.0F, static_cast<float>(from + i + 1));
+                float const delta = parts[i].x - mean;
+                mean = fmaf(delta, share, mean);
+                m2 += fmaf(delta * delta, kCHUNK_COLUMNS * (1.0F - share), parts[i].y);
+            }
+        }
+    }
+
+    //! (rstd, -mean rstd) of a row of kMOST parts at most.
+    __device__ __forceinline__ float2 scale(EpilogueParams const& p) const
+    {
+        float mean = 0.0F;
+        float m2 = 0.0F;
+        combine(p, mean, m2);
+        return normalisation(p, mean, m2);
+    }
+
+    static __device__ __forceinline__ float2 normalisation(EpilogueParams const& p, float mean, float m2)
+    {
+        float const rstd = rsqrtf(m2 / static_cast<float>(p.inputs) + p.epsilon);
+        return make_float2(rstd, -mean * rstd);
+    }
+};
+
+//! (rstd, -mean rstd) of one row.
+__device__ __forceinline__ float2 rowScale(EpilogueParams const& p, int row)
+{
+    constexpr int kAT_ONCE = 8; // latency is all that this costs
     float mean = 0.0F;
     float m2 = 0.0F;
-#pragma unroll 4
-    for (int i = 0; i < count; ++i)
+    PartialStatistics<kAT_ONCE> statistics;
+    for (int from = 0; from < p.inputs / kCHUNK_COLUMNS; from += kAT_ONCE)
     {
-        float2 const part = partials[i];
-        float const share = __fdividef(1.0F, static_cast<float>(i + 1));
-        float const delta = part.x - mean;
-        mean = fmaf(delta, share, mean);
-        m2 += fmaf(delta * delta, kCHUNK_COLUMNS * (1.0F - share), part.y);
+        statistics.load(p, row, from);
+        statistics.combine(p, mean, m2, from);
     }
-    float const rstd = rsqrtf(m2 / static_cast<float>(count * kCHUNK_COLUMNS) + epsilon);
-    return make_float2(rstd, -mean * rstd);
+    return statistics.normalisation(p, mean, m2);
 }
 
 //! Scales of a warp's kBLOCKS blocks of 16 rows, `stride` rows apart, to `scales` in shared memory. Rows beyond the
@@ -124,14 +176,12 @@ __device__ __forceinline__ float2 rowScale(float2 const* partials, int count, fl
 template <int kBLOCKS>
 __device__ __forceinline__ void loadRowScales(float2* scales, EpilogueParams const& p, int row, int stride, int lane)
 {
-    int const parts = p.inputs / kCHUNK_COLUMNS;
-    auto const* statistics = reinterpret_cast<float2 const*>(p.inputStatistics);
     for (int i = lane; i < kBLOCKS * kCHUNK_ROWS; i += 32)
     {
         int const r = row + i / kCHUNK_ROWS * stride + i % kCHUNK_ROWS;
         if (r < p.rows)
         {
-            scales[i] = rowScale(statistics + static_cast<int64_t>(r) * parts, parts, p.epsilon);
+            scales[i] = rowScale(p, r);
         }
     }
     __syncwarp();

@@ -115,9 +115,10 @@ int32_t linearTacticCount()
     return linear_detail::kNUM_SM90_TACTICS + linear_detail::kNUM_SM80_TACTICS;
 }
 
-int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, int32_t multiprocessors)
+int32_t linearTacticOnHopper(
+    int64_t rows, int32_t outputs, int32_t inputs, bool residual, int32_t multiprocessors)
 {
-    return linear_detail::cheapestSm90Tactic(static_cast<int>(rows), outputs, inputs, multiprocessors);
+    return linear_detail::cheapestSm90Tactic(static_cast<int>(rows), outputs, inputs, residual, multiprocessors);
 }
 
 bool canImplementLinear(LinearParams const& params, char const** reason)

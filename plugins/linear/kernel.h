@@ -61,7 +61,8 @@ bool canImplementLinear(LinearParams const& params, char const** reason = nullpt
 cudaError_t linear(LinearParams const& params, cudaStream_t stream);
 
 //! What tactic 0 takes on Hopper.
-int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, int32_t multiprocessors);
+int32_t linearTacticOnHopper(
+    int64_t rows, int32_t outputs, int32_t inputs, bool residual, int32_t multiprocessors);
 
 //! Highest tactic number; some of them are refused by some devices and problems.
 int32_t linearTacticCount();

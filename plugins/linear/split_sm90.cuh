@@ -1,0 +1,171 @@
+#pragma once
+
+#include "linear/pieces_sm90.cuh"
+
+namespace trocr::linear_detail
+{
+
+//! Small problems. A cluster computes one tile: block r multiplies steps r, r + size, ..., leaves its accumulators in
+//! its shared memory, and finishes chunks r, r + size, ... with everyone's, added in the order of the blocks.
+template <typename T, Epilogue kEPILOGUE, typename TILE>
+__global__ void __launch_bounds__(160, 1)
+    linearSplit(__grid_constant__ TensorMaps const maps, __grid_constant__ EpilogueParams const p)
+{
+    extern __shared__ __align__(1024) uint8_t sharedMemory[];
+    Shared<TILE> const shared{sm90::sharedAddress(sharedMemory)};
+
+    uint32_t const warp = __shfl_sync(0xFFFFFFFFU, threadIdx.x / 32, 0);
+    uint32_t const lane = threadIdx.x % 32;
+    int const rank = static_cast<int>(sm90::clusterRank());
+    int const size = static_cast<int>(sm90::clusterSize());
+
+    int const allSteps = (p.inputs + kBLOCK_K - 1) / kBLOCK_K;
+    int const steps = (allSteps - rank + size - 1) / size;
+    int const columnTiles = (p.outputs + TILE::kBN - 1) / TILE::kBN;
+    int const tile = static_cast<int>(blockIdx.x) / size;
+    int const tileRow = tile / columnTiles * TILE::kBM;
+    int const column = tile % columnTiles * TILE::kBN;
+
+    if (threadIdx.x == 0)
+    {
+        initBarriers(shared, 1);
+        prefetchMaps(maps);
+    }
+    __syncthreads();
+    sm90::launchDependents();
+
+    if (warp == TILE::kWARPS)
+    {
+        if (lane == 0)
+        {
+            auto const fetchWeight = [&](RingPosition<TILE::kSTAGES> const& ring, int step)
+            {
+                sm90::barrierArriveExpect(shared.full(ring.stage), TILE::kSTAGE_BYTES);
+                sm90::loadBox(shared.weight(ring.stage), &maps.weight, (rank + step * size) * kBLOCK_K, column,
+                    shared.full(ring.stage));
+            };
+            int const ahead = steps < TILE::kSTAGES ? steps : TILE::kSTAGES;
+            {
+                RingPosition<TILE::kSTAGES> ring;
+                for (int step = 0; step < ahead; ++step, ring.advance())
+                {
+                    fetchWeight(ring, step);
+                }
+            }
+            sm90::waitForPriorGrids();
+
+            RingPosition<TILE::kSTAGES> ring;
+            for (int step = 0; step < steps; ++step, ring.advance())
+            {
+                if (step >= ahead)
+                {
+                    sm90::barrierWait(shared.empty(ring.stage), ring.parity ^ 1);
+                    fetchWeight(ring, step);
+                }
+                for (int m = 0; m < TILE::kM64; ++m)
+                {
+                    sm90::loadBox(shared.x(ring.stage) + m * 64 * kROW_BYTES, &maps.x, (rank + step * size) * kBLOCK_K,
+                        tileRow + m * 64, shared.full(ring.stage));
+                }
+            }
+        }
+        __syncwarp();
+        if (size > 1)
+        {
+            sm90::clusterSync(); // partial accumulators are written
+            sm90::clusterSyncRelaxed(); // and read
+        }
+        return;
+    }
+
+    ChunkPipe<TILE> pipe{shared, warp, lane};
+    auto* const scales = rowScalesOf<TILE>(sharedMemory, warp);
+    auto* const columns = columnPairsOf<TILE>(sharedMemory, warp);
+    int const row = tileRow + static_cast<int>(warp) * kCHUNK_ROWS;
+    auto const chunkRow = [&](int chunk) { return row + chunk / TILE::kCHUNKS_N * 64; };
+    auto const chunkColumn = [&](int chunk) { return column + chunk % TILE::kCHUNKS_N * kCHUNK_COLUMNS; };
+
+    loadColumnPairs<TILE::kBN>(columns, p, column, lane); // constants, as the weight
+    sm90::waitForPriorGrids();
+    if (p.inputStatistics != nullptr)
+    {
+        loadRowScales<TILE::kM64>(scales, p, row, 64, lane);
+    }
+    if (kEPILOGUE == Epilogue::kRESIDUAL && lane == 0)
+    {
+        static_assert(TILE::kBUFFERS == TILE::kCHUNKS);
+        for (int chunk = rank, number = 0; chunk < TILE::kCHUNKS; chunk += size, ++number)
+        {
+            pipe.fetch(&maps.residual, number, chunkRow(chunk), chunkColumn(chunk));
+        }
+    }
+
+    float acc[TILE::kM64][TILE::kBN / 2];
+    RingPosition<TILE::kSTAGES> ring;
+    multiply<T, TILE, TILE::kM64>(
+        acc, shared, ring, steps,
+        [&](uint32_t stage)
+        {
+            if (lane == 0)
+            {
+                sm90::barrierArrive(shared.empty(stage));
+            }
+        },
+        [] {});
+
+    if (size > 1)
+    {
+        // All stages have been multiplied by all warps: they become float4 [chunk][register / 4][thread].
+        asm volatile("bar.sync 1, 128;" ::: "memory");
+        auto* const partials = reinterpret_cast<float4*>(sharedMemory);
+#pragma unroll
+        for (int chunk = 0; chunk < TILE::kCHUNKS; ++chunk)
+        {
+            float const* const v = &acc[chunk / TILE::kCHUNKS_N][chunk % TILE::kCHUNKS_N * 32];
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+            {
+                partials[(chunk * 8 + i) * 128 + threadIdx.x]
+                    = make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+            }
+        }
+        sm90::clusterSync();
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < TILE::kCHUNKS; ++chunk)
+    {
+        if (chunk % size != rank)
+        {
+            continue;
+        }
+        int const m = chunk / TILE::kCHUNKS_N;
+        float* const v = &acc[m][chunk % TILE::kCHUNKS_N * 32];
+        for (int other = 0; size > 1 && other < size; ++other)
+        {
+            uint32_t const partials = sm90::mapToRank(shared.base + (chunk * 8 * 128 + threadIdx.x) * 16, other);
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+            {
+                float4 const part = sm90::loadFromCluster(partials + i * 128 * 16);
+                v[4 * i] = part.x + (other > 0 ? v[4 * i] : 0.0F);
+                v[4 * i + 1] = part.y + (other > 0 ? v[4 * i + 1] : 0.0F);
+                v[4 * i + 2] = part.z + (other > 0 ? v[4 * i + 2] : 0.0F);
+                v[4 * i + 3] = part.w + (other > 0 ? v[4 * i + 3] : 0.0F);
+            }
+        }
+        finishChunk<T, kEPILOGUE>(v, pipe, &maps.y, p, scales + m * kCHUNK_ROWS,
+            columns + chunk % TILE::kCHUNKS_N * 32, chunkRow(chunk), chunkColumn(chunk));
+        ++pipe.sequence;
+    }
+    if (lane == 0)
+    {
+        sm90::storeWaitRead<0>();
+    }
+    __syncwarp();
+    if (size > 1)
+    {
+        sm90::clusterSyncRelaxed();
+    }
+}
+
+} // namespace trocr::linear_detail
