@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -265,12 +266,13 @@ def bench(models: list[str], batches: list[int], dtype: torch.dtype) -> bool:
 
 
 def chain(models: list[str], batches: list[int], dtype: torch.dtype, layers: int = 12) -> None:
-    """Prints, a line a model and batch, microseconds a layer of the four products of `layers` layers one after the
-    other, launched as in an engine: each reads what the one before wrote, and starts while it ends."""
+    """Print, a line a model and batch, microseconds a layer of the four products of `layers` layers in a row.
+
+    They are launched as in an engine: each reads what the one before wrote, and starts while that ends.
+    """
     print(f"{torch.cuda.get_device_name()}, {name_of(dtype)}: us a layer of four products, dependent launch")
-    print(
-        f"{'model':6}{'B':>3}{'layer':>9}{'qkv':>8}{'projection':>11}{'fc1':>8}{'fc2':>8}  (alone, not overlapped)"
-    )
+    names = f"{'model':6}{'B':>3}{'layer':>9}{'qkv':>8}{'projection':>11}{'fc1':>8}{'fc2':>8}"
+    print(f"{names}  (alone, not overlapped)")
     for model in models:
         tokens, hidden = ENCODERS[model]
         for batch in batches:
@@ -279,15 +281,15 @@ def chain(models: list[str], batches: list[int], dtype: torch.dtype, layers: int
                 for name, (inputs, outputs, epilogue) in encoder_products(hidden).items()
             }
             qkv, projection, fc1, fc2 = products.values()
-            # The residual stream alternates between two buffers; attention is left out: projection reads the queries'
-            # part of what QKV wrote, as if it were a tensor of its own.
+            # The residual stream alternates between two buffers; attention is left out: projection reads the
+            # queries' part of what QKV wrote, as if it were a tensor of its own.
             projection.x = qkv.y.view(-1)[: projection.rows * hidden].view(projection.rows, hidden)
             projection.residual = fc2.y[: fc2.rows]
             fc1.x, fc1.input_statistics = projection.y[: fc1.rows], projection.output_statistics
             fc2.x, fc2.residual = fc1.y[: fc2.rows], projection.y[: fc2.rows]
             qkv.x, qkv.input_statistics = fc2.y[: qkv.rows], fc2.output_statistics
 
-            def launch(products: list[Linear] = list(products.values())) -> None:
+            def launch(products: Sequence[Linear]) -> None:
                 for _ in range(layers):
                     for product in products:
                         product.run(overlap=True)
@@ -296,7 +298,7 @@ def chain(models: list[str], batches: list[int], dtype: torch.dtype, layers: int
                 product.y.normal_()
                 if product.output_statistics is not None:
                     product.output_statistics.fill_(1.0)
-            layer = microseconds(launch) / layers
+            layer = microseconds(partial(launch, tuple(products.values()))) / layers
             alone = [microseconds(product.run) for product in products.values()]
             print(
                 f"{model:6}{batch:3}{layer:9.2f}{alone[0]:8.2f}{alone[1]:11.2f}{alone[2]:8.2f}{alone[3]:8.2f}",
