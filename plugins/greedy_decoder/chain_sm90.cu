@@ -3,8 +3,8 @@
 #include <utility>
 
 #include "common/launch.h"
-#include "greedy_decoder/kernel.h"
 #include "greedy_decoder/chain_kernels_sm90.cuh"
+#include "greedy_decoder/kernel.h"
 
 namespace trocr
 {
@@ -220,7 +220,7 @@ ChainDecoder::~ChainDecoder()
 
 template <typename T>
 cudaError_t ChainDecoder::enqueueNext(GreedyRequest const& request, bool first, unsigned long long conditional,
-                                       bool last, cudaStream_t stream)
+                                      bool last, cudaStream_t stream)
 {
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
     auto* const scalars = reinterpret_cast<int*>(mWorkspace + at.scalars);
@@ -251,7 +251,7 @@ cudaError_t ChainDecoder::enqueueNext(GreedyRequest const& request, bool first, 
 
 template <typename T, int kHEAD_DIM, int kROWS>
 cudaError_t ChainDecoder::enqueueToken(GreedyRequest const& request, unsigned long long conditional, bool last,
-                                        cudaStream_t stream)
+                                       cudaStream_t stream)
 {
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
     auto const sums = [&](int i) { return reinterpret_cast<SumPair*>(mWorkspace + at.sums[i % 3]); };
@@ -341,7 +341,7 @@ cudaError_t ChainDecoder::enqueueToken(GreedyRequest const& request, unsigned lo
 
 template <typename T, int kHEAD_DIM>
 cudaError_t ChainDecoder::enqueueRows(GreedyRequest const& request, unsigned long long conditional, bool last,
-                                       cudaStream_t stream)
+                                      cudaStream_t stream)
 {
     // As few rows a block as still make one wave of blocks, at most 8: with 16, a block takes more than
     // half of a multiprocessor's shared memory, and with one block on each only 15 of base's 16 clusters find room.
@@ -375,25 +375,25 @@ cudaError_t ChainDecoder::capture(GreedyRequest const& request, std::unique_ptr<
     }
     if (status == cudaSuccess)
     {
-        status = captureInto(
-            body, mCaptureStream,
-            [&]()
-            {
-                cudaError_t enqueued = cudaSuccess;
-                for (int token = 0; token < kTOKENS_A_TURN && enqueued == cudaSuccess; ++token)
-                {
-                    bool const last = token == kTOKENS_A_TURN - 1;
-                    if (half)
-                    {
-                        enqueued = enqueueRows<__half, 64>(request, conditional, last, mCaptureStream);
-                    }
-                    else
-                    {
-                        enqueued = enqueueRows<__nv_bfloat16, 64>(request, conditional, last, mCaptureStream);
-                    }
-                }
-                return enqueued;
-            });
+        status = captureInto(body, mCaptureStream,
+                             [&]()
+                             {
+                                 cudaError_t enqueued = cudaSuccess;
+                                 for (int token = 0; token < kTOKENS_A_TURN && enqueued == cudaSuccess; ++token)
+                                 {
+                                     bool const last = token == kTOKENS_A_TURN - 1;
+                                     if (half)
+                                     {
+                                         enqueued = enqueueRows<__half, 64>(request, conditional, last, mCaptureStream);
+                                     }
+                                     else
+                                     {
+                                         enqueued =
+                                             enqueueRows<__nv_bfloat16, 64>(request, conditional, last, mCaptureStream);
+                                     }
+                                 }
+                                 return enqueued;
+                             });
     }
     if (status == cudaSuccess)
     {

@@ -1,6 +1,5 @@
-#include "greedy_decoder/kernel.h"
-
 #include "common/launch.h"
+#include "greedy_decoder/kernel.h"
 #include "greedy_decoder/team_layout.h"
 
 namespace trocr

@@ -59,11 +59,11 @@ struct ChainWeights
 //! The same of the team decoder: what a block streams, in the order in which it does.
 struct TeamWeights
 {
-    void const* layers;         //!< [L, H] pieces of units
-    void const* constants;      //!< [L, H] pieces of biases and norms
-    void const* head;           //!< [ceil(V / 32)] pieces of units, rows from V on are zero
-    void const* embeddingNorm;  //!< T [2, D]; not read without `embeddingNorm`
-    void const* embedding;      //!< T [V, D]
+    void const* layers;             //!< [L, H] pieces of units
+    void const* constants;          //!< [L, H] pieces of biases and norms
+    void const* head;               //!< [ceil(V / 32)] pieces of units, rows from V on are zero
+    void const* embeddingNorm;      //!< T [2, D]; not read without `embeddingNorm`
+    void const* embedding;          //!< T [V, D]
     void const* positionEmbedding;  //!< T [positions, D]
 };
 
@@ -150,9 +150,9 @@ protected:
     bool isPossible(GreedyRequest const& request) const
     {
         auto const layers = static_cast<size_t>(mConfig.layers);
-        return request.lines >= 1 && request.slots >= 1 && request.slots <= mMaxSlots && request.maxNewTokens >= 1
-            && request.maxNewTokens <= mCapacity && request.maxNewTokens <= mConfig.positions
-            && request.crossKeys.size() == layers && request.crossValues.size() == layers;
+        return request.lines >= 1 && request.slots >= 1 && request.slots <= mMaxSlots && request.maxNewTokens >= 1 &&
+               request.maxNewTokens <= mCapacity && request.maxNewTokens <= mConfig.positions &&
+               request.crossKeys.size() == layers && request.crossValues.size() == layers;
     }
 
     GreedyDecoderConfig mConfig;
@@ -167,7 +167,7 @@ std::unique_ptr<GreedyDecoder> makeChainDecoder(GreedyDecoderConfig config, Chai
                                                 int32_t maxSlots, int32_t capacity);
 
 //! One persistent kernel, in which a cluster decodes up to eight rows.
-std::unique_ptr<GreedyDecoder> makeTeamDecoder(GreedyDecoderConfig config, TeamWeights const& weights,
-                                               int32_t maxSlots, int32_t capacity);
+std::unique_ptr<GreedyDecoder> makeTeamDecoder(GreedyDecoderConfig config, TeamWeights const& weights, int32_t maxSlots,
+                                               int32_t capacity);
 
 }  // namespace trocr

@@ -2,19 +2,19 @@
 
 #include <cstdint>
 
-//! Sizes of the team decoder, for kernel and host alike. All are fixed: a narrower decoder is padded with zeros, so that
-//! the kernel's addresses are constants. T has two bytes.
+//! Sizes of the team decoder, for kernel and host alike. All are fixed: a narrower decoder is padded with zeros, so
+//! that the kernel's addresses are constants. T has two bytes.
 
 namespace trocr::greedy
 {
 
-constexpr int kTEAM_BLOCKS = 8;   //!< of a team, a cluster: one a head
-constexpr int kHEAD = 32;         //!< head size
-constexpr int kWIDTH = 256;       //!< of the hidden state
-constexpr int kINNER = 128;       //!< feed-forward columns of a block
+constexpr int kTEAM_BLOCKS = 8;  //!< of a team, a cluster: one a head
+constexpr int kHEAD = 32;        //!< head size
+constexpr int kWIDTH = 256;      //!< of the hidden state
+constexpr int kINNER = 128;      //!< feed-forward columns of a block
 constexpr int kMAX_LAYERS = 16;
-constexpr int kMAX_ROWS = 8;      //!< of a team
-constexpr int kMAX_SLOTS = 64;    //!< rows of all teams
+constexpr int kMAX_ROWS = 8;    //!< of a team
+constexpr int kMAX_SLOTS = 64;  //!< rows of all teams
 constexpr int kMAX_TEAMS = 16;
 constexpr int kMAX_BLOCKS = kMAX_TEAMS * kTEAM_BLOCKS;
 
@@ -23,9 +23,9 @@ constexpr int kUNIT_BYTES = 1024;
 constexpr int kSLOT_UNITS = 16;
 constexpr int kSLOT_BYTES = kSLOT_UNITS * kUNIT_BYTES;
 constexpr int kSLOT_KEYS = 128;
-constexpr int kRING = 8;  //!< slots, a power of two
+constexpr int kRING = 8;            //!< slots, a power of two
 constexpr int kRING_OFFSET = 1024;  //!< in shared memory
-constexpr int kMAX_KEPT = 4;  //!< pieces of the head that a block may keep, each of a slot's size
+constexpr int kMAX_KEPT = 4;        //!< pieces of the head that a block may keep, each of a slot's size
 
 //! Slots of a layer's products in the order of the stream: query, key and value; output; query of cross-attention;
 //! output; both of the feed-forward.
@@ -37,11 +37,12 @@ constexpr int kLAYER_SLOTS = kQKV_SLOTS + 2 * kOUT_SLOTS + kQUERY_SLOTS + 2 * kI
 constexpr int kHEAD_TOKENS = 2 * 16;  //!< of a slot of the head: two tiles of 16 tokens, all inputs
 
 //! A layer's constants in a block: float32 biases of query, key and value [3, 32], of cross-attention's query [32], of
-//! the first feed-forward product [128], of the three products that end in a residual [3, 256]; then T norms [3, 2, 256].
+//! the first feed-forward product [128], of the three products that end in a residual [3, 256]; then T norms [3, 2,
+//! 256].
 constexpr int kCONSTANT_FLOATS = 4 * kHEAD + kINNER + 3 * kWIDTH;
 constexpr int kCONSTANT_BYTES = kCONSTANT_FLOATS * 4 + 6 * kWIDTH * 2;
 
-constexpr int kTEAM_WARPS = 16;  //!< that compute; one more fetches
+constexpr int kTEAM_WARPS = 16;  //!< that compute
 
 //! Bytes from one row of activations to the next: 64 behind a multiple of 128, so that eight lanes that read 16 bytes
 //! each of two rows meet no bank twice.
@@ -87,8 +88,8 @@ struct TeamLayout
     static constexpr int bytes = kept + kKEPT * kSLOT_BYTES;
 
     static_assert(kROOM >= 0);
-    static_assert(hidden % 16 == 0 && stage % 16 == 0 && receive % 16 == 0 && qkv % 16 == 0 && context % 16 == 0
-                  && partial % 16 == 0 && scratch % 16 == 0);
+    static_assert(hidden % 16 == 0 && stage % 16 == 0 && receive % 16 == 0 && qkv % 16 == 0 && context % 16 == 0 &&
+                  partial % 16 == 0 && scratch % 16 == 0);
 };
 
 }  // namespace trocr::greedy

@@ -23,8 +23,10 @@ using Kernel = void (*)(TeamParams);
 template <typename T>
 Kernel kernelOf(int rows)
 {
-    return rows <= 1 ? decodeInTeams<T, 1> : rows <= 2 ? decodeInTeams<T, 2> : rows <= 4 ? decodeInTeams<T, 4>
-                                                                                        : decodeInTeams<T, kMAX_ROWS>;
+    return rows <= 1   ? decodeInTeams<T, 1>
+           : rows <= 2 ? decodeInTeams<T, 2>
+           : rows <= 4 ? decodeInTeams<T, 4>
+                       : decodeInTeams<T, kMAX_ROWS>;
 }
 
 //! Rows of the kernel that serves teams of so many.
@@ -183,8 +185,8 @@ TeamBytes teamBytes()
     return {size_t{kLAYER_SLOTS} * kSLOT_BYTES, size_t{kCONSTANT_BYTES}, size_t{kSLOT_BYTES}};
 }
 
-std::unique_ptr<GreedyDecoder> makeTeamDecoder(GreedyDecoderConfig config, TeamWeights const& weights,
-                                               int32_t maxSlots, int32_t capacity)
+std::unique_ptr<GreedyDecoder> makeTeamDecoder(GreedyDecoderConfig config, TeamWeights const& weights, int32_t maxSlots,
+                                               int32_t capacity)
 {
     return std::make_unique<TeamDecoder>(std::move(config), weights, maxSlots, capacity);
 }

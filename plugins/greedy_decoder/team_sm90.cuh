@@ -15,8 +15,8 @@ namespace trocr::greedy
 {
 
 constexpr int kTEAM_COMPUTE = kTEAM_WARPS * kWARP_SIZE;  //!< threads that compute
-// One thread more would do, which fetches; but it can hand its registers over only with a whole warpgroup. Not one may be
-// spilled: beside so much shared memory there is no cache for it.
+// One thread more would do, which fetches; but it can hand its registers over only with a whole warpgroup. Not one may
+// be spilled: beside so much shared memory there is no cache for it.
 constexpr int kTEAM_THREADS = kTEAM_COMPUTE + 4 * kWARP_SIZE;
 constexpr int kCOMPUTE_REGISTERS = 112;  // 4 x 112 + 32 = 5 x 96, with which the block starts
 constexpr int kFETCH_REGISTERS = 32;
@@ -34,12 +34,12 @@ struct TeamCounters
 
 struct TeamParams
 {
-    uint8_t const* weights;     //!< [L, 8] pieces of kLAYER_SLOTS slots
-    uint8_t const* constants;   //!< [L, 8] pieces of kCONSTANT_BYTES
-    uint8_t const* head;        //!< [ceil(V / 32)] slots
-    void const* embeddingNorm;  //!< T [2, 256]; nullptr: none
-    void const* embedding;      //!< T [V, 256]
-    void const* positions;      //!< T [positions, 256]
+    uint8_t const* weights;              //!< [L, 8] pieces of kLAYER_SLOTS slots
+    uint8_t const* constants;            //!< [L, 8] pieces of kCONSTANT_BYTES
+    uint8_t const* head;                 //!< [ceil(V / 32)] slots
+    void const* embeddingNorm;           //!< T [2, 256]; nullptr: none
+    void const* embedding;               //!< T [V, 256]
+    void const* positions;               //!< T [positions, 256]
     void const* crossKeys[kMAX_LAYERS];  //!< T [lines, heads, S, 32]
     void const* crossValues[kMAX_LAYERS];
     void* keys;  //!< T [L, slots, 8, capacity, 32]
@@ -81,10 +81,10 @@ __device__ __forceinline__ void send(uint32_t remote, float value, uint32_t barr
 
 __device__ __forceinline__ void send(uint32_t remote, uint4 const& value, uint32_t barrier)
 {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     remote),
-                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
-                 : "memory");
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+        : "memory");
 }
 
 //! barrierWait for what other blocks of the cluster sent.
@@ -127,7 +127,7 @@ __device__ __forceinline__ void waitUntil(int const* counter, int least)
     }
 }
 
-//! A barrier of the warps that compute.
+//! A barrier of the warps that compute alone.
 __device__ __forceinline__ void computeSync()
 {
     asm volatile("bar.sync 1, %0;" ::"n"(kTEAM_COMPUTE) : "memory");
@@ -163,8 +163,8 @@ __device__ __forceinline__ void copyBulk(uint32_t to, void const* from, uint32_t
 // ---- the stream ----
 //
 // Everything a block reads but its own cache of keys comes through one ring of slots, in an order known in advance:
-// a layer's weights, with keys and values of the lines in between, and at the end the head's. One lane of the last
-// warp fetches as far ahead as there are slots; the other warps read.
+// a layer's weights, with keys and values of the lines in between, and at the end the head's. One lane of the fifth
+// warpgroup fetches as far ahead as there are slots; the warps of the other four read.
 
 extern __shared__ __align__(1024) uint8_t teamShared[];
 
@@ -576,8 +576,8 @@ struct Block
 
     // ---- a layer ----
 
-    //! out T [row][kTILES * 16] = activation(hidden times the next kSLOTS slots + bias). Warps take a tile of outputs and
-    //! one of kPARTS parts of the inputs each.
+    //! out T [row][kTILES * 16] = activation(hidden times the next kSLOTS slots + bias). Warps take a tile of outputs
+    //! and one of kPARTS parts of the inputs each.
     template <int kTILES, int kPARTS, int kSLOTS, typename Activation>
     __device__ __forceinline__ void multiplyHidden(float const* bias, T* out, int outPitch,
                                                    Activation const& activation)
@@ -625,8 +625,8 @@ struct Block
         computeSync();
     }
 
-    //! Multiplies rows (their offset and pitch) with the next kSLOTS slots, kUNITS units a tile of outputs, adds that up
-    //! over the team, and makes of it the next hidden state: hidden = LayerNorm(hidden + sum + bias).
+    //! Multiplies rows (their offset and pitch) with the next kSLOTS slots, kUNITS units a tile of outputs, adds that
+    //! up over the team, and makes of it the next hidden state: hidden = LayerNorm(hidden + sum + bias).
     template <int kUNITS, int kSLOTS>
     __device__ __forceinline__ void multiplyAndExchange(int rows, int rowsPitch, float const* bias, T const* norm)
     {
@@ -823,7 +823,8 @@ struct Block
             float scores[1][4];
             attention.score(scores[0], query, base() + scratch + lane() * 16, count);
             attention.raise(scores);
-            attention.add(scores[0], base() + scratch + 16 * kHEAD * 2 + lane() % 16 * (kHEAD * 2) + lane() / 16 * 16, count);
+            attention.add(scores[0], base() + scratch + 16 * kHEAD * 2 + lane() % 16 * (kHEAD * 2) + lane() / 16 * 16,
+                          count);
         }
         attention.finish(at<float>(Layout::partial) + warp() * kHEAD, at<float2>(Layout::scales) + warp());
     }
@@ -898,8 +899,7 @@ struct Block
             int const first = lane() / 16 * kMINE;
             int const parts = self ? min(kPARTS, positions()[warp()] / 16 + 1) : kPARTS;
             float2 const* const scales = at<float2>(Layout::scales) + warp() * kPARTS + first;
-            auto const* const contexts =
-                at<float2>(Layout::partial) + (warp() * kPARTS + first) * (kHEAD / 2) + pair;
+            auto const* const contexts = at<float2>(Layout::partial) + (warp() * kPARTS + first) * (kHEAD / 2) + pair;
             float2 scale[kMINE];
             float most = kNO_SCORE;
 #pragma unroll
@@ -968,7 +968,8 @@ struct Block
                                                            norms + 4 * kWIDTH);
             if (threadIdx.x == 0)
             {
-                sm90::barrierArrive(base() + barrier(kCONSTANTS_EMPTY) + buffer * 8);  // the exchange ended with a barrier
+                sm90::barrierArrive(base() + barrier(kCONSTANTS_EMPTY) +
+                                    buffer * 8);  // the exchange ended with a barrier
             }
         }
     }
@@ -989,8 +990,7 @@ struct Block
             uint32_t const full = base() + barrier(kCONSTANTS_FULL) + buffer * 8;
             sm90::barrierArriveExpect(full, kCONSTANT_BYTES);
             copyBulk(base() + Layout::constants + buffer * kCONSTANT_BYTES,
-                     p.constants + static_cast<size_t>(piece) * kCONSTANT_BYTES, kCONSTANT_BYTES, full,
-                     policies.keep);
+                     p.constants + static_cast<size_t>(piece) * kCONSTANT_BYTES, kCONSTANT_BYTES, full, policies.keep);
 
             constexpr int kBEFORE = kQKV_SLOTS + kOUT_SLOTS + kQUERY_SLOTS;
             uint8_t const* const weights = p.weights + static_cast<size_t>(piece) * kLAYER_SLOTS * kSLOT_BYTES;
@@ -1021,8 +1021,8 @@ struct Block
         }
     }
 
-    // The head's pieces, of kHEAD_TOKENS tokens and a slot's size: block i has number i and every gridDim.x-th from there.
-    // The first few stay in shared memory, the others come with the stream.
+    // The head's pieces, of kHEAD_TOKENS tokens and a slot's size: block i has number i and every gridDim.x-th from
+    // there. The first few stay in shared memory, the others come with the stream.
 
     __device__ __forceinline__ int headPieces() const
     {
@@ -1069,13 +1069,13 @@ struct Block
 
     // ---- the head ----
 
-    //! Every row's best token among this block's share of the vocabulary, to p.choices. A warp takes 16 tokens of a slot
-    //! for eight rows, which it keeps in registers; where there are few rows, several slots are worked on at once.
+    //! Every row's best token among this block's share of the vocabulary, to p.choices. A warp takes 16 tokens of a
+    //! slot for eight rows, which it keeps in registers; where there are few rows, several slots are worked on at once.
     __device__ __forceinline__ void chooseTokens()
     {
         int const logGroups = p.slots <= 8 ? 0 : p.slots <= 16 ? 1 : p.slots <= 32 ? 2 : 3;  // of rows
-        int const parts = kTEAM_WARPS >> logGroups;                                        // warps of a row
-        int const turns = parts / 2;                                                       // slots at once
+        int const parts = kTEAM_WARPS >> logGroups;                                          // warps of a row
+        int const turns = parts / 2;                                                         // slots at once
         int const firstRow = (warp() / 2 & ((1 << logGroups) - 1)) * 8;
         int const part = (warp() / 2 >> logGroups) * 2 + warp() % 2;
 #pragma unroll 1
@@ -1160,7 +1160,8 @@ struct Block
             int const mine = first + lane() / parts;
             if (lane() % parts == 0 && mine < p.slots)
             {
-                p.choices[mine * gridDim.x + blockIdx.x] = {choice.best, __int_as_float(choice.token), choice.total, 0.0F};
+                p.choices[mine * gridDim.x + blockIdx.x] = {choice.best, __int_as_float(choice.token), choice.total,
+                                                            0.0F};
             }
         }
         computeSync();
@@ -1244,9 +1245,9 @@ struct Block
 #pragma unroll
         for (int i = 1; i < kMINE; ++i)
         {
-            // The earlier blocks have the lower tokens of equal turns only: equals are told apart by token.
-            bool const better = of[i].x > choice.best
-                || (of[i].x == choice.best && __float_as_int(of[i].y) < choice.token);
+            // Of equals the lowest token, which need not be the first block's.
+            bool const better =
+                of[i].x > choice.best || (of[i].x == choice.best && __float_as_int(of[i].y) < choice.token);
             choice.token = better ? __float_as_int(of[i].y) : choice.token;
             choice.best = fmaxf(choice.best, of[i].x);
         }
@@ -1431,8 +1432,8 @@ struct Block
     }
 };
 
-//! Decodes all lines. Blocks 8 i to 8 i + 7 are a cluster and, while there are rows for it, a team; the rest take part in
-//! the head. All blocks must run at once.
+//! Decodes all lines. Blocks 8 i to 8 i + 7 are a cluster and, while there are rows for it, a team; the rest take part
+//! in the head. All blocks must run at once.
 template <typename T, int kROWS>
 __global__ void __launch_bounds__(kTEAM_THREADS, 1) decodeInTeams(__grid_constant__ TeamParams const p)
 {
