@@ -5,6 +5,7 @@
 
 #include "greedy_decoder/chain_blocks_sm90.cuh"
 #include "greedy_decoder/chain_layout.h"
+#include "greedy_decoder/kernel.h"
 
 namespace trocr::greedy
 {
