@@ -220,10 +220,10 @@ def speedup_chart(records: Sequence[Record]) -> Figure:
 
 def headline_chart(models: Sequence[Sequence[Record]]) -> Figure:
     """Lines a second of every variant: a row a model; encoder and end to end, smallest and largest batch."""
-    figure = Figure(figsize=(11, 0.8 + 1.5 * len(models)), layout="constrained")
+    figure = Figure(figsize=(13, 0.8 + 1.5 * len(models)), layout="constrained")
     grid = figure.subplots(len(models), 4, squeeze=False)
     for row, records in zip(grid, models, strict=True):
-        row[0].set_ylabel(records[0].model, fontsize=9)
+        row[0].set_ylabel(f"{records[0].model}\n{records[0].gpu.removeprefix('NVIDIA ')}", fontsize=8)
         for axes, part in zip((row[:2], row[2:]), ("encoder", "end_to_end"), strict=True):
             found = [record for record in records if record.part == part]
             found = [record for record in found if record.tokens == usual_tokens(found)]
@@ -232,7 +232,7 @@ def headline_chart(models: Sequence[Sequence[Record]]) -> Figure:
                 _headline_panel(panel, [record for record in found if record.batch == batch])
     for axes in grid.flat:
         axes.set_visible(axes.has_data())
-    figure.suptitle(f"Lines a second, {', '.join(sorted({records[0].gpu for records in models}))}")
+    figure.suptitle("Lines a second")
     return figure
 
 
