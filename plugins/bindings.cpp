@@ -488,8 +488,8 @@ PYBIND11_MODULE(trocr_kernels, module)
             "log_probs"_a, "lengths"_a, "max_new_tokens"_a, "stops"_a = true, "stream"_a,
             "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, d]; "
             "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. Unless "
-            "it `stops`, every line gets max_new_tokens. A call with other addresses or sizes than earlier ones captures a "
-            "graph first.");
+            "it `stops`, every line gets max_new_tokens. With heads of 64, a call with other addresses or sizes than earlier "
+            "ones captures a graph first.");
     module.def(
         "greedy_decoder_obstacle",
         [](py::dict const& config) -> py::object {

@@ -77,6 +77,12 @@ constexpr Integer ceilDiv(Integer numerator, Integer denominator)
     return (numerator + denominator - 1) / denominator;
 }
 
+//! So that what follows begins where cudaMalloc's own memory may.
+constexpr size_t align256(size_t bytes)
+{
+    return (bytes + 255) / 256 * 256;
+}
+
 //! An attribute of the current device; a cached look-up, allowed during stream capture.
 inline cudaError_t deviceAttribute(cudaDeviceAttr attribute, int& value)
 {
@@ -85,17 +91,24 @@ inline cudaError_t deviceAttribute(cudaDeviceAttr attribute, int& value)
     return status != cudaSuccess ? status : cudaDeviceGetAttribute(&value, attribute, device);
 }
 
+//! The launch attribute by which so many blocks along x share their memory.
+inline cudaLaunchAttribute clusterOf(unsigned blocks)
+{
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = blocks;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    return attribute;
+}
+
 //! Launches without dynamic shared memory; the error returned is this launch's, not an earlier one's. With
 //! `clusterX` above 1, that many blocks along x share their memory (compute capability 9.0 and above only).
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned clusterX, cudaStream_t stream,
     Arguments... arguments)
 {
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = clusterX;
-    cluster.val.clusterDim.y = 1;
-    cluster.val.clusterDim.z = 1;
+    cudaLaunchAttribute cluster = clusterOf(clusterX);
 
     cudaLaunchConfig_t config{};
     config.gridDim = grid;

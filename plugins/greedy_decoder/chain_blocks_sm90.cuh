@@ -8,6 +8,7 @@
 #include "common/device.cuh"
 #include "common/mma.cuh"
 #include "common/sm90.cuh"
+#include "greedy_decoder/common.cuh"
 
 namespace trocr::greedy
 {
@@ -17,7 +18,6 @@ constexpr int kWARPS = kTHREADS / kWARP_SIZE;
 constexpr int kCHUNK = 32;  //!< inputs of a product that a lane reads with one 16-byte access (4 lanes a row)
 
 constexpr int kMAX_WIDTH = 1024;
-constexpr float kNO_SCORE = -1e30F;  //!< below every score; finite, so that differences of two are 0
 
 //! Reads 8 bytes that other kernels write, past L1. The compiler leaves it where it stands: early.
 __device__ __forceinline__ int2 loadEarly(int2 const* address)

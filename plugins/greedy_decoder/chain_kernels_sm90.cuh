@@ -397,12 +397,6 @@ struct FeedForwardParams
     bool gelu;
 };
 
-//! Exact: by the error function.
-__device__ __forceinline__ float gelu(float x)
-{
-    return 0.5F * x * (1.0F + erff(x * 0.70710678F));
-}
-
 //! sums += W_2 activation(W_1 h + b_1) + b_2 + h. A block has 32 of the inner columns, from first to second product.
 template <typename T, int kHEAD_DIM, int kROWS>
 __global__ void __launch_bounds__(kTHREADS, kROWS == 1 ? 2 : 1) feedForward(FeedForwardParams p)

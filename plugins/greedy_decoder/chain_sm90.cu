@@ -19,11 +19,6 @@ using namespace greedy;
 constexpr int kTOKENS_A_TURN = 2;
 constexpr size_t kMAX_GRAPHS = 64;
 
-constexpr size_t align256(size_t bytes)
-{
-    return (bytes + 255) / 256 * 256;
-}
-
 //! Where things lie in the workspace.
 struct Workspace
 {
@@ -63,10 +58,7 @@ cudaError_t launchLink(void (*kernel)(Params), dim3 grid, unsigned cluster, size
     cudaLaunchAttribute attributes[2]{};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = cluster;
-    attributes[1].val.clusterDim.y = 1;
-    attributes[1].val.clusterDim.z = 1;
+    attributes[1] = clusterOf(cluster);
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(kTHREADS);

@@ -63,8 +63,7 @@ struct TeamLayout
     static constexpr int kHEAD_ROWS = kROWS * kMAX_TEAMS < kMAX_SLOTS ? kROWS * kMAX_TEAMS : kMAX_SLOTS;
     static constexpr int kSELF_WARPS = kROWS >= 4 ? kTEAM_WARPS / kROWS : 4;  //!< of a row in self-attention
 
-    static constexpr int barriers = 0;
-    static constexpr int state = 512;
+    static constexpr int state = 512;  // behind the barriers
     static constexpr int ring = kRING_OFFSET;
     static constexpr int constants = ring + kRING * kSLOT_BYTES;  // of two layers
     static constexpr int hidden = constants + 2 * kCONSTANT_BYTES;

@@ -13,11 +13,6 @@ namespace
 
 using namespace greedy;
 
-constexpr size_t align256(size_t bytes)
-{
-    return (bytes + 255) / 256 * 256;
-}
-
 using Kernel = void (*)(TeamParams);
 
 template <typename T>
@@ -125,10 +120,7 @@ private:
 
         Launch(int sharedBytes, int clusters, cudaStream_t stream)
         {
-            attributes[0].id = cudaLaunchAttributeClusterDimension;
-            attributes[0].val.clusterDim.x = kTEAM_BLOCKS;
-            attributes[0].val.clusterDim.y = 1;
-            attributes[0].val.clusterDim.z = 1;
+            attributes[0] = clusterOf(kTEAM_BLOCKS);
             // All blocks run at once, or none does.
             attributes[1].id = cudaLaunchAttributeCooperative;
             attributes[1].val.cooperative = 1;

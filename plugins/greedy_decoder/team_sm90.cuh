@@ -8,6 +8,7 @@
 #include "common/device.cuh"
 #include "common/mma.cuh"
 #include "common/sm90.cuh"
+#include "greedy_decoder/common.cuh"
 #include "greedy_decoder/kernel.h"
 #include "greedy_decoder/team_layout.h"
 
@@ -20,7 +21,6 @@ constexpr int kTEAM_COMPUTE = kTEAM_WARPS * kWARP_SIZE;  //!< threads that compu
 constexpr int kTEAM_THREADS = kTEAM_COMPUTE + 4 * kWARP_SIZE;
 constexpr int kCOMPUTE_REGISTERS = 112;  // 4 x 112 + 32 = 5 x 96, with which the block starts
 constexpr int kFETCH_REGISTERS = 32;
-constexpr float kNO_SCORE = -1e30F;  //!< below every score; finite, so that differences of two are 0
 
 //! What blocks tell each other through global memory. All zero between launches: the last block to leave sees to it.
 struct TeamCounters
@@ -275,12 +275,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], uint32_t weights, uint32
     {
         c[i] += odd[i];
     }
-}
-
-//! Exact: by the error function.
-__device__ __forceinline__ float gelu(float x)
-{
-    return 0.5F * x * (1.0F + erff(x * 0.70710678F));
 }
 
 // ---- attention of one query a row ----

@@ -36,8 +36,7 @@ cudaError_t linearSm90(LinearParams const& params, int32_t tactic, int multiproc
         return cudaErrorInvalidValue;
     }
     auto const launch = params.dataType == DataType::kHALF ? launchSm90<__half> : launchSm90<__nv_bfloat16>;
-    return launch(epilogueOf(params), *chosen, maps, epilogueParams(params), params.overlapPredecessor, multiprocessors,
-        stream);
+    return launch(epilogueOf(params), *chosen, maps, epilogueParams(params), params.overlapPredecessor, stream);
 }
 
 } // namespace trocr::linear_detail

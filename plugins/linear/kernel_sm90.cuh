@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "common/launch.h"
 #include "linear/panel_sm90.cuh"
 #include "linear/persistent_sm90.cuh"
 #include "linear/split_sm90.cuh"
@@ -26,11 +27,7 @@ using SplitTile128x128 = Tile<2, 128, 5, 1, 4>;
 template <typename KERNEL>
 int clustersAtOnce(KERNEL* kernel, int sharedBytes, int threads, int cluster)
 {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
+    cudaLaunchAttribute attribute = clusterOf(cluster);
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(cluster);
     config.blockDim = dim3(threads);
@@ -45,7 +42,7 @@ int clustersAtOnce(KERNEL* kernel, int sharedBytes, int threads, int cluster)
 
 template <typename T, Epilogue kEPILOGUE>
 cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, EpilogueParams const& p,
-    bool overlapPredecessor, int multiprocessors, cudaStream_t stream)
+    bool overlapPredecessor, cudaStream_t stream)
 {
     auto const launch = [&](auto kernel, int sharedBytes, int threads, int blocks, int cluster)
     {
@@ -55,11 +52,7 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
         {
             return status;
         }
-        cudaLaunchAttribute attributes[2]{};
-        attributes[0].id = cudaLaunchAttributeClusterDimension;
-        attributes[0].val.clusterDim.x = cluster;
-        attributes[0].val.clusterDim.y = 1;
-        attributes[0].val.clusterDim.z = 1;
+        cudaLaunchAttribute attributes[2] = {clusterOf(cluster)};
         attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[1].val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config{};
@@ -134,23 +127,23 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
 //! Instantiated in a file a type, to keep compile times short.
 template <typename T>
 cudaError_t launchSm90(Epilogue epilogue, Sm90Tactic const& tactic, TensorMaps const& maps, EpilogueParams const& p,
-    bool overlapPredecessor, int multiprocessors, cudaStream_t stream)
+    bool overlapPredecessor, cudaStream_t stream)
 {
     switch (epilogue)
     {
     case Epilogue::kBIAS:
-        return launchTactic<T, Epilogue::kBIAS>(tactic, maps, p, overlapPredecessor, multiprocessors, stream);
+        return launchTactic<T, Epilogue::kBIAS>(tactic, maps, p, overlapPredecessor, stream);
     case Epilogue::kGELU:
-        return launchTactic<T, Epilogue::kGELU>(tactic, maps, p, overlapPredecessor, multiprocessors, stream);
+        return launchTactic<T, Epilogue::kGELU>(tactic, maps, p, overlapPredecessor, stream);
     case Epilogue::kRESIDUAL:
-        return launchTactic<T, Epilogue::kRESIDUAL>(tactic, maps, p, overlapPredecessor, multiprocessors, stream);
+        return launchTactic<T, Epilogue::kRESIDUAL>(tactic, maps, p, overlapPredecessor, stream);
     }
     return cudaErrorInvalidValue;
 }
 
 extern template cudaError_t launchSm90<__half>(
-    Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&, bool, int, cudaStream_t);
+    Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&, bool, cudaStream_t);
 extern template cudaError_t launchSm90<__nv_bfloat16>(
-    Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&, bool, int, cudaStream_t);
+    Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&, bool, cudaStream_t);
 
 } // namespace trocr::linear_detail

@@ -4,6 +4,6 @@ namespace trocr::linear_detail
 {
 
 template cudaError_t launchSm90<__nv_bfloat16>(
-    Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&, bool, int, cudaStream_t);
+    Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&, bool, cudaStream_t);
 
 } // namespace trocr::linear_detail
