@@ -78,7 +78,7 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     load += ["--backend", "tensorrt"]
     layers = ["profiling.layers", "--stock", str(stock), "--fused", str(fused), "--batch", "1,64"]
     layers += ["--repeats", "120"]
-    page = [*_bench(name, scratch / "page.json", "page", "stock,fused", "32"), "--lines", "100"]
+    page = [*_bench(name, scratch / "page.json", "page", "stock,fused", "32,64,128"), "--lines", "100"]
     bench = "stock,fused,fused_steps,torch,stock_naive"
 
     def if_it_reads(*stages: Stage) -> Sequence[Stage]:  # random weights do not

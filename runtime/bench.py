@@ -183,9 +183,9 @@ class BackendVariant:
         self.folder = folder
 
     def check(self, case: Case) -> None:
-        largest = (
-            self.backend.max_batch if case.part == "encoder" else self.backend.largest_batch(case.num_beams)
-        )
+        largest = self.backend.max_batch
+        if case.part != "encoder":
+            largest = self.backend.largest_batch(case.num_beams, whole=True)
         limits = [("batch", case.batch, largest)]
         if case.tokens is not None:
             limits.append(("tokens", case.tokens, self.backend.max_steps))

@@ -49,6 +49,18 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     raise ImageError(f"{name}: of type {type(source).__name__}; give a path, a PIL image or a numpy array")
 
 
+def load_pixels(source: ImageSource, name: str | None = None) -> np.ndarray:
+    """As `load_image`, but uint8 [H, W, 3]; an array of that kind is returned as it is.
+
+    Raises:
+        ImageError: see `load_image`.
+    """
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,):
+        _check_size(source.shape[1], source.shape[0], name or "image")
+        return source
+    return np.asarray(load_image(source, name))
+
+
 def _load_file(path: Path, name: str) -> Image.Image:
     try:
         image = Image.open(path, formats=FORMATS)

@@ -189,8 +189,25 @@ def test_second_build_is_a_no_op(engines, checkpoint, capsys):
     assert (folder / FILE_NAME).stat().st_mtime_ns == before
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="the greedy decoder needs compute capability 9.0",
+)
+def test_one_search_of_more_lines_than_the_engines_batch(checkpoint, tmp_path):
+    """Encoded in 3 batches for one search: as one by one, to the bit, and again when graphs are replayed."""
+    folder = build(str(checkpoint("wide")), "fused", "fp16", (1, 2, 4), tmp_path, timing_cache=TIMING_CACHE)
+    backend = TensorRTBackend(folder)
+    decode = Decoder(backend, TOKENS)
+    images = pixels(backend, 11)
+    alone = [decode(images[first:end]) for first, end in ((0, 3), (3, 7), (7, 11))]
+    for _ in range(3):
+        found = decode(images)
+        assert found.token_ids == [ids for part in alone for ids in part.token_ids]
+        assert found.mean_log_probs == [value for part in alone for value in part.mean_log_probs]
+
+
 def test_batch_above_the_profile(engines):
-    backend = TensorRTBackend(engines("fused"))
+    backend = TensorRTBackend(engines("fused"), greedy_kernels=False)
     with pytest.raises(EngineError, match=r"encoder.engine: a batch of 5 is above 4.*--batch"):
         backend.start(pixels(backend, 5))
 

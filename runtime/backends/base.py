@@ -88,8 +88,11 @@ class Backend(ABC):
     encodings: int = 1
     min_selection: int | None = 1
 
-    def largest_batch(self, beams: int) -> int | None:
-        """The most images a batch with so many beams; 0 where the beams alone are too many, None: any."""
+    def largest_batch(self, beams: int, whole: bool = False) -> int | None:
+        """The most images a batch with so many beams; 0 where the beams alone are too many, None: any.
+
+        `whole`: of greedy search as a whole, where the backend has it (`greedy`), else step by step.
+        """
         return None if self.max_batch is None else min(self.max_batch, self.max_rows // beams)
 
     def start(self, pixel_values: torch.Tensor, beams: int = 1) -> DecoderState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -27,6 +28,8 @@ T = TypeVar("T")
 
 # Rows that the CUDA greedy decoder works on at a time; it refills those that have ended.
 GREEDY_SLOTS = 64
+# Lines that it is given at a time: a page. One search of many lines keeps its rows busier than two of fewer.
+GREEDY_LINES = 128
 # The most images that it decodes where heads have 64 elements: its time grows with every 8 rows, the step
 # engine's hardly does. An estimate (docs/optimisation-log.md), from its own time and the engine's bytes.
 GREEDY_MOST_WIDE = 8
@@ -158,14 +161,23 @@ class TensorRTBackend(Backend):
             (layer, kind) for layer in range(decoder.num_hidden_layers) for kind in ("key", "value")
         ]
 
+        self._kernels = optional_kernels()
+        self._greedy = None
+        if greedy_kernels and self._kernels is not None:
+            self._greedy = GreedyKernels.load(
+                self._kernels, folder, self.manifest, self.device, GREEDY_SLOTS, self.max_steps
+            )
+        _, _, pixels_shape = self.encoder.profile("pixel_values")
+        cross_shape = (self._heads, encoder.num_tokens, self._head_dim)
+        self._max_lines = self._most_lines(pixels_shape[1:], cross_shape)
+
         def buffer(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        _, _, pixels_shape = self.encoder.profile("pixel_values")
-        self._pixels = buffer(*pixels_shape).to(self.encoder.dtypes["pixel_values"])
+        self._pixels = buffer(self._max_lines, *pixels_shape[1:]).to(self.encoder.dtypes["pixel_values"])
         self._hidden = buffer(images, encoder.num_tokens, encoder.hidden_size)
         self._logits = buffer(self.max_rows, 1, decoder.vocab_size)
-        self._cross = [self._cross_buffers(images) for _ in range(self.encodings)]
+        self._cross = [self._cross_buffers(self._max_lines) for _ in range(self.encodings)]
         # Keys and values repeated for every row, where the engine does not share them: made when needed.
         self._repeated: dict[str, torch.Tensor] | None = None
         # Flat, because a growing cache of t tokens is [rows, heads, t, head_dim] without gaps. One memory for
@@ -188,17 +200,24 @@ class TensorRTBackend(Backend):
         # Graphs that may run at the same time must not share their memory.
         self._encode_pool = torch.cuda.graph_pool_handle()
         self._step_pool = torch.cuda.graph_pool_handle()
-        self._kernels = optional_kernels()
-        self._greedy = None
-        if greedy_kernels and self._kernels is not None:
-            self._greedy = GreedyKernels.load(
-                self._kernels,
-                folder,
-                self.manifest,
-                self.device,
-                min(self.max_batch, GREEDY_SLOTS),
-                self.max_steps,
-            )
+
+    def _most_lines(self, pixels: Sequence[int], cross: Sequence[int]) -> int:
+        """The most lines that are encoded for one search.
+
+        More than the engines' largest batch where the greedy decoder takes them and TensorRT can begin at any
+        image's pixels, keys and values.
+        """
+        types = (self.encoder.dtypes[name] for name in ("pixel_values", "last_hidden_state"))
+        sizes = [math.prod(s) * t.itemsize for s, t in zip((pixels, cross), types, strict=True)]
+        divisible = (
+            all(size % ALIGNMENT == 0 for size in sizes) and 2 * self.encoder.min_batch <= self.max_batch
+        )
+        if self._greedy is None or self._head_dim == 64 or not divisible:
+            return self.max_batch
+        return max(self.max_batch, GREEDY_LINES)
+
+    def largest_batch(self, beams: int, whole: bool = False) -> int:
+        return self._max_lines if whole and beams == 1 else super().largest_batch(beams)
 
     def _cross_buffers(self, rows: int) -> dict[str, torch.Tensor]:
         shape = (rows, self._heads, self.spec.encoder.num_tokens, self._head_dim)
@@ -211,7 +230,8 @@ class TensorRTBackend(Backend):
     @staged("encode")
     def encode(self, pixel_values: torch.Tensor) -> Encoding:
         batch = len(pixel_values)
-        self.encoder.check_batch(batch)
+        if batch > self._max_lines:
+            self.encoder.check_batch(batch)
         encoding = Encoding(batch, self._next_slot, torch.cuda.Event())
         self._next_slot = (self._next_slot + 1) % self.encodings
         rows = max(batch, self.encoder.min_batch)
@@ -228,7 +248,7 @@ class TensorRTBackend(Backend):
                 self._encode(rows, encoding.slot)
                 if self.cuda_graphs:
                     graph = capture(lambda: self._encode(rows, encoding.slot), self._encode_pool)
-                    engines = self._encoders[rows, encoding.slot]
+                    engines = [self._encoders[piece] for piece in self._pieces(rows, encoding.slot)]
                     self._graphs.add(("encode", rows, encoding.slot), (graph, engines))
             encoding.ready.record()
         return encoding
@@ -349,19 +369,26 @@ class TensorRTBackend(Backend):
         """The length that the decoder's input shapes depend on; None where they are fixed."""
         return None if self.fixed_cache else state.length
 
+    def _pieces(self, rows: int, slot: int) -> list[tuple[int, int, int]]:
+        """First image, end and slot of each of the engines' batches that `rows` images take."""
+        count = -(-rows // self.max_batch)
+        edges = [rows * i // count for i in range(count + 1)]
+        return [(first, end, slot) for first, end in itertools.pairwise(edges)]
+
     def _encode(self, rows: int, slot: int) -> None:
-        bound = self._encoders.use((rows, slot))
-        if bound is None:
-            hidden = self._hidden[:rows]
-            cross = {f"present.{name}": tensor[:rows] for name, tensor in self._cross[slot].items()}
-            encoder = self.encoder.bind({"pixel_values": self._pixels[:rows], "last_hidden_state": hidden})
-            cross_kv = self.cross_kv.bind({"encoder_hidden_states": hidden} | cross)
-            bound = self._encoders.add((rows, slot), (encoder, cross_kv))
-        encoder, cross_kv = bound
-        with stage("encoder", (rows, *self._pixels.shape[1:])):
-            encoder()
-        with stage("cross_kv", (rows, *self._hidden.shape[1:])):
-            cross_kv()
+        for piece in self._pieces(rows, slot):
+            encoder, cross_kv = self._encoders.use(piece) or self._encoders.add(piece, self._bind(*piece))
+            first, end, _ = piece
+            with stage("encoder", (end - first, *self._pixels.shape[1:])):
+                encoder()
+            with stage("cross_kv", (end - first, *self._hidden.shape[1:])):
+                cross_kv()
+
+    def _bind(self, first: int, end: int, slot: int) -> tuple[BoundEngine, BoundEngine]:
+        hidden = self._hidden[: end - first]
+        cross = {f"present.{name}": tensor[first:end] for name, tensor in self._cross[slot].items()}
+        encoder = self.encoder.bind({"pixel_values": self._pixels[first:end], "last_hidden_state": hidden})
+        return encoder, self.cross_kv.bind({"encoder_hidden_states": hidden} | cross)
 
     def _decoder_tensors(self, state: State, past: int | None) -> dict[str, torch.Tensor]:
         """The decoder's logits, cross-attention keys and values, and its cache before and after the step."""
