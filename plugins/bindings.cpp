@@ -397,8 +397,8 @@ void bindPatchEmbedding(uintptr_t pixels, uintptr_t weight, uintptr_t bias, uint
         {{"pixels", pixels}, {"weight", weight}, {"bias", bias, 8}, {"positions", positions}, {"y", y}}, stream);
 }
 
-void bindImageResize(uintptr_t sources, uintptr_t images, uintptr_t intermediate, uintptr_t out, int32_t count,
-    int32_t maxHeight, int32_t outHeight, int32_t outWidth, std::string const& filter, uintptr_t stream)
+void bindImageResize(uintptr_t sources, uintptr_t images, uintptr_t weights, uintptr_t intermediate, uintptr_t out,
+    int32_t count, int32_t maxHeight, int32_t outHeight, int32_t outWidth, std::string const& filter, uintptr_t stream)
 {
     std::string const op = "image_resize";
     if (filter != "bilinear" && filter != "bicubic")
@@ -408,9 +408,12 @@ void bindImageResize(uintptr_t sources, uintptr_t images, uintptr_t intermediate
     ImageResizeParams const params{static_cast<uint8_t const*>(input(sources)),
         static_cast<ResizeSource const*>(input(images)), count, maxHeight, outHeight, outWidth,
         filter == "bilinear" ? ResizeFilter::kBILINEAR : ResizeFilter::kBICUBIC,
-        static_cast<uint8_t*>(output(intermediate)), static_cast<uint8_t*>(output(out))};
+        static_cast<int32_t*>(output(weights)), static_cast<uint8_t*>(output(intermediate)),
+        static_cast<uint8_t*>(output(out))};
     enqueue(op, params, canImplementImageResize, imageResize,
-        {{"sources", sources, 1}, {"images", images, 8}, {"intermediate", intermediate, 4}, {"out", out, 4}}, stream);
+        {{"sources", sources, 1}, {"images", images, 8}, {"weights", weights, 4}, {"intermediate", intermediate, 4},
+            {"out", out, 4}},
+        stream);
 }
 
 } // namespace
@@ -474,11 +477,12 @@ PYBIND11_MODULE(trocr_kernels, module)
         "statistics float32 [R, K / 64, 2]: mean, and sum of squared distances from it, of each 64 columns of x "
         "[R, K].");
 
-    module.def("image_resize", bindImageResize, "sources"_a, "images"_a, "intermediate"_a, "out"_a, py::kw_only(),
-        "count"_a, "max_height"_a, "out_height"_a, "out_width"_a, "filter"_a, "stream"_a = 0,
+    module.def("image_resize", bindImageResize, "sources"_a, "images"_a, "weights"_a, "intermediate"_a, "out"_a,
+        py::kw_only(), "count"_a, "max_height"_a, "out_height"_a, "out_width"_a, "filter"_a, "stream"_a = 0,
         "out uint8 [images, 3, out_height, out_width] of images uint8 [height, width, 3] of different sizes in one buffer. "
-        "`images` is, for each, int64 offset in sources, int64 offset in intermediate (uint8 [3, height, out_width]), int32 "
-        "height, int32 width; on the device. filter 'bilinear' or 'bicubic', antialiased.");
+        "`images` is, for each, int64 offset in sources, int64 offset in intermediate (uint8 [3, height, out_width]), int64 "
+        "offset in weights (int32, see kernel.h), int32 height, int32 width; on the device. filter 'bilinear' or 'bicubic', "
+        "antialiased.");
 
     py::class_<GreedyDecoder>(module, "GreedyDecoder",
         "Greedy decoding of a whole batch in one launch: config as runtime.greedy_weights.decoder_config makes it, weights: "

@@ -13,9 +13,12 @@ from PIL.Image import Resampling
 from runtime.kernels import optional_kernels
 
 FILTERS = {Resampling.BILINEAR: "bilinear", Resampling.BICUBIC: "bicubic"}
+SUPPORT = {"bilinear": 1, "bicubic": 2}
 
 # As ResizeSource in plugins/image_resize/kernel.h.
-SOURCE = np.dtype([("pixels", "<i8"), ("intermediate", "<i8"), ("height", "<i4"), ("width", "<i4")])
+SOURCE = np.dtype(
+    [("pixels", "<i8"), ("intermediate", "<i8"), ("weights", "<i8"), ("height", "<i4"), ("width", "<i4")]
+)
 
 
 class DeviceResize:
@@ -57,6 +60,10 @@ class DeviceResize:
         table["pixels"] = table.nbytes + np.cumsum(sizes) - sizes
         rows = 3 * table["height"].astype(np.int64) * self.width
         table["intermediate"] = np.cumsum(rows) - rows
+        weights = self._table_sizes(table["width"], self.width) + self._table_sizes(
+            table["height"], self.height
+        )
+        table["weights"] = np.cumsum(weights) - weights
 
         # One transfer: the table, and the images behind it. PyTorch keeps the buffer until it is done.
         packed = torch.empty(int(table.nbytes + sizes.sum()), dtype=torch.uint8, pin_memory=True)
@@ -65,12 +72,14 @@ class DeviceResize:
         for begin, size, image in zip(table["pixels"], sizes, images, strict=True):
             view[begin : begin + size] = image.reshape(-1)
         sources = packed.to(self.device, non_blocking=True)
+        tables = torch.empty(int(weights.sum()), dtype=torch.int32, device=self.device)
         intermediate = torch.empty(int(rows.sum()), dtype=torch.uint8, device=self.device)
         shape = (len(images), 3, self.height, self.width)
         scaled = torch.empty(shape, dtype=torch.uint8, device=self.device)
         self.kernels.image_resize(
             sources.data_ptr(),
             sources.data_ptr(),
+            tables.data_ptr(),
             intermediate.data_ptr(),
             scaled.data_ptr(),
             count=len(images),
@@ -81,3 +90,8 @@ class DeviceResize:
             stream=torch.cuda.current_stream().cuda_stream,
         )
         return scaled
+
+    def _table_sizes(self, sides: np.ndarray, out: int) -> np.ndarray:
+        """Elements of the tables of weights, int64 [images], for sides that become `out` pixels."""
+        taps = 2 * np.ceil(SUPPORT[self.filter] * np.maximum(sides / out, 1.0)).astype(np.int64) + 1
+        return 1 + (1 + taps) * out

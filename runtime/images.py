@@ -17,6 +17,9 @@ MIN_SIDE = 4
 MAX_SIDE = 16384
 MAX_PIXELS = 64 * 1024 * 1024
 
+# Where an image that is no file can say that it has to be turned, or which colour is transparent.
+METADATA = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency"}
+
 TIFF_PHOTOMETRIC = 262
 TIFF_WHITE_IS_ZERO = 0
 
@@ -82,6 +85,9 @@ def _load_file(path: Path, name: str) -> Image.Image:
 def _decode(image: Image.Image, name: str) -> Image.Image:
     _check_size(image.width, image.height, name)
     try:
+        # What `crop` and `convert` make. For a small image all that follows takes longer than reading it.
+        if type(image) is Image.Image and image.mode == "RGB" and not METADATA & image.info.keys():
+            return image
         # Both are lost in the first conversion.
         white_is_zero = getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == TIFF_WHITE_IS_ZERO
         image = ImageOps.exif_transpose(image)

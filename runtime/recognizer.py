@@ -161,7 +161,7 @@ class Recognizer:
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             images = [images]
         numbered = enumerate(images, start=1)
-        with ThreadPoolExecutor(max_workers=min(8, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(max_workers=min(4, len(os.sched_getaffinity(0)))) as pool:
 
             def submit_batch() -> list[Future[list[_Prepared]]]:
                 batch = list(islice(numbered, self.batch_size))
