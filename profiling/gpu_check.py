@@ -93,10 +93,8 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
         _module("layers", layers, 20, out / "layers", "--out"),
         *if_it_reads(
             _module("load", load, 30, out / "load.json", "--json"),
-            _module("tests", ["pytest", "-m", "gpu", "-q", "-n", "6"], 60),  # once a GPU is enough
+            _module("tests", ["pytest", "-m", "gpu", "-q", "-n", "12"], 60),  # once a GPU is enough
         ),
-        _module("compile", _bench(name, scratch / "compile.json", "encoder", "compile,onnxruntime"), 30),
-        *if_it_reads(*_once_a_gpu(out.parent)),
     ]
 
 
@@ -109,7 +107,8 @@ def _once_a_gpu(out: Path) -> list[Stage]:
 
 
 def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
-    """What the check has no time for: more batches and tokens, TensorRT-RTX, errors tensor by tensor."""
+    """What the check has no time for: more batches and tokens, more peers, errors tensor by tensor."""
+    peers = _bench(name, scratch / "compile.json", "encoder", "compile,onnxruntime")
     batches = _bench(name, scratch / "batches.json", SEARCHED, "stock,fused,torch", "2,4,32,128")
     tokens = _bench(name, scratch / "tokens.json", SEARCHED[1:], "stock,fused,torch", "1,16")
     rtx = _bench(name, scratch / "rtx.json", SEARCHED, "tensorrt_rtx")
@@ -118,18 +117,23 @@ def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
         reason = (
             "TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
         )
+    once = []
+    if folder == BUNDLED:
+        once = [*_of_trained_weights(folder, name, scratch, out), *_once_a_gpu(out.parent)]
     return [
         Stage("plugins", ["bash", "-c", BUILD], 30),
         _module("engines", _engines(name, PRECISION, SWEEP_PROFILE), 30),
+        _module("compile", peers, 30),
         _module("batches", batches, 30),
         _module("tokens", [*tokens, "--tokens", "5,10,40,60"], 30),
         replace(_module("tensorrt_rtx", rtx, 30), obstacle=reason),
-        *(_of_trained_weights(folder, name, out) if folder == BUNDLED else []),
+        *once,
     ]
 
 
-def _of_trained_weights(folder: Path, name: str, out: Path) -> list[Stage]:
-    """The timeline, accuracy in every precision, and errors tensor by tensor."""
+def _of_trained_weights(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
+    """Hugging Face's page, the timeline, accuracy in every precision, and errors tensor by tensor."""
+    page = [*_bench(name, scratch / "page.json", "page", "torch", "32"), "--lines", "100"]
     timeline = ["profiling.nsys", "--cupti", "--model", name, "--backend", "tensorrt", "--batch-size", "16"]
     built = [
         default_folder(str(folder), plugins, precision)
@@ -139,6 +143,7 @@ def _of_trained_weights(folder: Path, name: str, out: Path) -> list[Stage]:
     accuracy = ["profiling.accuracy", *(word for engines in built for word in ("--engines", str(engines)))]
     tensors = ["profiling.tensors", "--backend", "tensorrt", "--model", name]
     return [
+        _module("torch's page", page, 30),
         _module("timeline", timeline, 20, out / "timeline.json", "--json"),
         _module("engines of all precisions", _engines(name, "fp16,bf16,fp32", SWEEP_PROFILE), 60),
         _module("accuracy", accuracy, 30, out / "accuracy.json", "--json"),
@@ -226,13 +231,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
     parser.add_argument("--out", type=Path, help="default: results/<gpu>; a folder a model is made in it")
     parser.add_argument("--sweep", action="store_true", help="more batches and tokens, peers, tensors")
-    parser.add_argument("--budget-minutes", type=float, default=10, help="default: %(default)s")
+    parser.add_argument("--budget-minutes", type=float, help="default: 10, for the sweep 30")
     parser.add_argument(
         "--stages", type=lambda text: text.split(","), help="only these, with commas (default: all)"
     )
     options = parser.parse_args(arguments)
 
-    deadline = time.monotonic() + 60 * options.budget_minutes
+    deadline = time.monotonic() + 60 * (options.budget_minutes or (30 if options.sweep else 10))
     gpu = current_gpu()
     if gpu is None:
         print(

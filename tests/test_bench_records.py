@@ -162,23 +162,20 @@ def test_stages_of_the_gpu_check(tmp_path: Path):
         "layers",
         "load",
         "tests",
-        "compile",
-        "kernels",
-        "greedy decoder",
     ]
     random = [stage.name for stage in stages(tmp_path, "small", tmp_path, tmp_path)]
     of_text = ("accuracy", "page", "load")
-    of_no_checkpoint = ("tests", "kernels", "greedy decoder")  # once a GPU is enough
-    assert random == [name for name in bundled if name not in (*of_text, *of_no_checkpoint)]
+    assert random == [name for name in bundled if name not in (*of_text, "tests")]
     assert "--lines 100" in " ".join(bundled["page"]) and "--batch 32" in " ".join(bundled["page"])
 
 
 def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     plan = {stage.name: stage for stage in sweep(BUNDLED, "bundled", tmp_path, tmp_path)}
-    of_all = ["plugins", "engines", "batches", "tokens", "tensorrt_rtx"]
-    of_trained_weights = ["timeline", "engines of all precisions", "accuracy", "tensors"]
-    assert list(plan) == [*of_all, *of_trained_weights]
+    of_all = ["plugins", "engines", "compile", "batches", "tokens", "tensorrt_rtx"]
+    of_trained_weights = ["torch's page", "timeline", "engines of all precisions", "accuracy", "tensors"]
+    once_a_gpu = ["kernels", "greedy decoder"]
+    assert list(plan) == [*of_all, *of_trained_weights, *once_a_gpu]
     assert plan["engines of all precisions"].command[-1] == "fp16,bf16,fp32"
     assert [word.split("printed-")[1] for word in plan["accuracy"].command if "printed-" in word][:4] == [
         "fp32-fused",
