@@ -239,6 +239,36 @@ CROSS_ATTENTION = FusedOp(
     """,
 )
 
+CROSS_KEY_VALUE = FusedOp(
+    name="TrOCRCrossKeyValue",
+    plugin="cross_key_value",
+    inputs=("x", "weight", "bias"),
+    outputs=("key", "value"),
+    attributes=(Attribute("num_heads", int),),
+    body="""
+        num_heads = Constant <value_int: int = @num_heads> ()
+        first_axis = Constant <value_ints = [0]> ()
+        heads_dim = Unsqueeze (num_heads, first_axis)
+        lead = Constant <value_ints = [0, 0, 2]> ()
+        rest = Constant <value_ints = [-1]> ()
+        packed_shape = Concat <axis = 0> (lead, heads_dim, rest)
+
+        wide_x = Cast <to = 1> (x)
+        wide_weight = Cast <to = 1> (weight)
+        weight_t = Transpose <perm = [1, 0]> (wide_weight)
+        product = MatMul (wide_x, weight_t)
+        biased = Add (product, bias)                                        # [B, S, 2*D]
+        packed_rows = Reshape (biased, packed_shape)                        # [B, S, 2, H, d]
+        packed = Transpose <perm = [2, 0, 3, 1, 4]> (packed_rows)           # [2, B, H, S, d]
+        first = Constant <value_int = 0> ()
+        second = Constant <value_int = 1> ()
+        wide_key = Gather <axis = 0> (packed, first)
+        wide_value = Gather <axis = 0> (packed, second)
+        key = CastLike (wide_key, x)
+        value = CastLike (wide_value, x)
+    """,
+)
+
 RESIDUAL_LAYER_NORM = FusedOp(
     name="TrOCRResidualLayerNorm",
     plugin="layernorm",
@@ -481,6 +511,7 @@ FUSED_OPS: Mapping[str, FusedOp] = {
         ENCODER_ATTENTION,
         DECODER_SELF_ATTENTION,
         CROSS_ATTENTION,
+        CROSS_KEY_VALUE,
         RESIDUAL_LAYER_NORM,
         LAYER_NORM,
         BIAS_ACTIVATION,

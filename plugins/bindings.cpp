@@ -242,14 +242,14 @@ LinearActivation parseLinearActivation(std::string const& op, std::string const&
 }
 
 void bindLinear(uintptr_t x, uintptr_t weight, uintptr_t y, uintptr_t bias, uintptr_t residual,
-    uintptr_t inputStatistics, uintptr_t weightSum, uintptr_t outputStatistics, int64_t rows, int32_t outputs,
-    int32_t inputs, std::string const& dtype, float epsilon, std::string const& activation, int32_t tactic,
-    bool overlapPredecessor, uintptr_t stream)
+    uintptr_t inputStatistics, uintptr_t weightSum, uintptr_t outputStatistics, uintptr_t values, int64_t rows,
+    int32_t outputs, int32_t inputs, std::string const& dtype, float epsilon, std::string const& activation,
+    int32_t tokens, int32_t headDim, int32_t tactic, bool overlapPredecessor, uintptr_t stream)
 {
     std::string const op = "linear";
     LinearParams const params{input(x), input(weight), reinterpret_cast<float const*>(bias), input(residual), output(y),
         reinterpret_cast<float const*>(inputStatistics), reinterpret_cast<float const*>(weightSum),
-        reinterpret_cast<float*>(outputStatistics), epsilon, rows, outputs, inputs,
+        reinterpret_cast<float*>(outputStatistics), output(values), tokens, headDim, epsilon, rows, outputs, inputs,
         parseLinearActivation(op, activation), parseDataType(op, dtype), tactic, overlapPredecessor};
     enqueue(op, params, canImplementLinear, linear, {{"x", x}, {"weight", weight}, {"y", y}}, stream);
 }
@@ -461,13 +461,14 @@ PYBIND11_MODULE(trocr_kernels, module)
         "y [R, N] = activation(x [R, N] + bias [N]); activation 'gelu' (exact, erf) or 'relu'.");
 
     module.def("linear", bindLinear, "x"_a, "weight"_a, "y"_a, py::kw_only(), "bias"_a = 0, "residual"_a = 0,
-        "input_statistics"_a = 0, "weight_sum"_a = 0, "output_statistics"_a = 0, "rows"_a, "outputs"_a, "inputs"_a,
-        "dtype"_a, "epsilon"_a = 0.0F, "activation"_a = "none", "tactic"_a = 0, "overlap_predecessor"_a = false,
-        "stream"_a = 0,
+        "input_statistics"_a = 0, "weight_sum"_a = 0, "output_statistics"_a = 0, "values"_a = 0, "rows"_a, "outputs"_a,
+        "inputs"_a, "dtype"_a, "epsilon"_a = 0.0F, "activation"_a = "none", "tokens"_a = 0, "head_dim"_a = 0,
+        "tactic"_a = 0, "overlap_predecessor"_a = false, "stream"_a = 0,
         "y [R, N] = activation(x' [R, K] weight [N, K]^T + bias) + residual [R, N]; x' is x, or, with input_statistics "
         "[R, K / 64, 2] and weight_sum [N], (x - mean) / sqrt(variance + epsilon). bias, weight_sum and statistics are "
         "float32; 0 for a tensor that is not there; activation 'none', 'gelu' (exact, erf) or 'relu'; tactic 0: by "
-        "cost, else 1 to linear_tactic_count().");
+        "cost, else 1 to linear_tactic_count(). With tokens y and values are [R / tokens, N / 2 / head_dim, tokens, "
+        "head_dim], of the first N / 2 columns and of the others.");
     module.def("linear_tactic_count", &linearTacticCount);
     module.def("linear_tactic_on_hopper", &linearTacticOnHopper, py::kw_only(), "rows"_a, "outputs"_a, "inputs"_a,
         "residual"_a, "multiprocessors"_a, "What tactic 0 takes on Hopper; needs no GPU.");

@@ -24,10 +24,11 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
     static trocr::TrOCRRowStatisticsPluginCreator rowStatistics;
     static trocr::TrOCRLayerNormLinearPluginCreator layerNormLinear;
     static trocr::TrOCRLinearResidualPluginCreator linearResidual;
+    static trocr::TrOCRCrossKeyValuePluginCreator crossKeyValue;
     static trocr::TrOCRPatchEmbeddingPluginCreator patchEmbedding;
     static nvinfer1::IPluginCreatorInterface* const creators[]{
-        &encoderAttention, &decoderSelfAttention, &crossAttention,  &residualLayerNorm, &layerNorm,
-        &biasActivation,   &rowStatistics,        &layerNormLinear, &linearResidual,    &patchEmbedding};
+        &encoderAttention, &decoderSelfAttention, &crossAttention, &residualLayerNorm, &layerNorm,     &biasActivation,
+        &rowStatistics,    &layerNormLinear,      &linearResidual, &crossKeyValue,     &patchEmbedding};
     nbCreators = static_cast<int32_t>(std::size(creators));
     return creators;
 }

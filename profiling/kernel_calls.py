@@ -73,6 +73,32 @@ class FusedOps:
             **_common(context),
         )
 
+    def cross_key_value(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        tactic: int = 0,
+    ) -> None:
+        """key and value [B, H, S, d] from x [B, S, K], weight [2*D, K] and bias float32 [2*D]."""
+        batch, _, tokens, head_dim = key.shape
+        self.kernels.linear(
+            x.data_ptr(),
+            weight.data_ptr(),
+            key.data_ptr(),
+            bias=bias.data_ptr(),
+            values=value.data_ptr(),
+            rows=batch * tokens,
+            outputs=len(weight),
+            inputs=x.shape[-1],
+            tokens=tokens,
+            head_dim=head_dim,
+            tactic=tactic,
+            **_common(x),
+        )
+
     def residual_layernorm(
         self,
         x: torch.Tensor,

@@ -88,7 +88,7 @@ class Record:
 
 
 def cases(ops: FusedOps, model: Model, batch: int, dtype: torch.dtype) -> Iterator[Case]:
-    """The five ops at the shapes one encoder pass and one decode step of a batch have."""
+    """The ops at the shapes one encoder pass and one decode step of a batch have."""
     size = dtype.itemsize
 
     def random(*shape: int) -> torch.Tensor:
@@ -158,12 +158,33 @@ def cases(ops: FusedOps, model: Model, batch: int, dtype: torch.dtype) -> Iterat
         reference=lambda t: merge_heads(attention(*(x.double() for x in cross(t)))),
     )
 
+    yield Case(
+        op="cross_key_value",
+        shape=f"[{batch * tokens}, {width}] x [{width}, {2 * d_width}], in heads",
+        flops=4 * batch * tokens * width * d_width,
+        bytes=batch * tokens * (width + 2 * d_width) * size + 2 * width * d_width * size,
+        make=lambda: {
+            "x": random(batch, tokens, width),
+            "weight": random(2 * d_width, width) * width**-0.5,
+            "bias": torch.zeros(2 * d_width, device="cuda"),
+            "out": random(2, batch, d_heads, tokens, d_head),
+        },
+        fused=lambda t: ops.cross_key_value(t["x"], t["weight"], t["bias"], *t["out"]),
+        torch=lambda t: _keys_and_values(t["x"], t["weight"], d_heads).contiguous(),
+        reference=lambda t: _keys_and_values(t["x"].double(), t["weight"].double(), d_heads),
+    )
+
     for rows, n, ffn, activation in (
         (batch * tokens, width, model.encoder_ffn, "gelu"),
         (batch, d_width, model.decoder_ffn, model.activation),
     ):
         yield _layernorm_case(ops, rows, n, random, size)
         yield _activation_case(ops, rows, ffn, activation, random, size)
+
+
+def _keys_and_values(x: torch.Tensor, weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """[2, B, H, S, d] of x [B, S, K] and weight [2*D, K]."""
+    return F.linear(x, weight).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def _layernorm_case(

@@ -127,6 +127,19 @@ def cross_attention(ops) -> None:
         ops.cross_attention(query, key, value, _zeros(images * beams, 1, heads * head_dim, dtype=dtype))
 
 
+def cross_key_value(ops) -> None:
+    for images, heads, head_dim, tokens, inputs, dtype in (
+        (1, 8, 32, 578, 384, "float16"),
+        (3, 2, 64, 59, 192, "bfloat16"),
+        (2, 3, 64, 1, 64, "float16"),
+        (2, 3, 32, 33, 192, "float32"),
+    ):
+        x = _host(images, tokens, inputs, dtype=dtype)
+        weight = _host(2 * heads * head_dim, inputs, dtype=dtype, scale=inputs**-0.5)
+        key, value = (_zeros(images, heads, tokens, head_dim, dtype=dtype) for _ in range(2))
+        ops.cross_key_value(x, weight, _host(2 * heads * head_dim, dtype="float32"), key, value)
+
+
 def layernorm(ops) -> None:
     for rows, width, dtype in (
         (1, 256, "float16"),
@@ -299,6 +312,7 @@ KERNELS: dict[str, Callable] = {
         encoder_attention,
         decoder_self_attention,
         cross_attention,
+        cross_key_value,
         layernorm,
         bias_activation,
         linear,

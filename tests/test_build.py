@@ -46,6 +46,7 @@ def test_bundled_checkpoint(tmp_path: Path):
         "TrOCREncoderAttention": 12,
         "TrOCRDecoderSelfAttention": 6,
         "TrOCRCrossAttention": 6,
+        "TrOCRCrossKeyValue": 6,
         "TrOCRResidualLayerNorm": 19,
         "TrOCRLayerNorm": 1,
         "TrOCRBiasActivation": 6,

@@ -41,6 +41,7 @@ TWO_SINGLE, THREE_SINGLE = (
     for layers in (2, 3)
 )
 DECODER = {"decoder_self_attention": 2, "cross_attention": 2, "layernorm": 6, "bias_activation": 2}
+CROSS_KV = {"cross_key_value": 2}
 DECODER_WITH_EMBEDDING = DECODER | {"layernorm": 7}
 FIRINGS = {
     "small": (TWO, DECODER_WITH_EMBEDDING),
@@ -177,7 +178,7 @@ def test_all_passes(stock, name):
     encoder_firings, decoder_firings = FIRINGS[name]
     assert op_counts(fused["encoder"]) == encoder_firings
     assert op_counts(fused["decoder"]) == decoder_firings
-    assert op_counts(fused["cross_kv"]) == {}
+    assert op_counts(fused["cross_kv"]) == CROSS_KV
     for model in fused.values():
         onnx.checker.check_model(model)
 
@@ -197,11 +198,15 @@ def test_all_passes(stock, name):
 def test_each_pass_alone(stock, name, encoder_firings, plugin):
     spec, models = stock(name)
     fused = fuse(models, spec, {plugin})
-    for graph, firings in (("encoder", encoder_firings), ("decoder", FIRINGS[name][1])):
+    expected = {"encoder": encoder_firings, "cross_kv": CROSS_KV, "decoder": FIRINGS[name][1]}
+    for graph, firings in expected.items():
         assert op_counts(fused[graph]) == {op: count for op, count in firings.items() if op == plugin}
         assert len(fused[graph].functions) == (len(PLUGINS[plugin]) if plugin in firings else 0)
     states, cross = encode(models, spec, batch=3)
-    assert_close(encode(fused, spec, batch=3)[0], states)
+    fused_states, fused_cross = encode(fused, spec, batch=3)
+    assert_close(fused_states, states)
+    for kind, value in cross.items():
+        assert_close(fused_cross[kind], value)
     if plugin == "decoder_self_attention":
         check_decoder(models["decoder"], fused["decoder"], spec, cross)
     else:
@@ -229,7 +234,7 @@ def test_none_leaves_the_graphs_as_they_are(stock):
         assert metadata(model) == metadata(models[name]) | {"trocr.plugins": "", "trocr.replaced": "{}"}
 
 
-@pytest.mark.parametrize("graph", ["encoder", "decoder"])
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_given_models_are_not_changed(stock, graph):
     spec, models = stock("small")
     before = models[graph].SerializeToString()
@@ -249,7 +254,7 @@ def test_metadata_tells_what_was_fused(stock):
 
 
 @pytest.mark.parametrize("name", ["small", "base"])
-@pytest.mark.parametrize("graph", ["encoder", "decoder"])
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_every_stock_node_stays_or_is_accounted_for(stock, name, graph):
     spec, models = stock(name)
     fused = fuse_graph(graph, models[graph], spec, parse_plugins("all"))
@@ -277,6 +282,7 @@ def test_fused_nodes_are_named_after_their_modules(stock):
         "/layers.1/self_attn/qkv_proj/MatMul",
         "/layers.1/activation_fn/TrOCRBiasActivation",
         "/layers.1/encoder_attn/TrOCRCrossAttention",
+        "/layers.1/TrOCRCrossKeyValue",
         "/layernorm/TrOCRLayerNorm",
         "/layernorm_embedding/TrOCRResidualLayerNorm",
     }
@@ -506,7 +512,7 @@ def test_command_line_for_trtexec(stock, checkpoint, tmp_path, monkeypatch):
     assert run_main(monkeypatch, *arguments, "--out", tmp_path / "fused") == 0
     assert run_main(monkeypatch, *arguments, "--out", tmp_path / "plain", "--for-tensorrt") == 0
     fused, plain = load(tmp_path / "fused"), load(tmp_path / "plain")
-    for name in GRAPHS[::2]:  # all but cross_kv, which has no fused op
+    for name in GRAPHS:
         assert fused[name].functions and not plain[name].functions
         assert plain[name] == strip_functions(fused[name])
 

@@ -10,6 +10,7 @@ import torch
 from graph_surgery.fused_ops import (
     BIAS_ACTIVATION,
     CROSS_ATTENTION,
+    CROSS_KEY_VALUE,
     DECODER_SELF_ATTENTION,
     DOMAIN,
     ENCODER_ATTENTION,
@@ -173,6 +174,22 @@ def test_cross_attention(dtype, beams):
     (found,) = run_op(CROSS_ATTENTION, inputs, dtype, {"num_heads": num_heads})
     key, value = (inputs[name].repeat_interleave(beams, dim=0) for name in ("key", "value"))
     check(found, rows(attend(heads(inputs["query"], num_heads), key, value)), dtype)
+
+
+@every_dtype
+def test_cross_key_value(dtype):
+    torch.manual_seed(0)
+    batch, length, num_heads, head_dim, inputs = 3, 7, 3, 32, 40
+    width = num_heads * head_dim
+    tensors = rounded(
+        {"x": torch.randn(batch, length, inputs), "weight": torch.randn(2 * width, inputs) / inputs**0.5},
+        dtype,
+    )
+    bias = torch.randn(2 * width)
+    found = run_op(CROSS_KEY_VALUE, tensors | {"bias": bias}, dtype, {"num_heads": num_heads}, wide={"bias"})
+    products = (tensors["x"] @ tensors["weight"].T + bias).split(width, dim=-1)
+    for tensor, expected in zip(found, products, strict=True):
+        check(tensor, heads(expected, num_heads), dtype)
 
 
 @every_dtype

@@ -271,6 +271,62 @@ def test_rows_that_share_an_image(ops, dtype, head_dim, images, beams, heads):
     guarded.check()
 
 
+# --- keys and values of cross-attention ---------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@all_dtypes
+@all_head_dims
+@all_tokens
+@all_batches
+def test_cross_key_value(ops, dtype, head_dim, tokens, batch, heads):
+    """As PyTorch's products, split into heads; and the bits are those of y [M, N] without the split."""
+    inputs, width = 192, heads * head_dim
+    guarded, wide = Guarded(dtype), Guarded(torch.float32)
+    x, weight = guarded.random(batch, tokens, inputs), guarded.random(2 * width, inputs).mul_(inputs**-0.5)
+    bias = wide.random(2 * width)
+    key, value = (guarded.poisoned(batch, heads, tokens, head_dim) for _ in range(2))
+    ops.cross_key_value(x, weight, bias, key, value)
+
+    def split(rows: torch.Tensor) -> torch.Tensor:
+        return rows.view(batch, tokens, 2, heads, head_dim).permute(2, 0, 3, 1, 4)
+
+    found = torch.stack((key, value))
+    reference = split(F.linear(x.double(), weight.double(), bias.double()))
+    assert_close(found, split(F.linear(x, weight, bias.to(dtype))), reference)
+
+    rows = guarded.poisoned(batch, tokens, 2 * width)
+    common = {"rows": batch * tokens, "outputs": 2 * width, "inputs": inputs}
+    common |= {"dtype": str(dtype).removeprefix("torch."), "stream": torch.cuda.current_stream().cuda_stream}
+    ops.kernels.linear(x.data_ptr(), weight.data_ptr(), rows.data_ptr(), bias=bias.data_ptr(), **common)
+    assert same_bits(found, split(rows))
+    guarded.check()
+    wide.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_cross_key_value_with_every_tactic(ops, head_dim):
+    batch, tokens, inputs, heads = 3, 97, 384, 8
+    guarded = Guarded(torch.float16)
+    x, weight = guarded.random(batch, tokens, inputs), guarded.random(2 * heads * head_dim, inputs)
+    bias = torch.randn(2 * heads * head_dim, device=DEVICE)
+    first = [guarded.poisoned(batch, heads, tokens, head_dim) for _ in range(2)]
+    ops.cross_key_value(x, weight, bias, *first)
+    ran = 0
+    for tactic in range(1, ops.kernels.linear_tactic_count() + 1):
+        found = [guarded.poisoned(batch, heads, tokens, head_dim) for _ in range(2)]
+        try:
+            ops.cross_key_value(x, weight, bias, *found, tactic=tactic)
+        except RuntimeError:
+            continue  # not for this device or problem
+        ran += 1
+        for tensor, expected in zip(found, first, strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=2e-3, atol=0.05)
+    assert ran >= 2
+    guarded.check()
+
+
 # --- cache reorder ------------------------------------------------------------------------------------------
 
 

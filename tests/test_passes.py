@@ -411,6 +411,71 @@ def test_cross_attention_does_not_match(variation, reason):
     check_mismatch("cross_attention", cross_attention(**variation), reason)
 
 
+# keys and values of cross-attention
+
+
+def cross_key_value(
+    *,
+    swap: bool = False,
+    bias: str = "kv",
+    permutation: tuple[int, ...] = (0, 2, 1, 3),
+    value_heads: int = HEADS,
+    other_states: bool = False,
+    scale: bool = False,
+    names: tuple[str, str] = ("present.0.encoder.key", "present.0.encoder.value"),
+    value_first: bool = False,
+    again: str = "",
+) -> onnx.ModelProto:
+    """Two products of the encoder's states, split into heads."""
+    b = GraphBuilder()
+    states = b.input("states", ["batch", SEQ, 3 * HEAD_DIM])
+    parts = {"k": (names[0], HEADS), "v": (names[1], value_heads)}
+    interior = {}
+    for kind, (name, heads) in reversed(parts.items()) if value_first else parts.items():
+        x = b("Tanh", states) if other_states and kind == "v" else states
+        rows = interior[f"{kind} product"] = b("MatMul", x, b.weight(3 * HEAD_DIM, WIDTH))
+        if kind in bias:
+            rows = b.commutative("Add", rows, b.weight(WIDTH), swap)
+        if scale:
+            rows = scaled(b, rows, 0.5)
+        split = b("Reshape", rows, b.constant([-1, SEQ, heads, WIDTH // heads]))
+        interior[f"{kind} split"] = split
+        b("Transpose", split, perm=list(permutation), output=name)
+    for name in names:
+        b.output(name, None)
+    if again:
+        use_again(b, interior[again])
+    return b.model()
+
+
+@pytest.mark.parametrize(
+    "variation",
+    [{}, {"swap": True}, {"bias": ""}, {"bias": "v"}, {"value_first": True}],
+    ids=str,
+)
+def test_cross_key_value_matches(variation):
+    fused = check_match("cross_key_value", cross_key_value(**variation), "TrOCRCrossKeyValue")
+    assert [node.op_type for node in fused.graph.node] == ["TrOCRCrossKeyValue"]
+
+
+@pytest.mark.parametrize(
+    ("variation", "reason"),
+    [
+        ({"again": "k product"}, "is also used by Neg"),
+        ({"again": "v split"}, "is also used by Neg"),
+        ({"permutation": (0, 2, 3, 1)}, "is not the split of rows into heads"),
+        ({"value_heads": 1}, "are not split into the same heads"),
+        ({"other_states": True}, "are projections of different tensors"),
+        ({"scale": True}, "is not the split of rows into heads"),
+        ({"names": ("keys", "values")}, "is no output of keys or values"),
+        ({"names": ("a.key", "b.value")}, "has not both keys and values"),
+    ],
+    ids=str,
+)
+def test_cross_key_value_does_not_match(variation, reason):
+    check_mismatch("cross_key_value", cross_key_value(**variation), reason)
+
+
 # decoder self-attention
 
 

@@ -46,6 +46,7 @@ SMALL = {
     "TrOCRLinearResidual": 24,
     "TrOCRDecoderSelfAttention": 6,
     "TrOCRCrossAttention": 6,
+    "TrOCRCrossKeyValue": 6,
     "TrOCRResidualLayerNorm": 19,
     "TrOCRBiasActivation": 6,
 }
@@ -57,6 +58,7 @@ GELU = {
     "TrOCRLinearResidual": 4,
     "TrOCRDecoderSelfAttention": 2,
     "TrOCRCrossAttention": 2,
+    "TrOCRCrossKeyValue": 2,
     "TrOCRResidualLayerNorm": 7,
     "TrOCRBiasActivation": 2,
 }

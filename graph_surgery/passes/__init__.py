@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from graph_surgery.passes.base import FusionPass, PassReport
 from graph_surgery.passes.bias_activation import BiasActivationPass
 from graph_surgery.passes.cross_attention import CrossAttentionPass
+from graph_surgery.passes.cross_key_value import CrossKeyValuePass
 from graph_surgery.passes.decoder_self_attention import DecoderSelfAttentionPass
 from graph_surgery.passes.encoder_attention import EncoderAttentionPass
 from graph_surgery.passes.layernorm import LayerNormPass
@@ -17,6 +18,7 @@ PASSES: Mapping[str, FusionPass] = {
         EncoderAttentionPass(),
         DecoderSelfAttentionPass(),
         CrossAttentionPass(),
+        CrossKeyValuePass(),
         LinearPass(),
         PatchEmbeddingPass(),
         LayerNormPass(),

@@ -76,6 +76,8 @@ class FusionPass(ABC):
         """Fuse wherever it is right. `graph` needs inferred shapes (fuse.import_graph)."""
         report = PassReport()
         for anchor in [node for node in graph.nodes if node.op in self.anchors]:
+            if not anchor.outputs:
+                continue  # it went with an earlier anchor
             try:
                 new_nodes = self.match(graph, anchor)
                 require_private(

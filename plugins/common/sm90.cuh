@@ -194,6 +194,17 @@ __device__ __forceinline__ void storeMatrices(uint32_t row, uint32_t const (&r)[
                  : "memory");
 }
 
+//! ld.shared.v4: 16 bytes.
+__device__ __forceinline__ uint4 loadShared(uint32_t address)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
 //! ld.shared::cluster: four floats of another block's shared memory (address from mapToRank).
 __device__ __forceinline__ float4 loadFromCluster(uint32_t address)
 {

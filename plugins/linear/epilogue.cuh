@@ -24,6 +24,15 @@ enum class Epilogue
     kRESIDUAL,
 };
 
+//! Keys and values in heads, in place of y [M, N]; see LinearParams. tokens is 0 where y is as it is.
+struct HeadSplit
+{
+    void* keys;
+    void* values;
+    int32_t tokens;
+    int32_t headDim;
+};
+
 //! The part of LinearParams that the epilogue reads on the device.
 struct EpilogueParams
 {
@@ -31,6 +40,7 @@ struct EpilogueParams
     float const* weightSum;
     float const* inputStatistics;
     float* outputStatistics;
+    HeadSplit heads;
     float epsilon;
     float lowerBound;
     int32_t rows;
@@ -50,8 +60,23 @@ inline Epilogue epilogueOf(LinearParams const& p)
 inline EpilogueParams epilogueParams(LinearParams const& p)
 {
     float const lowerBound = p.activation == LinearActivation::kRELU ? 0.0F : -__builtin_huge_valf();
-    return {p.bias,    p.weightSum, p.inputStatistics, p.outputStatistics, p.epsilon, lowerBound,
-            static_cast<int32_t>(p.rows), p.outputs, p.inputs};
+    return {p.bias,    p.weightSum, p.inputStatistics, p.outputStatistics, {p.y, p.values, p.tokens, p.headDim}, p.epsilon,
+            lowerBound, static_cast<int32_t>(p.rows), p.outputs, p.inputs};
+}
+
+//! Where columns `column` to `column` + 7 of a row go, in heads.
+template <typename T>
+__device__ __forceinline__ T* inHeads(EpilogueParams const& p, int row, int column)
+{
+    HeadSplit const& split = p.heads;
+    int const width = p.outputs / 2;
+    bool const ofValues = column >= width;
+    int const at = ofValues ? column - width : column;
+    int const image = row / split.tokens;
+    int const token = row % split.tokens;
+    int64_t const head = static_cast<int64_t>(image) * (width / split.headDim) + at / split.headDim;
+    return static_cast<T*>(ofValues ? split.values : split.keys) + (head * split.tokens + token) * split.headDim +
+           at % split.headDim;
 }
 
 __device__ __forceinline__ uint32_t pack(float low, float high, __half)

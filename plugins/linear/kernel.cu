@@ -48,6 +48,21 @@ char const* whyNot(LinearParams const& p)
     {
         return "a residual and an activation cannot be combined";
     }
+    if (p.tokens != 0)
+    {
+        if (p.residual != nullptr || p.activation != LinearActivation::kNONE)
+        {
+            return "keys and values go with neither a residual nor an activation";
+        }
+        if (p.tokens < 0 || p.rows % p.tokens != 0)
+        {
+            return "the rows must be a multiple of the tokens";
+        }
+        if (p.headDim < 8 || p.headDim % 8 != 0 || p.outputs % (2 * p.headDim) != 0)
+        {
+            return "the size of a head must be a multiple of 8, and divide half of the outputs";
+        }
+    }
     return nullptr;
 }
 
@@ -137,13 +152,14 @@ cudaError_t linear(LinearParams const& params, cudaStream_t stream)
     {
         return cudaErrorInvalidValue;
     }
-    if (params.x == nullptr || params.weight == nullptr || params.y == nullptr)
+    if (params.x == nullptr || params.weight == nullptr || params.y == nullptr
+        || (params.values == nullptr) != (params.tokens == 0))
     {
         return cudaErrorInvalidValue;
     }
     if (!aligned(params.x, 16) || !aligned(params.weight, 16) || !aligned(params.y, 16) || !aligned(params.residual, 16)
         || !aligned(params.bias, 8) || !aligned(params.weightSum, 8) || !aligned(params.inputStatistics, 8)
-        || !aligned(params.outputStatistics, 8))
+        || !aligned(params.outputStatistics, 8) || !aligned(params.values, 16))
     {
         return cudaErrorInvalidValue;
     }

@@ -30,6 +30,9 @@ constexpr int32_t kLINEAR_MAX_ROWS = 1 << 30;
 //! Row statistics are float32 [M, K / 64, 2]: for each 64 columns of a row their mean and the sum of the squared
 //! distances from it, of the values rounded to T. They are combined in a fixed order (Chan, Golub, LeVeque 1983), so
 //! results do not depend on the tile sizes of the kernel that wrote them, and are the same in every run.
+//!
+//! With `tokens` the outputs are keys and values in heads: y, of the first N / 2 columns, and `values`, of the others, are T
+//! [M / tokens, N / 2 / headDim, tokens, headDim].
 struct LinearParams
 {
     void const* x;                //!< T [M, K], 16-byte aligned
@@ -40,6 +43,9 @@ struct LinearParams
     float const* inputStatistics; //!< of x, float32 [M, K / 64, 2], 8-byte aligned, or null: no LayerNorm
     float const* weightSum;       //!< float32 [N], 8-byte aligned; with inputStatistics
     float* outputStatistics;      //!< of y, float32 [M, N / 64, 2], 8-byte aligned, or null; only with residual
+    void* values;                 //!< 16-byte aligned; with `tokens`, else null
+    int32_t tokens;               //!< S, which divides M; 0: y is T [M, N]. Not with a residual or an activation
+    int32_t headDim;              //!< d, a multiple of 8 that divides N / 2; with `tokens`
     float epsilon;                //!< added to the variance; with inputStatistics
     int64_t rows;                 //!< M, 1 to 2^30
     int32_t outputs;              //!< N, a multiple of 8 (of 64 with outputStatistics)

@@ -221,7 +221,8 @@ __global__ void __launch_bounds__(TILE::kTHREADS)
         {
             if (pieceInside && row + r < p.rows)
             {
-                *reinterpret_cast<uint4*>(y + offset(r)) = *pieceAt(r);
+                T* const to = p.heads.tokens != 0 ? inHeads<T>(p, row + r, column + 8 * piece) : y + offset(r);
+                *reinterpret_cast<uint4*>(to) = *pieceAt(r);
             }
         }
         if constexpr (kEPILOGUE == Epilogue::kRESIDUAL)

@@ -253,6 +253,25 @@ struct ChunkPipe
             sm90::storeCommit();
         }
     }
+
+    //! The same to keys and values: a row of the chunk is one head of 64 or several smaller ones, and rows of two images
+    //! are far apart. Eight lanes a row, 16 bytes each.
+    template <typename T>
+    __device__ __forceinline__ void storeHeads(EpilogueParams const& p, int row, int column) const
+    {
+        __syncwarp();
+        int const piece = static_cast<int>(lane % 8);
+#pragma unroll
+        for (int r = static_cast<int>(lane / 8); r < kCHUNK_ROWS; r += 4)
+        {
+            uint4 const v = sm90::loadShared(address(sequence) + r * kROW_BYTES + ((piece ^ (r % 8)) << 4));
+            if (row + r < p.rows && column + 8 * piece < p.outputs)
+            {
+                *reinterpret_cast<uint4*>(inHeads<T>(p, row + r, column + 8 * piece)) = v;
+            }
+        }
+        __syncwarp();
+    }
 };
 
 //! Accumulators v of one chunk -> y (and its row statistics).
@@ -297,7 +316,14 @@ __device__ __forceinline__ void finishChunk(float const* v, ChunkPipe<TILE>& pip
     {
         sm90::storeMatrices(at ^ (j << 4), {out[2 * j], out[2 * j + 1], out[2 * j + 2], out[2 * j + 3]});
     }
-    pipe.store(y, row, column);
+    if (kEPILOGUE == Epilogue::kBIAS && p.heads.tokens != 0)
+    {
+        pipe.template storeHeads<T>(p, row, column);
+    }
+    else
+    {
+        pipe.store(y, row, column);
+    }
     if constexpr (kEPILOGUE == Epilogue::kRESIDUAL)
     {
         if (p.outputStatistics != nullptr)

@@ -222,4 +222,57 @@ void TrOCRLinearResidualPlugin::outputShapes(DimsExprs const* inputs, DimsExprs*
     }
 }
 
+// Keys and values
+
+LinearParams TrOCRCrossKeyValuePlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
+{
+    Dims const& x = inputs[kIN_X_IDX];
+    Dims const& weight = inputs[kIN_WEIGHT_IDX];
+    expectRank("x", x.nbDims, 3);
+    LinearParams params = describeProduct(x, weight, inputs[kIN_BIAS_IDX], type);
+    params.values = &gPresent;
+    params.tokens = dimension("x", x, 1);
+    int32_t const heads = 2 * attributes().numHeads;
+    if (params.outputs % heads != 0)
+    {
+        throw std::invalid_argument{"weight " + toString(weight) + " is not that of keys and values of " +
+                                    std::to_string(attributes().numHeads) + " heads"};
+    }
+    params.headDim = params.outputs / heads;
+    expectImplementedLinear(params, x);
+    return params;
+}
+
+cudaError_t TrOCRCrossKeyValuePlugin::launch(LinearParams& params, void const* const* inputs, void* const* outputs,
+                                             cudaStream_t stream) const
+{
+    params.x = inputs[kIN_X_IDX];
+    params.weight = inputs[kIN_WEIGHT_IDX];
+    params.bias = static_cast<float const*>(inputs[kIN_BIAS_IDX]);
+    params.y = outputs[kOUT_KEY_IDX];
+    params.values = outputs[kOUT_VALUE_IDX];
+    return linear(params, stream);
+}
+
+void TrOCRCrossKeyValuePlugin::outputShapes(DimsExprs const* inputs, DimsExprs* outputs,
+                                            IExprBuilder& exprBuilder) const
+{
+    DimsExprs const& x = inputs[kIN_X_IDX];
+    expectRank("x", x.nbDims, 3);
+    expectRank("weight", inputs[kIN_WEIGHT_IDX].nbDims, 2);
+    expectRank("bias", inputs[kIN_BIAS_IDX].nbDims, 1);
+    nvinfer1::IDimensionExpr const* const heads = exprBuilder.constant(attributes().numHeads);
+    nvinfer1::IDimensionExpr const* const twice = exprBuilder.constant(2 * attributes().numHeads);
+    nvinfer1::IDimensionExpr const* const headDim = exprBuilder.operation(
+        nvinfer1::DimensionOperation::kFLOOR_DIV, *inputs[kIN_WEIGHT_IDX].d[0], *twice);
+    for (int32_t const i : {kOUT_KEY_IDX, kOUT_VALUE_IDX})
+    {
+        outputs[i].nbDims = 4;
+        outputs[i].d[0] = x.d[0];
+        outputs[i].d[1] = heads;
+        outputs[i].d[2] = x.d[1];
+        outputs[i].d[3] = headDim;
+    }
+}
+
 }  // namespace trocr

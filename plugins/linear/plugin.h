@@ -3,6 +3,7 @@
 #include <array>
 #include <string>
 
+#include "common/heads.h"
 #include "common/plugin_base.h"
 #include "linear/kernel.h"
 
@@ -128,8 +129,44 @@ public:
                       nvinfer1::IExprBuilder& exprBuilder) const;
 };
 
+//! Keys and values of cross-attention: x T [B, S, K], weight T [2*D, K], bias float32 [2*D] -> key and value T
+//! [B, H, S, D / H].
+class TrOCRCrossKeyValuePlugin final : public PluginBase<TrOCRCrossKeyValuePlugin, HeadsAttributes>
+{
+public:
+    static constexpr char const* kNAME = "TrOCRCrossKeyValue";
+    static constexpr std::array<char const*, 3> kINPUTS{"x", "weight", "bias"};
+
+    enum Input : int32_t
+    {
+        kIN_X_IDX = 0,
+        kIN_WEIGHT_IDX,
+        kIN_BIAS_IDX,
+    };
+    enum Output : int32_t
+    {
+        kOUT_KEY_IDX = 0,
+        kOUT_VALUE_IDX,
+    };
+    static constexpr uint32_t kFLOAT_INPUTS = 1U << kIN_BIAS_IDX;
+
+    using PluginBase::PluginBase;
+
+    int32_t nbOutputs() const
+    {
+        return 2;
+    }
+
+    LinearParams describe(nvinfer1::Dims const* inputs, nvinfer1::DataType type) const;
+    cudaError_t launch(LinearParams& params, void const* const* inputs, void* const* outputs,
+                       cudaStream_t stream) const;
+    void outputShapes(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
+                      nvinfer1::IExprBuilder& exprBuilder) const;
+};
+
 using TrOCRRowStatisticsPluginCreator = PluginCreator<TrOCRRowStatisticsPlugin>;
 using TrOCRLayerNormLinearPluginCreator = PluginCreator<TrOCRLayerNormLinearPlugin>;
 using TrOCRLinearResidualPluginCreator = PluginCreator<TrOCRLinearResidualPlugin>;
+using TrOCRCrossKeyValuePluginCreator = PluginCreator<TrOCRCrossKeyValuePlugin>;
 
 }  // namespace trocr

@@ -202,6 +202,11 @@ std::vector<Case> const kCASES{
      {{2, 577, 3072}, {768, 3072}, {768}, {2, 577, 768}},
      {{2, 577, 768}, {2, 577, 12, 2}},
      {{2, DataType::kFLOAT}, {5, DataType::kFLOAT}}},
+    {"TrOCRCrossKeyValue",
+     {kNUM_HEADS_8},
+     {{3, 578, 384}, {512, 384}, {512}},
+     {{3, 8, 578, 32}, {3, 8, 578, 32}},
+     {{2, DataType::kFLOAT}}},
     {"TrOCRPatchEmbedding",
      {kSCALE, kWITH_STATISTICS},
      {{3, 3, 384, 96}, {384, 768}, {384}, {578, 384}},
@@ -571,8 +576,8 @@ TEST_F(Plugins, GetCreatorsIsStable)
     int32_t first = 0;
     int32_t second = 0;
     EXPECT_EQ(getCreators(first), getCreators(second));
-    EXPECT_EQ(first, 10);
-    EXPECT_EQ(second, 10);
+    EXPECT_EQ(first, 11);
+    EXPECT_EQ(second, 11);
 }
 
 TEST_F(Plugins, BadFieldsGiveAMessageAndNoPlugin)
@@ -659,6 +664,18 @@ TEST_F(Plugins, RefusedShapesAreNamed)
         {{"TrOCREncoderAttention", {kNUM_HEADS_8}, {{1, 577, 960}}, {{1, 577, 320}}}, "head size 40"},
         {{"TrOCREncoderAttention", {kNUM_HEADS_8}, {{1, 577, 100}}, {{1, 577, 33}}}, "not a multiple of 24"},
         {{"TrOCREncoderAttention", {kNUM_HEADS_8}, {{577, 768}}, {{577, 256}}}, "qkv has 2 dimensions, expected 3"},
+        {{"TrOCRCrossKeyValue",
+          {kNUM_HEADS_8},
+          {{3, 578, 384}, {520, 384}, {520}},
+          {{3, 8, 578, 32}, {3, 8, 578, 32}},
+          {{2, DataType::kFLOAT}}},
+         "weight [520, 384] is not that of keys and values of 8 heads"},
+        {{"TrOCRCrossKeyValue",
+          {kNUM_HEADS_8},
+          {{3, 578, 384}, {64, 384}, {64}},
+          {{3, 8, 578, 4}, {3, 8, 578, 4}},
+          {{2, DataType::kFLOAT}}},
+         "the size of a head must be a multiple of 8"},
         {{"TrOCRCrossAttention", {kNUM_HEADS_8}, {{1, 1, 1024}, {1, 8, 577, 128}, {1, 8, 577, 128}}, {{1, 1, 1024}}},
          "head size 128"},
         {{"TrOCRCrossAttention", {kNUM_HEADS_8}, {{1, 2, 256}, {1, 8, 577, 32}, {1, 8, 577, 32}}, {{1, 2, 256}}},
