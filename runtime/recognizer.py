@@ -166,7 +166,7 @@ class Recognizer:
             def submit_batch() -> list[Future[list[_Prepared]]]:
                 batch = list(islice(numbered, self.batch_size))
                 tasks = (batch[i : i + IMAGES_A_TASK] for i in range(0, len(batch), IMAGES_A_TASK))
-                return [pool.submit(self._prepare_all, task) for task in tasks]
+                return [self._submit(pool, task) for task in tasks]
 
             ahead = self.backend.encodings - 1
             read: deque[list[Future[list[_Prepared]]]] = deque()
@@ -186,6 +186,16 @@ class Recognizer:
                     yield from self._decode(encoded.popleft())
                 else:
                     return
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, numbered: Sequence[tuple[int, ImageSource]]
+    ) -> Future[list[_Prepared]]:
+        """Files are read in a thread; images in memory need next to nothing where the GPU scales."""
+        if not self._resize or any(isinstance(source, str | Path) for _, source in numbered):
+            return pool.submit(self._prepare_all, numbered)
+        done: Future[list[_Prepared]] = Future()
+        done.set_result(self._prepare_all(numbered))
+        return done
 
     def _prepare_all(self, numbered: Sequence[tuple[int, ImageSource]]) -> list[_Prepared]:
         return [self._prepare(number, source) for number, source in numbered]

@@ -64,20 +64,50 @@ inline EpilogueParams epilogueParams(LinearParams const& p)
             lowerBound, static_cast<int32_t>(p.rows), p.outputs, p.inputs};
 }
 
-//! Where columns `column` to `column` + 7 of a row go, in heads.
+//! Where columns `column` to `column` + 7 of a row go, in heads. Divisions are long: one for the row, which then advances, one
+//! for the columns.
 template <typename T>
-__device__ __forceinline__ T* inHeads(EpilogueParams const& p, int row, int column)
+class HeadsCursor
 {
-    HeadSplit const& split = p.heads;
-    int const width = p.outputs / 2;
-    bool const ofValues = column >= width;
-    int const at = ofValues ? column - width : column;
-    int const image = row / split.tokens;
-    int const token = row % split.tokens;
-    int64_t const head = static_cast<int64_t>(image) * (width / split.headDim) + at / split.headDim;
-    return static_cast<T*>(ofValues ? split.values : split.keys) + (head * split.tokens + token) * split.headDim +
-           at % split.headDim;
-}
+public:
+    __device__ __forceinline__ HeadsCursor(EpilogueParams const& p, int row, int column)
+        : mTokens(p.heads.tokens), mRowSize(p.heads.headDim)
+    {
+        bool const ofValues = 2 * column >= p.outputs;
+        unsigned const width = p.outputs / 2;
+        unsigned const at = ofValues ? column - width : column;
+        unsigned const head = at / static_cast<unsigned>(mRowSize);
+        unsigned const image = static_cast<unsigned>(row) / static_cast<unsigned>(mTokens);
+        mToken = row - static_cast<int>(image) * mTokens;
+        // The same head of the next image is all heads further, less the one that has been passed.
+        mToNextImage = static_cast<int64_t>(width - mRowSize) * mTokens;
+        mAt = static_cast<T*>(ofValues ? p.heads.values : p.heads.keys) + static_cast<int64_t>(image) * width * mTokens +
+              (static_cast<int64_t>(head) * mTokens + mToken) * mRowSize + (at - head * mRowSize);
+    }
+
+    __device__ __forceinline__ T* get() const
+    {
+        return mAt;
+    }
+
+    __device__ __forceinline__ void advance(int rows)
+    {
+        mAt += rows * mRowSize;
+        mToken += rows;
+        while (mToken >= mTokens)
+        {
+            mToken -= mTokens;
+            mAt += mToNextImage;
+        }
+    }
+
+private:
+    T* mAt;
+    int64_t mToNextImage;
+    int mToken;
+    int mTokens;
+    int mRowSize;
+};
 
 __device__ __forceinline__ uint32_t pack(float low, float high, __half)
 {

@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(kTHREADS) linearFloatKernel(float const* x, fl
                 v += p.bias != nullptr ? p.bias[n] : 0.0F;
                 v = gelu ? v * normcdff(v) : fmaxf(v, p.lowerBound);
                 v += residual != nullptr ? residual[at] : 0.0F;
-                (p.heads.tokens != 0 ? inHeads<float>(p, m, n - n % 8)[n % 8] : y[at]) = v;
+                float* const to = p.heads.tokens != 0 ? HeadsCursor<float>(p, m, n).get() : y + at;
+                *to = v;
                 acc[i][j] = v;
                 sum += v;
             }

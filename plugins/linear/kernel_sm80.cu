@@ -221,7 +221,8 @@ __global__ void __launch_bounds__(TILE::kTHREADS)
         {
             if (pieceInside && row + r < p.rows)
             {
-                T* const to = p.heads.tokens != 0 ? inHeads<T>(p, row + r, column + 8 * piece) : y + offset(r);
+                bool const inHeads = p.heads.tokens != 0;
+                T* const to = inHeads ? HeadsCursor<T>(p, row + r, column + 8 * piece).get() : y + offset(r);
                 *reinterpret_cast<uint4*>(to) = *pieceAt(r);
             }
         }

@@ -261,13 +261,15 @@ struct ChunkPipe
     {
         __syncwarp();
         int const piece = static_cast<int>(lane % 8);
+        int const first = static_cast<int>(lane / 8);
+        HeadsCursor<T> to(p, row + first, column + 8 * piece);
 #pragma unroll
-        for (int r = static_cast<int>(lane / 8); r < kCHUNK_ROWS; r += 4)
+        for (int r = first; r < kCHUNK_ROWS; r += 4, to.advance(4))
         {
             uint4 const v = sm90::loadShared(address(sequence) + r * kROW_BYTES + ((piece ^ (r % 8)) << 4));
             if (row + r < p.rows && column + 8 * piece < p.outputs)
             {
-                *reinterpret_cast<uint4*>(inHeads<T>(p, row + r, column + 8 * piece)) = v;
+                *reinterpret_cast<uint4*>(to.get()) = v;
             }
         }
         __syncwarp();
