@@ -1,8 +1,7 @@
-#include "bias_activation/kernel.h"
-
 #include <algorithm>
 #include <limits>
 
+#include "bias_activation/kernel.h"
 #include "common/device.cuh"
 #include "common/launch.h"
 
@@ -17,7 +16,7 @@ namespace
 constexpr int kBLOCK_ROWS = 8;
 constexpr int kUNROLL = 4;
 
-constexpr int32_t kMAX_WIDTH = 1 << 30; // columns are counted in 32 bits, rows and offsets in 64
+constexpr int32_t kMAX_WIDTH = 1 << 30;  // columns are counted in 32 bits, rows and offsets in 64
 constexpr int64_t kMAX_ROWS = std::numeric_limits<int32_t>::max();
 
 template <Activation kACTIVATION>
@@ -30,7 +29,7 @@ __device__ __forceinline__ float activate(float v)
     }
     else
     {
-        return v < 0.0F ? 0.0F : v; // unlike fmaxf, keeps NaN
+        return v < 0.0F ? 0.0F : v;  // unlike fmaxf, keeps NaN
     }
 }
 
@@ -82,8 +81,8 @@ cudaError_t launchSized(BiasActivationParams const& params, cudaStream_t stream)
     int64_t const rowBlocks = std::min(ceilDiv<int64_t>(params.rows, kBLOCK_ROWS * kUNROLL), kMAX_GRID_Y);
     dim3 const grid(static_cast<unsigned>(columnBlocks), static_cast<unsigned>(rowBlocks));
     return launch(biasActivationKernel<T, kSIZE, kACTIVATION>, grid, dim3(kWARP_SIZE, kBLOCK_ROWS), stream,
-        static_cast<T const*>(params.x), static_cast<T const*>(params.bias), static_cast<T*>(params.y), params.rows,
-        params.width);
+                  static_cast<T const*>(params.x), static_cast<T const*>(params.bias), static_cast<T*>(params.y),
+                  params.rows, params.width);
 }
 
 template <typename T, Activation kACTIVATION>
@@ -95,8 +94,7 @@ cudaError_t launchTyped(BiasActivationParams const& params, cudaStream_t stream)
         return cudaErrorInvalidValue;
     }
     bool const packed = params.width % kSIZE == 0 && areAligned(16, params.x, params.bias, params.y);
-    return packed ? launchSized<T, kSIZE, kACTIVATION>(params, stream)
-                  : launchSized<T, 1, kACTIVATION>(params, stream);
+    return packed ? launchSized<T, kSIZE, kACTIVATION>(params, stream) : launchSized<T, 1, kACTIVATION>(params, stream);
 }
 
 template <typename T>
@@ -106,7 +104,7 @@ cudaError_t launchActivation(BiasActivationParams const& params, cudaStream_t st
                                                   : launchTyped<T, Activation::kRELU>(params, stream);
 }
 
-} // namespace
+}  // namespace
 
 bool canImplementBiasActivation(BiasActivationParams const& params, char const** reason)
 {
@@ -135,8 +133,7 @@ cudaError_t biasActivation(BiasActivationParams const& params, cudaStream_t stre
     {
         return cudaErrorInvalidValue;
     }
-    return dispatchType(
-        params.dataType, [&](auto type) { return launchActivation<decltype(type)>(params, stream); });
+    return dispatchType(params.dataType, [&](auto type) { return launchActivation<decltype(type)>(params, stream); });
 }
 
-} // namespace trocr
+}  // namespace trocr

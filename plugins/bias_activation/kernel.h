@@ -9,8 +9,8 @@ namespace trocr
 
 enum class Activation : int32_t
 {
-    kGELU = 0, //!< exact: y = 0.5 v (1 + erf(v / sqrt(2)))
-    kRELU = 1, //!< y = max(v, 0); NaN stays NaN
+    kGELU = 0,  //!< exact: y = 0.5 v (1 + erf(v / sqrt(2)))
+    kRELU = 1,  //!< y = max(v, 0); NaN stays NaN
 };
 
 //! y = activation(x + bias), computed in float32 and rounded once.
@@ -22,7 +22,7 @@ struct BiasActivationParams
     int64_t rows;      //!< R, 1 to 2^31 - 1
     int32_t width;     //!< N, 1 to 2^30; multiples of 16 bytes are fastest
     Activation activation;
-    DataType dataType; //!< T
+    DataType dataType;  //!< T
 };
 
 //! Whether the sizes and the type are supported; pointers are not looked at. When not, *reason (if given) says why.
@@ -32,4 +32,4 @@ bool canImplementBiasActivation(BiasActivationParams const& params, char const**
 //! that are not aligned to T. Pointers aligned to 16 bytes are fastest.
 cudaError_t biasActivation(BiasActivationParams const& params, cudaStream_t stream);
 
-} // namespace trocr
+}  // namespace trocr

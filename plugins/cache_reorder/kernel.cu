@@ -1,7 +1,6 @@
-#include "cache_reorder/kernel.h"
-
 #include <algorithm>
 
+#include "cache_reorder/kernel.h"
 #include "common/launch.h"
 
 namespace trocr
@@ -16,11 +15,12 @@ constexpr int kMAX_BEAMS = 16;
 
 //! A block a head of an image in one tensor: blockIdx = (image, head, tensor).
 template <int kBEAMS>
-__global__ void __launch_bounds__(kTHREADS) cacheReorderKernel(uint4* cache, int64_t const* __restrict__ rows,
-    int64_t const* __restrict__ positionIds, int64_t tensorPacks, int beams, int capacity, int rowPacks)
+__global__ void __launch_bounds__(kTHREADS)
+    cacheReorderKernel(uint4* cache, int64_t const* __restrict__ rows, int64_t const* __restrict__ positionIds,
+                       int64_t tensorPacks, int beams, int capacity, int rowPacks)
 {
     int64_t const firstRow = static_cast<int64_t>(blockIdx.x) * beams;
-    int sources[kBEAMS]; // within the image; constant indices below keep it in registers
+    int sources[kBEAMS];  // within the image; constant indices below keep it in registers
     bool moves = false;
 #pragma unroll
     for (int beam = 0; beam < kBEAMS; ++beam)
@@ -69,11 +69,11 @@ cudaError_t launchSized(CacheReorderParams const& params, cudaStream_t stream)
 {
     dim3 const grid(params.batch / params.beams, params.numHeads, params.tensors);
     return launch(cacheReorderKernel<kBEAMS>, grid, dim3(kTHREADS), stream, static_cast<uint4*>(params.cache),
-        params.rows, params.positionIds, params.tensorBytes / static_cast<int64_t>(sizeof(uint4)), params.beams,
-        params.capacity, params.rowBytes / static_cast<int>(sizeof(uint4)));
+                  params.rows, params.positionIds, params.tensorBytes / static_cast<int64_t>(sizeof(uint4)),
+                  params.beams, params.capacity, params.rowBytes / static_cast<int>(sizeof(uint4)));
 }
 
-} // namespace
+}  // namespace
 
 bool canImplementCacheReorder(CacheReorderParams const& params, char const** reason)
 {
@@ -102,8 +102,8 @@ bool canImplementCacheReorder(CacheReorderParams const& params, char const** rea
 
 cudaError_t cacheReorder(CacheReorderParams const& params, cudaStream_t stream)
 {
-    if (!canImplementCacheReorder(params) || !areAligned(16, params.cache)
-        || !areAligned(sizeof(int64_t), params.rows, params.positionIds))
+    if (!canImplementCacheReorder(params) || !areAligned(16, params.cache) ||
+        !areAligned(sizeof(int64_t), params.rows, params.positionIds))
     {
         return cudaErrorInvalidValue;
     }
@@ -114,4 +114,4 @@ cudaError_t cacheReorder(CacheReorderParams const& params, cudaStream_t stream)
     return params.beams <= 8 ? launchSized<8>(params, stream) : launchSized<kMAX_BEAMS>(params, stream);
 }
 
-} // namespace trocr
+}  // namespace trocr

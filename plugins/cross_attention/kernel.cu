@@ -1,11 +1,10 @@
-#include "cross_attention/kernel.h"
+#include <cooperative_groups.h>
 
 #include <algorithm>
 
-#include <cooperative_groups.h>
-
 #include "common/launch.h"
 #include "common/single_query_attention.cuh"
+#include "cross_attention/kernel.h"
 
 namespace trocr
 {
@@ -20,16 +19,17 @@ constexpr int kWARPS = 8;
 constexpr int kUNROLL = 4;
 constexpr int kBLOCKS_A_MULTIPROCESSOR = 3;
 
-constexpr int kMAX_SPLITS = 8; // the portable cluster size
+constexpr int kMAX_SPLITS = 8;  // the portable cluster size
 
 // One block a head of a row. Those of the rows that share an image are neighbours in the grid, so that they run at the
-// same time and all but the first find the keys and values in the cache. Where that leaves multiprocessors idle, the keys are split over the blocks of a
-// cluster, and the first block merges the partial results out of the others' shared memory: no second kernel, no
-// workspace, and a fixed order. Clusters need compute capability 9.0; before, there is one split.
+// same time and all but the first find the keys and values in the cache. Where that leaves multiprocessors idle, the
+// keys are split over the blocks of a cluster, and the first block merges the partial results out of the others' shared
+// memory: no second kernel, no workspace, and a fixed order. Clusters need compute capability 9.0; before, there is one
+// split.
 template <typename T, int kHEAD_DIM>
 __global__ void __launch_bounds__(kWARPS* kWARP_SIZE, kBLOCKS_A_MULTIPROCESSOR)
     crossAttentionKernel(T const* __restrict__ query, T const* __restrict__ key, T const* __restrict__ value,
-        T* __restrict__ context, int sequenceLength, int keysASplit, int rowsAnImage)
+                         T* __restrict__ context, int sequenceLength, int keysASplit, int rowsAnImage)
 {
     using Attention = SingleQueryAttention<T, kHEAD_DIM, kWARPS, kUNROLL>;
     __shared__ typename Attention::Partials partials;
@@ -55,10 +55,10 @@ __global__ void __launch_bounds__(kWARPS* kWARP_SIZE, kBLOCKS_A_MULTIPROCESSOR)
     if (cluster.block_rank() == 0 && threadIdx.x < kHEAD_DIM)
     {
         float const element = Attention::merge([&](int block) { return cluster.map_shared_rank(partials, block); },
-            cluster.num_blocks(), threadIdx.x);
+                                               cluster.num_blocks(), threadIdx.x);
         context[head * kHEAD_DIM + threadIdx.x] = fromFloat<T>(element);
     }
-    cluster.sync(); // shared memory must outlive the first block's reading
+    cluster.sync();  // shared memory must outlive the first block's reading
 #else
     __syncthreads();
     if (threadIdx.x < kHEAD_DIM)
@@ -114,9 +114,9 @@ cudaError_t launchSized(CrossAttentionParams const& params, cudaStream_t stream)
     int const rowsAnImage = params.batch / params.images;
     dim3 const grid(splits, params.numHeads * rowsAnImage, params.images);
     return launch(crossAttentionKernel<T, kHEAD_DIM>, grid, dim3(Attention::kTHREADS), static_cast<unsigned>(splits),
-        stream, static_cast<T const*>(params.query), static_cast<T const*>(params.key),
-        static_cast<T const*>(params.value), static_cast<T*>(params.context), params.sequenceLength,
-        ceilDiv(params.sequenceLength, splits), rowsAnImage);
+                  stream, static_cast<T const*>(params.query), static_cast<T const*>(params.key),
+                  static_cast<T const*>(params.value), static_cast<T*>(params.context), params.sequenceLength,
+                  ceilDiv(params.sequenceLength, splits), rowsAnImage);
 }
 
 template <typename T>
@@ -125,12 +125,12 @@ cudaError_t launchTyped(CrossAttentionParams const& params, cudaStream_t stream)
     return params.headDim == 32 ? launchSized<T, 32>(params, stream) : launchSized<T, 64>(params, stream);
 }
 
-} // namespace
+}  // namespace
 
 bool canImplementCrossAttention(CrossAttentionParams const& params, char const** reason)
 {
-    if (!canImplementAttention(
-            params.dataType, params.headDim, params.batch, params.numHeads, params.sequenceLength, reason))
+    if (!canImplementAttention(params.dataType, params.headDim, params.batch, params.numHeads, params.sequenceLength,
+                               reason))
     {
         return false;
     }
@@ -151,8 +151,7 @@ cudaError_t crossAttention(CrossAttentionParams const& params, cudaStream_t stre
     {
         return cudaErrorInvalidValue;
     }
-    return dispatchType(
-        params.dataType, [&](auto type) { return launchTyped<decltype(type)>(params, stream); });
+    return dispatchType(params.dataType, [&](auto type) { return launchTyped<decltype(type)>(params, stream); });
 }
 
-} // namespace trocr
+}  // namespace trocr

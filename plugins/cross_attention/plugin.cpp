@@ -25,8 +25,7 @@ CrossAttentionParams TrOCRCrossAttentionPlugin::describe(nvinfer1::Dims const* i
 
     char const* reason = nullptr;
     bool const implemented = canImplementCrossAttention(params, &reason);
-    expectImplemented(implemented, reason,
-                      describeHeads(params.headDim, "key", key) + ", query " + toString(query));
+    expectImplemented(implemented, reason, describeHeads(params.headDim, "key", key) + ", query " + toString(query));
     return params;
 }
 

@@ -1,7 +1,6 @@
-#include "decoder_self_attention/kernel.h"
-
 #include "common/launch.h"
 #include "common/single_query_attention.cuh"
+#include "decoder_self_attention/kernel.h"
 
 namespace trocr
 {
@@ -94,11 +93,12 @@ __global__ void __launch_bounds__(kWARPS* kWARP_SIZE, kBLOCKS_A_MULTIPROCESSOR)
 template <typename T, int kHEAD_DIM>
 cudaError_t launchSized(DecoderSelfAttentionParams const& params, cudaStream_t stream)
 {
-    Arguments<T> const args{static_cast<T const*>(params.qkv), static_cast<T const*>(params.pastKey),
-        static_cast<T const*>(params.pastValue), params.positionIds, static_cast<T*>(params.context),
-        static_cast<T*>(params.presentKey), static_cast<T*>(params.presentValue), params.capacity};
+    Arguments<T> const args{static_cast<T const*>(params.qkv),       static_cast<T const*>(params.pastKey),
+                            static_cast<T const*>(params.pastValue), params.positionIds,
+                            static_cast<T*>(params.context),         static_cast<T*>(params.presentKey),
+                            static_cast<T*>(params.presentValue),    params.capacity};
     return launch(decoderSelfAttentionKernel<T, kHEAD_DIM>, dim3(params.numHeads, params.batch),
-        dim3(kWARPS * kWARP_SIZE), stream, args);
+                  dim3(kWARPS * kWARP_SIZE), stream, args);
 }
 
 template <typename T>
@@ -107,25 +107,24 @@ cudaError_t launchTyped(DecoderSelfAttentionParams const& params, cudaStream_t s
     return params.headDim == 32 ? launchSized<T, 32>(params, stream) : launchSized<T, 64>(params, stream);
 }
 
-} // namespace
+}  // namespace
 
 bool canImplementDecoderSelfAttention(DecoderSelfAttentionParams const& params, char const** reason)
 {
-    return canImplementAttention(
-        params.dataType, params.headDim, params.batch, params.numHeads, params.capacity, reason);
+    return canImplementAttention(params.dataType, params.headDim, params.batch, params.numHeads, params.capacity,
+                                 reason);
 }
 
 cudaError_t decoderSelfAttention(DecoderSelfAttentionParams const& params, cudaStream_t stream)
 {
-    if (!canImplementDecoderSelfAttention(params)
-        || !areAligned(16, params.qkv, params.pastKey, params.pastValue, params.context, params.presentKey,
-            params.presentValue)
-        || !areAligned(sizeof(int64_t), params.positionIds))
+    if (!canImplementDecoderSelfAttention(params) ||
+        !areAligned(16, params.qkv, params.pastKey, params.pastValue, params.context, params.presentKey,
+                    params.presentValue) ||
+        !areAligned(sizeof(int64_t), params.positionIds))
     {
         return cudaErrorInvalidValue;
     }
-    return dispatchType(
-        params.dataType, [&](auto type) { return launchTyped<decltype(type)>(params, stream); });
+    return dispatchType(params.dataType, [&](auto type) { return launchTyped<decltype(type)>(params, stream); });
 }
 
-} // namespace trocr
+}  // namespace trocr

@@ -42,8 +42,8 @@ struct FloatShared
 
 //! Copies rows [firstRow, firstRow + kROWS) of one head's matrix, `stride` floats apart; zeros from endRow on.
 template <int kHEAD_DIM, int kROWS>
-__device__ __forceinline__ void copyRows(
-    PaddedRow<kHEAD_DIM> (&tile)[kROWS], float const* head, int64_t stride, int firstRow, int endRow)
+__device__ __forceinline__ void copyRows(PaddedRow<kHEAD_DIM> (&tile)[kROWS], float const* head, int64_t stride,
+                                         int firstRow, int endRow)
 {
     constexpr int kPACKS = kHEAD_DIM / 4;
     for (int i = threadIdx.x; i < kROWS * kPACKS; i += kSIDE * kSIDE)
@@ -51,8 +51,8 @@ __device__ __forceinline__ void copyRows(
         int const row = i / kPACKS;
         int const column = i % kPACKS * 4;
         tile[row].at(column) = firstRow + row < endRow
-            ? __ldg(reinterpret_cast<float4 const*>(head + (firstRow + row) * stride + column))
-            : float4{};
+                                   ? __ldg(reinterpret_cast<float4 const*>(head + (firstRow + row) * stride + column))
+                                   : float4{};
     }
 }
 
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kSIDE* kSIDE, 2)
 
     for (int firstKey = 0; firstKey < sequenceLength; firstKey += kFLOAT_KEYS)
     {
-        __syncthreads(); // the tiles before are read
+        __syncthreads();  // the tiles before are read
         copyRows(shared.keys, keys, stride, firstKey, sequenceLength);
         copyRows(shared.values, values, stride, firstKey, sequenceLength);
         __syncthreads();
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kSIDE* kSIDE, 2)
                 scores[q][k] = inside ? scores[q][k] * scale : -INFINITY;
                 maximum = fmaxf(maximum, scores[q][k]);
             }
-            maximum = groupMax<kSIDE>(maximum); // finite: every tile has a key
+            maximum = groupMax<kSIDE>(maximum);  // finite: every tile has a key
             float const factor = exp2Approx(maxima[q] - maximum);
             maxima[q] = maximum;
             sums[q] *= factor;
@@ -141,11 +141,11 @@ __global__ void __launch_bounds__(kSIDE* kSIDE, 2)
             for (int k = 0; k < kKEYS_A_THREAD; ++k)
             {
                 float const probability = exp2Approx(scores[q][k] - maximum);
-                sums[q] += probability; // of the thread's own keys
+                sums[q] += probability;  // of the thread's own keys
                 shared.probabilities[kQUERIES_A_THREAD * y + q].values[x + kSIDE * k] = probability;
             }
         }
-        __syncwarp(); // the probabilities of a query are written and read by one half of a warp
+        __syncwarp();  // the probabilities of a query are written and read by one half of a warp
 
 #pragma unroll 4
         for (int key = 0; key < kFLOAT_KEYS; ++key)
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kSIDE* kSIDE, 2)
     }
 }
 
-} // namespace encoder_attention
+}  // namespace encoder_attention
 
 template <int kHEAD_DIM>
 cudaError_t encoderAttentionFloat(EncoderAttentionParams const& params, cudaStream_t stream)
@@ -194,10 +194,10 @@ cudaError_t encoderAttentionFloat(EncoderAttentionParams const& params, cudaStre
     using namespace encoder_attention;
     dim3 const grid(ceilDiv(params.sequenceLength, kFLOAT_QUERIES), params.numHeads, params.batch);
     return launch(floatKernel<kHEAD_DIM>, grid, dim3(kSIDE * kSIDE), stream, static_cast<float const*>(params.qkv),
-        static_cast<float*>(params.context), params.sequenceLength);
+                  static_cast<float*>(params.context), params.sequenceLength);
 }
 
 template cudaError_t encoderAttentionFloat<32>(EncoderAttentionParams const&, cudaStream_t);
 template cudaError_t encoderAttentionFloat<64>(EncoderAttentionParams const&, cudaStream_t);
 
-} // namespace trocr
+}  // namespace trocr

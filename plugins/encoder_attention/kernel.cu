@@ -1,9 +1,8 @@
-#include "encoder_attention/kernel.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "common/launch.h"
+#include "encoder_attention/kernel.h"
 #include "encoder_attention/launchers.h"
 
 namespace trocr
@@ -22,24 +21,24 @@ cudaError_t encoderAttentionGeneral(EncoderAttentionParams const& params, cudaSt
     bool const narrow = params.headDim == 32;
     switch (params.dataType)
     {
-    case DataType::kFLOAT:
-        return narrow ? encoderAttentionFloat<32>(params, stream) : encoderAttentionFloat<64>(params, stream);
-    case DataType::kHALF:
-        return narrow ? encoderAttentionMma<__half, 32>(params, stream)
-                      : encoderAttentionMma<__half, 64>(params, stream);
-    case DataType::kBF16:
-        return narrow ? encoderAttentionMma<__nv_bfloat16, 32>(params, stream)
-                      : encoderAttentionMma<__nv_bfloat16, 64>(params, stream);
+        case DataType::kFLOAT:
+            return narrow ? encoderAttentionFloat<32>(params, stream) : encoderAttentionFloat<64>(params, stream);
+        case DataType::kHALF:
+            return narrow ? encoderAttentionMma<__half, 32>(params, stream)
+                          : encoderAttentionMma<__half, 64>(params, stream);
+        case DataType::kBF16:
+            return narrow ? encoderAttentionMma<__nv_bfloat16, 32>(params, stream)
+                          : encoderAttentionMma<__nv_bfloat16, 64>(params, stream);
     }
     return cudaErrorInvalidValue;
 }
 
-} // namespace
+}  // namespace
 
 bool canImplementEncoderAttention(EncoderAttentionParams const& params, char const** reason)
 {
-    if (!canImplementAttention(
-            params.dataType, params.headDim, params.batch, params.numHeads, params.sequenceLength, reason))
+    if (!canImplementAttention(params.dataType, params.headDim, params.batch, params.numHeads, params.sequenceLength,
+                               reason))
     {
         return false;
     }
@@ -74,4 +73,4 @@ cudaError_t encoderAttention(EncoderAttentionParams const& params, cudaStream_t 
     return isHopperForced(params) ? cudaErrorNotSupported : encoderAttentionGeneral(params, stream);
 }
 
-} // namespace trocr
+}  // namespace trocr

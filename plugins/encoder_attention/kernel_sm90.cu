@@ -17,16 +17,16 @@ namespace
 
 using namespace sm90;
 
-constexpr int kCONSUMER_WARPS = 4; // of one consumer group, a warpgroup
+constexpr int kCONSUMER_WARPS = 4;  // of one consumer group, a warpgroup
 
 //! Sizes of one variant of the kernel. The last key tile of a head takes kTAIL columns, the others kKEYS.
 template <int kGROUPS_, int kKEYS_, int kTAIL_>
 struct Variant
 {
-    static constexpr int kGROUPS = kGROUPS_; // consumer warpgroups
+    static constexpr int kGROUPS = kGROUPS_;  // consumer warpgroups
     static constexpr int kKEYS = kKEYS_;
     static constexpr int kTAIL = kTAIL_;
-    static constexpr int kPAIRS = 5; // slots, each of a tile of keys and one of values
+    static constexpr int kPAIRS = 5;  // slots, each of a tile of keys and one of values
 
     static constexpr int kTHREADS = 128 * (kGROUPS + 1);
     static constexpr int kQUERY_BUFFERS = 2 * kGROUPS;
@@ -54,15 +54,15 @@ constexpr float kLAG = 8.0F;
 //! Query tiles are numbered over all images and heads: tile = (image * heads + head) * queryTiles + tile of the head.
 struct Arguments
 {
-    void* context; // T [B, S, H, 64]
+    void* context;  // T [B, S, H, 64]
     int sequenceLength;
     int heads;
-    int queryTiles;    // of a head
-    int keyTiles;      // of a head
-    int tiles;         // query tiles in all
-    int tilesPerBlock; // block b computes tiles from b * tilesPerBlock
-    bool resident;     // a head's keys and values fit in the slots: they are loaded once for all its tiles
-    float scale;       // log2(e) / sqrt(d)
+    int queryTiles;     // of a head
+    int keyTiles;       // of a head
+    int tiles;          // query tiles in all
+    int tilesPerBlock;  // block b computes tiles from b * tilesPerBlock
+    bool resident;      // a head's keys and values fit in the slots: they are loaded once for all its tiles
+    float scale;        // log2(e) / sqrt(d)
 };
 
 //! Tiles [begin, end) of one head for which keys and values pass through the slots once.
@@ -150,8 +150,8 @@ struct Shared
 
 //! One thread: loads, in the order in which the consumers need them.
 template <typename V>
-__device__ __forceinline__ void produce(
-    CUtensorMap const* queryMap, CUtensorMap const* keyValueMap, Arguments const& arguments, Shared<V> shared)
+__device__ __forceinline__ void produce(CUtensorMap const* queryMap, CUtensorMap const* keyValueMap,
+                                        Arguments const& arguments, Shared<V> shared)
 {
     int const heads = arguments.heads;
     int const blockBegin = blockIdx.x * arguments.tilesPerBlock;
@@ -165,8 +165,8 @@ __device__ __forceinline__ void produce(
         int const row = tile % arguments.queryTiles * kQUERIES;
         loadBox4d(shared.query(i), queryMap, 0, row, head, image, shared.queryFull(i));
     };
-    auto loadTile = [&](uint32_t destination, int keyTile, int row, int image, uint32_t full, uint32_t empty,
-                        uint32_t phase)
+    auto loadTile =
+        [&](uint32_t destination, int keyTile, int row, int image, uint32_t full, uint32_t empty, uint32_t phase)
     {
         barrierWait(empty, phase ^ 1);
         barrierArriveExpect(full, V::kTILE_BYTES);
@@ -186,7 +186,7 @@ __device__ __forceinline__ void produce(
         for (int keyTile = 0; keyTile < arguments.keyTiles; ++keyTile, place.advance())
         {
             loadTile(shared.keys(place.slot), keyTile, heads + head, image, shared.keysFull(place.slot),
-                shared.keysEmpty(place.slot), place.phase);
+                     shared.keysEmpty(place.slot), place.phase);
             if (keyTile == 0)
             {
                 for (int tile = begin; tile < firstRound; ++tile)
@@ -195,7 +195,7 @@ __device__ __forceinline__ void produce(
                 }
             }
             loadTile(shared.values(place.slot), keyTile, 2 * heads + head, image, shared.valuesFull(place.slot),
-                shared.valuesEmpty(place.slot), place.phase);
+                     shared.valuesEmpty(place.slot), place.phase);
         }
         for (int tile = firstRound; tile < end; ++tile)
         {
@@ -229,8 +229,9 @@ __device__ __forceinline__ void store(Arguments const& arguments, float const* o
     int const head = tile / arguments.queryTiles % arguments.heads;
     int const image = tile / arguments.queryTiles / arguments.heads;
     size_t const rowStride = static_cast<size_t>(arguments.heads) * kHEAD_DIM;
-    T* const context = static_cast<T*>(arguments.context)
-        + (static_cast<size_t>(image) * arguments.sequenceLength + row) * rowStride + head * kHEAD_DIM + lane % 4 * 8;
+    T* const context = static_cast<T*>(arguments.context) +
+                       (static_cast<size_t>(image) * arguments.sequenceLength + row) * rowStride + head * kHEAD_DIM +
+                       lane % 4 * 8;
 #pragma unroll
     for (int h = 0; h < 2; ++h)
     {
@@ -276,13 +277,13 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
         }
     };
 
-    float s[kKEYS / 2];    // scores, then exponentials, of one key tile
-    uint32_t p[kKEYS / 4]; // the exponentials as the first operand of the second product
+    float s[kKEYS / 2];     // scores, then exponentials, of one key tile
+    uint32_t p[kKEYS / 4];  // the exponentials as the first operand of the second product
     float o[kOUTPUTS / 2];
-    float maxima[2]; // what the exponentials of a row refer to: its maximum, or up to 2^kLAG less
+    float maxima[2];  // what the exponentials of a row refer to: its maximum, or up to 2^kLAG less
 
-    Place<V> passPlace; // the slot of the pass's first key tile
-    int mine = group;   // this group's next tile, counted from blockBegin
+    Place<V> passPlace;  // the slot of the pass's first key tile
+    int mine = group;    // this group's next tile, counted from blockBegin
     for (int begin = blockBegin, end; begin < blockEnd; begin = end)
     {
         end = passEnd(arguments, begin, blockEnd, V::kGROUPS);
@@ -441,7 +442,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                 release(true, shared.valuesEmpty(place.slot));
                 store<T>(arguments, o, blockBegin + mine);
             }
-            else // the next tile's first scores run while this one's output is written
+            else  // the next tile's first scores run while this one's output is written
             {
                 wgmmaFence();
                 multiplyScores<T, kKEYS>(s, shared.query(next), shared.keys(passPlace.slot));
@@ -459,8 +460,9 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
 }
 
 template <typename T, typename V>
-__global__ void __launch_bounds__(V::kTHREADS, 1) encoderAttentionKernel(__grid_constant__ CUtensorMap const queryMap,
-    __grid_constant__ CUtensorMap const keyValueMap, __grid_constant__ Arguments const arguments)
+__global__ void __launch_bounds__(V::kTHREADS, 1)
+    encoderAttentionKernel(__grid_constant__ CUtensorMap const queryMap,
+                           __grid_constant__ CUtensorMap const keyValueMap, __grid_constant__ Arguments const arguments)
 {
     extern __shared__ uint8_t dynamicShared[];
     // Uniform in a warp, and known to be so: addresses and descriptors then stay in uniform registers.
@@ -560,7 +562,7 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int p
 template <typename T, int kGROUPS>
 cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int processors)
 {
-    using Short = Variant<kGROUPS, 128, 80>; // 577 and 578 tokens: 4 x 128 + 65 or 66
+    using Short = Variant<kGROUPS, 128, 80>;  // 577 and 578 tokens: 4 x 128 + 65 or 66
     using Full = Variant<kGROUPS, 128, 128>;
     int const tail = (params.sequenceLength - 1) % Short::kKEYS + 1;
     bool const isShort = params.sequenceLength > Short::kKEYS && tail <= Short::kTAIL;
@@ -586,17 +588,19 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
     {
         return status;
     }
-    bool const isForced
-        = params.path != EncoderAttentionPath::kAUTO && params.path != EncoderAttentionPath::kHOPPER;
+    bool const isForced = params.path != EncoderAttentionPath::kAUTO && params.path != EncoderAttentionPath::kHOPPER;
     switch (isForced ? params.path : choosePath(params, processors))
     {
-    case EncoderAttentionPath::kHOPPER_2: return run<T, 2>(params, stream, processors);
-    case EncoderAttentionPath::kHOPPER_3: return run<T, 3>(params, stream, processors);
-    default: return cudaErrorInvalidValue;
+        case EncoderAttentionPath::kHOPPER_2:
+            return run<T, 2>(params, stream, processors);
+        case EncoderAttentionPath::kHOPPER_3:
+            return run<T, 3>(params, stream, processors);
+        default:
+            return cudaErrorInvalidValue;
     }
 }
 
-} // namespace
+}  // namespace
 
 bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char const** reason)
 {
@@ -621,4 +625,4 @@ cudaError_t encoderAttentionSm90(EncoderAttentionParams const& params, cudaStrea
     return params.dataType == DataType::kHALF ? run<__half>(params, stream) : run<__nv_bfloat16>(params, stream);
 }
 
-} // namespace trocr
+}  // namespace trocr

@@ -23,4 +23,4 @@ bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char
 //! With wgmma and TMA; compute capability 9.0 only, which the caller has checked.
 cudaError_t encoderAttentionSm90(EncoderAttentionParams const& params, cudaStream_t stream);
 
-} // namespace trocr
+}  // namespace trocr

@@ -33,10 +33,10 @@ struct Shape
     static constexpr int kWARP_QUERIES = 16 * kROW_TILES;
     static constexpr int kQUERIES = kWARPS * kWARP_QUERIES;
     static constexpr int kKEYS = 64;
-    static constexpr int kMIN_BLOCKS = kROW_TILES == 2 ? 2 : 3; //!< a multiprocessor, bounding the registers
+    static constexpr int kMIN_BLOCKS = kROW_TILES == 2 ? 2 : 3;  //!< a multiprocessor, bounding the registers
 
     static constexpr int kROW_BYTES = kHEAD_DIM * 2;
-    static constexpr int kCHUNKS = kROW_BYTES / 16; //!< 16-byte chunks a row
+    static constexpr int kCHUNKS = kROW_BYTES / 16;  //!< 16-byte chunks a row
     static_assert(kHEAD_DIM == 32 || kHEAD_DIM == 64, "the swizzle below is made for rows of 64 and 128 bytes");
 
     //! Byte offset of a chunk in a tile [rows, d]. Chunks are swizzled so that the 8 rows of an 8x8 matrix, read at one
@@ -55,7 +55,7 @@ struct Shared
 {
     using Row = uint4[Shape::kCHUNKS];
 
-    Row queries[Shape::kQUERIES]; // later the context
+    Row queries[Shape::kQUERIES];  // later the context
     Row keys[2][Shape::kKEYS];
     Row values[2][Shape::kKEYS];
 };
@@ -87,9 +87,9 @@ struct WarpState
     static constexpr int kDIM_STEPS = Shape::kHEAD_DIM / 16;
 
     uint32_t queries[kROW_TILES][kDIM_STEPS][4];
-    float context[kROW_TILES][2 * kDIM_STEPS][4]; // of 8 columns each; unnormalised
-    float maximum[kROW_TILES][2];                 // reference of the exponents, in raw scores; same in a row's 4 lanes
-    float sum[kROW_TILES][2];                     // of the lane's own columns only
+    float context[kROW_TILES][2 * kDIM_STEPS][4];  // of 8 columns each; unnormalised
+    float maximum[kROW_TILES][2];                  // reference of the exponents, in raw scores; same in a row's 4 lanes
+    float sum[kROW_TILES][2];                      // of the lane's own columns only
 
     __device__ __forceinline__ void initialise(uint32_t queryTile, int lane)
     {
@@ -193,7 +193,7 @@ struct WarpState
 #pragma unroll
                     for (int tile = 0; tile < 2; ++tile)
                     {
-                        float const (&raw)[4] = scores[m][2 * n + tile];
+                        float const(&raw)[4] = scores[m][2 * n + tile];
                         float const low = exp2Approx(raw[2 * half] * scale - shift);
                         float const high = exp2Approx(raw[2 * half + 1] * scale - shift);
                         sum[m][half] += low + high;
@@ -278,8 +278,8 @@ struct WarpState
 #pragma unroll
                 for (int n = 0; n < 2 * kDIM_STEPS; ++n)
                 {
-                    *reinterpret_cast<uint32_t*>(tile + Shape::offset(row, n) + lane % 4 * 4)
-                        = packPair<T>(context[m][n][2 * half] * factor, context[m][n][2 * half + 1] * factor);
+                    *reinterpret_cast<uint32_t*>(tile + Shape::offset(row, n) + lane % 4 * 4) =
+                        packPair<T>(context[m][n][2 * half] * factor, context[m][n][2 * half + 1] * factor);
                 }
             }
         }
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(Shape::kTHREADS, Shape::kMIN_BLOCKS)
     int const lane = threadIdx.x % kWARP_SIZE;
     int const warpRow = threadIdx.x / kWARP_SIZE * Shape::kWARP_QUERIES;
     int const firstQuery = blockIdx.x * Shape::kQUERIES;
-    int const width = gridDim.y * kHEAD_DIM; // H * d
+    int const width = gridDim.y * kHEAD_DIM;  // H * d
     int64_t const image = static_cast<int64_t>(blockIdx.z) * sequenceLength;
 
     // qkv [B, S, 3, H, d]: a token's query, key and value of a head are H * d apart, tokens 3 * H * d.
@@ -307,19 +307,18 @@ __global__ void __launch_bounds__(Shape::kTHREADS, Shape::kMIN_BLOCKS)
     T const* const keys = queries + width;
     T const* const values = keys + width;
 
-    auto const copyKeysAndValues = [&](int tile) {
+    auto const copyKeysAndValues = [&](int tile)
+    {
         int const firstKey = tile * Shape::kKEYS;
-        copyTile<Shape, Shape::kKEYS>(
-            sharedAddress(shared.keys[tile % 2]), keys, stride, firstKey, sequenceLength);
-        copyTile<Shape, Shape::kKEYS>(
-            sharedAddress(shared.values[tile % 2]), values, stride, firstKey, sequenceLength);
+        copyTile<Shape, Shape::kKEYS>(sharedAddress(shared.keys[tile % 2]), keys, stride, firstKey, sequenceLength);
+        copyTile<Shape, Shape::kKEYS>(sharedAddress(shared.values[tile % 2]), values, stride, firstKey, sequenceLength);
         commitCopies();
     };
     copyTile<Shape, Shape::kQUERIES>(sharedAddress(shared.queries), queries, stride, firstQuery, sequenceLength);
     copyKeysAndValues(0);
 
     WarpState<T, Shape> state;
-    bool const active = firstQuery + warpRow < sequenceLength; // the same for the whole warp
+    bool const active = firstQuery + warpRow < sequenceLength;  // the same for the whole warp
     float const scale = kLOG2_E * rsqrtf(static_cast<float>(kHEAD_DIM));
     int const tiles = (sequenceLength + Shape::kKEYS - 1) / Shape::kKEYS;
     for (int tile = 0; tile < tiles; ++tile)
@@ -380,10 +379,10 @@ cudaError_t launchMma(EncoderAttentionParams const& params, cudaStream_t stream)
 {
     dim3 const grid(ceilDiv(params.sequenceLength, Shape::kQUERIES), params.numHeads, params.batch);
     return launch(mmaKernel<T, Shape>, grid, dim3(Shape::kTHREADS), stream, static_cast<T const*>(params.qkv),
-        static_cast<T*>(params.context), params.sequenceLength);
+                  static_cast<T*>(params.context), params.sequenceLength);
 }
 
-} // namespace encoder_attention
+}  // namespace encoder_attention
 
 template <typename T, int kHEAD_DIM>
 cudaError_t encoderAttentionMma(EncoderAttentionParams const& params, cudaStream_t stream)
@@ -397,10 +396,10 @@ cudaError_t encoderAttentionMma(EncoderAttentionParams const& params, cudaStream
     {
         return status;
     }
-    int64_t const largeBlocks = static_cast<int64_t>(ceilDiv(params.sequenceLength, Large::kQUERIES))
-        * params.numHeads * params.batch;
+    int64_t const largeBlocks =
+        static_cast<int64_t>(ceilDiv(params.sequenceLength, Large::kQUERIES)) * params.numHeads * params.batch;
     return largeBlocks < multiprocessors ? encoder_attention::launchMma<T, Small>(params, stream)
                                          : encoder_attention::launchMma<T, Large>(params, stream);
 }
 
-} // namespace trocr
+}  // namespace trocr

@@ -5,4 +5,4 @@ namespace trocr
 
 template cudaError_t encoderAttentionMma<__nv_bfloat16, 32>(EncoderAttentionParams const&, cudaStream_t);
 
-} // namespace trocr
+}  // namespace trocr

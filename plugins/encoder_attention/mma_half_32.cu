@@ -5,4 +5,4 @@ namespace trocr
 
 template cudaError_t encoderAttentionMma<__half, 32>(EncoderAttentionParams const&, cudaStream_t);
 
-} // namespace trocr
+}  // namespace trocr

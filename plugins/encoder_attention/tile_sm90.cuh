@@ -18,12 +18,12 @@ namespace sm90
 {
 
 constexpr int kHEAD_DIM = 64;
-constexpr int kROW_BYTES = kHEAD_DIM * 2; // one 128-byte swizzle
-constexpr int kQUERIES = 64;              // query rows of a tile: the M of wgmma
+constexpr int kROW_BYTES = kHEAD_DIM * 2;  // one 128-byte swizzle
+constexpr int kQUERIES = 64;               // query rows of a tile: the M of wgmma
 constexpr int kQUERY_BYTES = kQUERIES * kROW_BYTES;
 // Columns of the second product: the values', and eight of ones, whose products are the sums of the probabilities.
 constexpr int kOUTPUTS = kHEAD_DIM + 8;
-constexpr int kONES_BYTES = 16 * kROW_BYTES; // 16 keys' rows
+constexpr int kONES_BYTES = 16 * kROW_BYTES;  // 16 keys' rows
 
 //! s[64, N] = q k^T, asynchronously.
 template <typename T, int N>
@@ -48,7 +48,7 @@ __device__ __forceinline__ void fillOnes(uint32_t ones)
 template <typename T, int N>
 __device__ __forceinline__ void multiplyValues(float* o, uint32_t const* p, uint32_t values, uint32_t ones)
 {
-    constexpr int kSTEP = 16 * kROW_BYTES >> 4; // in a descriptor, from 16 keys to the next 16
+    constexpr int kSTEP = 16 * kROW_BYTES >> 4;  // in a descriptor, from 16 keys to the next 16
     // The leading offset, from the 64 columns to the next, leads to the same ones in every step.
     uint64_t const descriptor = operandDescriptor(values, ones - values);
 #pragma unroll
@@ -127,13 +127,13 @@ inline cudaError_t makeMap(EncoderAttentionParams const& params, int rows, CUten
     cuuint64_t const strides[] = {planes * kROW_BYTES, kROW_BYTES, length * planes * kROW_BYTES};
     cuuint32_t const box[] = {kHEAD_DIM, static_cast<cuuint32_t>(rows), 1, 1};
     cuuint32_t const steps[] = {1, 1, 1, 1};
-    CUresult const result = encode(&map,
-        params.dataType == DataType::kHALF ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-        const_cast<void*>(params.qkv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+    CUresult const result = encode(
+        &map, params.dataType == DataType::kHALF ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        4, const_cast<void*>(params.qkv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-} // namespace sm90
+}  // namespace sm90
 
-} // namespace trocr
+}  // namespace trocr

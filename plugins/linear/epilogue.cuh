@@ -60,12 +60,20 @@ inline Epilogue epilogueOf(LinearParams const& p)
 inline EpilogueParams epilogueParams(LinearParams const& p)
 {
     float const lowerBound = p.activation == LinearActivation::kRELU ? 0.0F : -__builtin_huge_valf();
-    return {p.bias,    p.weightSum, p.inputStatistics, p.outputStatistics, {p.y, p.values, p.tokens, p.headDim}, p.epsilon,
-            lowerBound, static_cast<int32_t>(p.rows), p.outputs, p.inputs};
+    return {p.bias,
+            p.weightSum,
+            p.inputStatistics,
+            p.outputStatistics,
+            {p.y, p.values, p.tokens, p.headDim},
+            p.epsilon,
+            lowerBound,
+            static_cast<int32_t>(p.rows),
+            p.outputs,
+            p.inputs};
 }
 
-//! Where columns `column` to `column` + 7 of a row go, in heads. Divisions are long: one for the row, which then advances, one
-//! for the columns.
+//! Where columns `column` to `column` + 7 of a row go, in heads. Divisions are long: one for the row, which then
+//! advances, one for the columns.
 template <typename T>
 class HeadsCursor
 {
@@ -81,7 +89,8 @@ public:
         mToken = row - static_cast<int>(image) * mTokens;
         // The same head of the next image is all heads further, less the one that has been passed.
         mToNextImage = static_cast<int64_t>(width - mRowSize) * mTokens;
-        mAt = static_cast<T*>(ofValues ? p.heads.values : p.heads.keys) + static_cast<int64_t>(image) * width * mTokens +
+        mAt = static_cast<T*>(ofValues ? p.heads.values : p.heads.keys) +
+              static_cast<int64_t>(image) * width * mTokens +
               (static_cast<int64_t>(head) * mTokens + mToken) * mRowSize + (at - head * mRowSize);
     }
 
@@ -143,7 +152,7 @@ __device__ __forceinline__ float gelu(float x)
     p = fmaf(p, t, -0.4648023247718811F);
     p = fmaf(p, t, -1.1488468647003174F);
     p = fmaf(p, t, -1.0001472234725952F);
-    float tail; // Phi(-t)
+    float tail;  // Phi(-t)
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(tail) : "f"(p));
     return fmaf(-t, tail, fmaxf(x, 0.0F));
 }
@@ -166,8 +175,8 @@ struct PartialStatistics
     __device__ __forceinline__ void load(EpilogueParams const& p, int row, int from = 0)
     {
         int const count = p.inputs / kCHUNK_COLUMNS;
-        auto const* const statistics
-            = reinterpret_cast<float2 const*>(p.inputStatistics) + static_cast<int64_t>(row) * count;
+        auto const* const statistics =
+            reinterpret_cast<float2 const*>(p.inputStatistics) + static_cast<int64_t>(row) * count;
 #pragma unroll
         for (int i = 0; i < kMOST; ++i)
         {
@@ -214,7 +223,7 @@ struct PartialStatistics
 //! (rstd, -mean rstd) of one row.
 __device__ __forceinline__ float2 rowScale(EpilogueParams const& p, int row)
 {
-    constexpr int kAT_ONCE = 8; // latency is all that this costs
+    constexpr int kAT_ONCE = 8;  // latency is all that this costs
     float mean = 0.0F;
     float m2 = 0.0F;
     PartialStatistics<kAT_ONCE> statistics;
@@ -287,7 +296,7 @@ __device__ __forceinline__ void loadColumnPairs(ColumnPair* pairs, EpilogueParam
 //! `residual` holds the same elements of the residual, packed; `columns` the lane's pair.
 template <typename T, Epilogue kEPILOGUE>
 __device__ __forceinline__ void finishGroup(uint32_t (&out)[2], float const* v, uint32_t const* residual,
-    RowScales const& scales, ColumnPair const& columns, EpilogueParams const& p)
+                                            RowScales const& scales, ColumnPair const& columns, EpilogueParams const& p)
 {
     float4 const c = reinterpret_cast<float4 const&>(columns);
     float2 const bias{c.x, c.y};
@@ -327,8 +336,8 @@ __device__ __forceinline__ float quadSum(float v)
 
 //! Mean and sum of squared distances of each row of a finished chunk; out[2 j + h] as finishGroup leaves it.
 template <typename T>
-__device__ __forceinline__ void storeStatistics(
-    uint32_t const (&out)[16], EpilogueParams const& p, int row, int column, int lane)
+__device__ __forceinline__ void storeStatistics(uint32_t const (&out)[16], EpilogueParams const& p, int row, int column,
+                                                int lane)
 {
     int const parts = p.outputs / kCHUNK_COLUMNS;
     auto* statistics = reinterpret_cast<float2*>(p.outputStatistics);
@@ -360,4 +369,4 @@ __device__ __forceinline__ void storeStatistics(
     }
 }
 
-} // namespace trocr::linear_detail
+}  // namespace trocr::linear_detail

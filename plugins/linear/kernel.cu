@@ -1,9 +1,8 @@
-#include "linear/kernel.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "common/launch.h"
+#include "linear/kernel.h"
 #include "linear/launch.h"
 #include "linear/tactics.h"
 
@@ -119,19 +118,19 @@ cudaError_t launchRowStatistics(RowStatisticsParams const& params, cudaStream_t 
     int const blocks = linear_detail::ceilDiv(params.rows, 8);
     int const parts = params.width / kLINEAR_STATISTICS_WIDTH;
     rowStatisticsKernel<<<blocks, 256, 0, stream>>>(static_cast<T2 const*>(params.x),
-        reinterpret_cast<float2*>(params.statistics), static_cast<int>(params.rows), parts);
+                                                    reinterpret_cast<float2*>(params.statistics),
+                                                    static_cast<int>(params.rows), parts);
     return cudaGetLastError();
 }
 
-} // namespace
+}  // namespace
 
 int32_t linearTacticCount()
 {
     return linear_detail::kNUM_SM90_TACTICS + linear_detail::kNUM_SM80_TACTICS;
 }
 
-int32_t linearTacticOnHopper(
-    int64_t rows, int32_t outputs, int32_t inputs, bool residual, int32_t multiprocessors)
+int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, bool residual, int32_t multiprocessors)
 {
     return linear_detail::cheapestSm90Tactic(static_cast<int>(rows), outputs, inputs, residual, multiprocessors);
 }
@@ -152,14 +151,14 @@ cudaError_t linear(LinearParams const& params, cudaStream_t stream)
     {
         return cudaErrorInvalidValue;
     }
-    if (params.x == nullptr || params.weight == nullptr || params.y == nullptr
-        || (params.values == nullptr) != (params.tokens == 0))
+    if (params.x == nullptr || params.weight == nullptr || params.y == nullptr ||
+        (params.values == nullptr) != (params.tokens == 0))
     {
         return cudaErrorInvalidValue;
     }
-    if (!aligned(params.x, 16) || !aligned(params.weight, 16) || !aligned(params.y, 16) || !aligned(params.residual, 16)
-        || !aligned(params.bias, 8) || !aligned(params.weightSum, 8) || !aligned(params.inputStatistics, 8)
-        || !aligned(params.outputStatistics, 8) || !aligned(params.values, 16))
+    if (!aligned(params.x, 16) || !aligned(params.weight, 16) || !aligned(params.y, 16) ||
+        !aligned(params.residual, 16) || !aligned(params.bias, 8) || !aligned(params.weightSum, 8) ||
+        !aligned(params.inputStatistics, 8) || !aligned(params.outputStatistics, 8) || !aligned(params.values, 16))
     {
         return cudaErrorInvalidValue;
     }
@@ -209,21 +208,21 @@ bool canImplementRowStatistics(RowStatisticsParams const& params, char const** r
 
 cudaError_t rowStatistics(RowStatisticsParams const& params, cudaStream_t stream)
 {
-    if (!canImplementRowStatistics(params) || !areAligned(2 * sizeOf(params.dataType), params.x)
-        || !areAligned(8, params.statistics))
+    if (!canImplementRowStatistics(params) || !areAligned(2 * sizeOf(params.dataType), params.x) ||
+        !areAligned(8, params.statistics))
     {
         return cudaErrorInvalidValue;
     }
     switch (params.dataType)
     {
-    case DataType::kFLOAT:
-        return launchRowStatistics<float2>(params, stream);
-    case DataType::kHALF:
-        return launchRowStatistics<__half2>(params, stream);
-    case DataType::kBF16:
-        return launchRowStatistics<__nv_bfloat162>(params, stream);
+        case DataType::kFLOAT:
+            return launchRowStatistics<float2>(params, stream);
+        case DataType::kHALF:
+            return launchRowStatistics<__half2>(params, stream);
+        case DataType::kBF16:
+            return launchRowStatistics<__nv_bfloat162>(params, stream);
     }
     return cudaErrorInvalidValue;
 }
 
-} // namespace trocr
+}  // namespace trocr

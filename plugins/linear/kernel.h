@@ -10,7 +10,7 @@ namespace trocr
 enum class LinearActivation : int32_t
 {
     kNONE = 0,
-    kGELU = 1, //!< exact: y = 0.5 v (1 + erf(v / sqrt(2)))
+    kGELU = 1,  //!< exact: y = 0.5 v (1 + erf(v / sqrt(2)))
     kRELU = 2,
 };
 
@@ -31,28 +31,28 @@ constexpr int32_t kLINEAR_MAX_ROWS = 1 << 30;
 //! distances from it, of the values rounded to T. They are combined in a fixed order (Chan, Golub, LeVeque 1983), so
 //! results do not depend on the tile sizes of the kernel that wrote them, and are the same in every run.
 //!
-//! With `tokens` the outputs are keys and values in heads: y, of the first N / 2 columns, and `values`, of the others, are T
-//! [M / tokens, N / 2 / headDim, tokens, headDim].
+//! With `tokens` the outputs are keys and values in heads: y, of the first N / 2 columns, and `values`, of the others,
+//! are T [M / tokens, N / 2 / headDim, tokens, headDim].
 struct LinearParams
 {
-    void const* x;                //!< T [M, K], 16-byte aligned
-    void const* weight;           //!< T [N, K], 16-byte aligned
-    float const* bias;            //!< float32 [N], 8-byte aligned, or null
-    void const* residual;         //!< T [M, N], 16-byte aligned, may be y, or null; not together with an activation
-    void* y;                      //!< T [M, N], 16-byte aligned
-    float const* inputStatistics; //!< of x, float32 [M, K / 64, 2], 8-byte aligned, or null: no LayerNorm
-    float const* weightSum;       //!< float32 [N], 8-byte aligned; with inputStatistics
-    float* outputStatistics;      //!< of y, float32 [M, N / 64, 2], 8-byte aligned, or null; only with residual
-    void* values;                 //!< 16-byte aligned; with `tokens`, else null
-    int32_t tokens;               //!< S, which divides M; 0: y is T [M, N]. Not with a residual or an activation
-    int32_t headDim;              //!< d, a multiple of 8 that divides N / 2; with `tokens`
-    float epsilon;                //!< added to the variance; with inputStatistics
-    int64_t rows;                 //!< M, 1 to 2^30
-    int32_t outputs;              //!< N, a multiple of 8 (of 64 with outputStatistics)
-    int32_t inputs;               //!< K, a multiple of 8 (of 64 with inputStatistics)
+    void const* x;                 //!< T [M, K], 16-byte aligned
+    void const* weight;            //!< T [N, K], 16-byte aligned
+    float const* bias;             //!< float32 [N], 8-byte aligned, or null
+    void const* residual;          //!< T [M, N], 16-byte aligned, may be y, or null; not together with an activation
+    void* y;                       //!< T [M, N], 16-byte aligned
+    float const* inputStatistics;  //!< of x, float32 [M, K / 64, 2], 8-byte aligned, or null: no LayerNorm
+    float const* weightSum;        //!< float32 [N], 8-byte aligned; with inputStatistics
+    float* outputStatistics;       //!< of y, float32 [M, N / 64, 2], 8-byte aligned, or null; only with residual
+    void* values;                  //!< 16-byte aligned; with `tokens`, else null
+    int32_t tokens;                //!< S, which divides M; 0: y is T [M, N]. Not with a residual or an activation
+    int32_t headDim;               //!< d, a multiple of 8 that divides N / 2; with `tokens`
+    float epsilon;                 //!< added to the variance; with inputStatistics
+    int64_t rows;                  //!< M, 1 to 2^30
+    int32_t outputs;               //!< N, a multiple of 8 (of 64 with outputStatistics)
+    int32_t inputs;                //!< K, a multiple of 8 (of 64 with inputStatistics)
     LinearActivation activation;
-    DataType dataType; //!< T
-    int32_t tactic;    //!< 0: by cost; else 1 to linearTacticCount(), see README.md; 0 for kFLOAT
+    DataType dataType;  //!< T
+    int32_t tactic;     //!< 0: by cost; else 1 to linearTacticCount(), see README.md; 0 for kFLOAT
     //! Programmatic dependent launch: this grid may start while its predecessor in the stream ends. Before that end
     //! only `weight` is read, which the predecessor must not write.
     bool overlapPredecessor;
@@ -67,8 +67,7 @@ bool canImplementLinear(LinearParams const& params, char const** reason = nullpt
 cudaError_t linear(LinearParams const& params, cudaStream_t stream);
 
 //! What tactic 0 takes on Hopper.
-int32_t linearTacticOnHopper(
-    int64_t rows, int32_t outputs, int32_t inputs, bool residual, int32_t multiprocessors);
+int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, bool residual, int32_t multiprocessors);
 
 //! Highest tactic number; some of them are refused by some devices and problems.
 int32_t linearTacticCount();
@@ -82,11 +81,11 @@ constexpr size_t linearStatisticsBytes(int64_t rows, int64_t width)
 //! Partial statistics of a tensor that no linear kernel produced (the embeddings that enter the first layer).
 struct RowStatisticsParams
 {
-    void const* x;     //!< T [M, K], aligned to two elements
-    float* statistics; //!< float32 [M, K / 64, 2], 8-byte aligned
-    int64_t rows;      //!< M, 1 to 2^30
-    int32_t width;     //!< K, a multiple of 64
-    DataType dataType; //!< T
+    void const* x;      //!< T [M, K], aligned to two elements
+    float* statistics;  //!< float32 [M, K / 64, 2], 8-byte aligned
+    int64_t rows;       //!< M, 1 to 2^30
+    int32_t width;      //!< K, a multiple of 64
+    DataType dataType;  //!< T
 };
 
 //! Whether sizes and type are supported. When not, *reason (if given) says why.
@@ -94,4 +93,4 @@ bool canImplementRowStatistics(RowStatisticsParams const& params, char const** r
 
 cudaError_t rowStatistics(RowStatisticsParams const& params, cudaStream_t stream);
 
-} // namespace trocr
+}  // namespace trocr

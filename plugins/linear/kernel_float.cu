@@ -1,5 +1,5 @@
-// float32, on the ordinary cores: for engines that are to agree with PyTorch's float32, not for speed. A block computes 64
-// rows by 64 columns, a thread 4 by 4 of them.
+// float32, on the ordinary cores: for engines that are to agree with PyTorch's float32, not for speed. A block computes
+// 64 rows by 64 columns, a thread 4 by 4 of them.
 
 #include "linear/epilogue.cuh"
 #include "linear/launch.h"
@@ -10,7 +10,7 @@ namespace trocr::linear_detail
 namespace
 {
 
-constexpr int kTILE = kLINEAR_STATISTICS_WIDTH; // so that a row of a tile is one part of the statistics
+constexpr int kTILE = kLINEAR_STATISTICS_WIDTH;  // so that a row of a tile is one part of the statistics
 constexpr int kBLOCK_K = 16;
 constexpr int kTHREADS = 256;
 constexpr int kTHREAD_ROWS = 4;
@@ -28,8 +28,8 @@ __device__ float sumOfRow(float v)
 }
 
 //! Rows [row, row + 64) and columns [k, k + 16) of a matrix [rows, columns], transposed; zeros outside.
-__device__ void loadTransposed(
-    float (&tile)[kBLOCK_K][kTILE + 1], float const* matrix, int row, int rows, int k, int columns)
+__device__ void loadTransposed(float (&tile)[kBLOCK_K][kTILE + 1], float const* matrix, int row, int rows, int k,
+                               int columns)
 {
     int const tileRow = threadIdx.x / 4;
     int const tileColumn = threadIdx.x % 4 * 4;
@@ -42,8 +42,8 @@ __device__ void loadTransposed(
     tile[tileColumn + 3][tileRow] = v.w;
 }
 
-__global__ void __launch_bounds__(kTHREADS) linearFloatKernel(float const* x, float const* weight,
-    float const* residual, float* y, bool gelu, EpilogueParams p)
+__global__ void __launch_bounds__(kTHREADS)
+    linearFloatKernel(float const* x, float const* weight, float const* residual, float* y, bool gelu, EpilogueParams p)
 {
     __shared__ float xTile[kBLOCK_K][kTILE + 1];
     __shared__ float weightTile[kBLOCK_K][kTILE + 1];
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kTHREADS) linearFloatKernel(float const* x, fl
                 sum += v;
             }
         }
-        if (p.outputStatistics != nullptr) // then outputs is a multiple of 64: all columns are there
+        if (p.outputStatistics != nullptr)  // then outputs is a multiple of 64: all columns are there
         {
             float const partMean = sumOfRow(sum) / kLINEAR_STATISTICS_WIDTH;
             float squares = 0.0F;
@@ -129,15 +129,16 @@ __global__ void __launch_bounds__(kTHREADS) linearFloatKernel(float const* x, fl
     }
 }
 
-} // namespace
+}  // namespace
 
 cudaError_t linearFloat(LinearParams const& params, cudaStream_t stream)
 {
     dim3 const blocks(ceilDiv(params.rows, kTILE), ceilDiv(params.outputs, kTILE));
-    linearFloatKernel<<<blocks, kTHREADS, 0, stream>>>(static_cast<float const*>(params.x),
-        static_cast<float const*>(params.weight), static_cast<float const*>(params.residual),
-        static_cast<float*>(params.y), params.activation == LinearActivation::kGELU, epilogueParams(params));
+    linearFloatKernel<<<blocks, kTHREADS, 0, stream>>>(
+        static_cast<float const*>(params.x), static_cast<float const*>(params.weight),
+        static_cast<float const*>(params.residual), static_cast<float*>(params.y),
+        params.activation == LinearActivation::kGELU, epilogueParams(params));
     return cudaGetLastError();
 }
 
-} // namespace trocr::linear_detail
+}  // namespace trocr::linear_detail

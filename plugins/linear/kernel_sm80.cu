@@ -13,7 +13,7 @@ namespace
 {
 
 constexpr int kBLOCK_K = 64;
-constexpr int kROW_BYTES = kBLOCK_K * 2; //!< of a stage's row: eight pieces of 16 bytes, exchanged by row % 8
+constexpr int kROW_BYTES = kBLOCK_K * 2;  //!< of a stage's row: eight pieces of 16 bytes, exchanged by row % 8
 
 template <int kM16_, int kWARPS_M_, int kWARPS_N_, int kSTAGES_>
 struct Tile
@@ -78,8 +78,8 @@ __device__ __forceinline__ void multiply(float* d, uint32_t const (&a)[4], uint3
 
 //! Rows [row, row + kROWS) and columns [column, column + 64) of T [rows, columns] to a stage.
 template <int kROWS, int kTHREADS, typename T>
-__device__ __forceinline__ void copyRows(
-    uint32_t destination, T const* source, int row, int rows, int column, int columns)
+__device__ __forceinline__ void copyRows(uint32_t destination, T const* source, int row, int rows, int column,
+                                         int columns)
 {
     static_assert(kROWS * 8 % kTHREADS == 0);
 #pragma unroll
@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(TILE::kTHREADS)
         {
             uint32_t const stage = stages + step % TILE::kSTAGES * TILE::kSTAGE_BYTES;
             copyRows<TILE::kBM, TILE::kTHREADS>(stage, x, tileRow, p.rows, step * kBLOCK_K, p.inputs);
-            copyRows<TILE::kBN, TILE::kTHREADS>(
-                stage + TILE::kX_BYTES, weight, tileColumn, p.outputs, step * kBLOCK_K, p.inputs);
+            copyRows<TILE::kBN, TILE::kTHREADS>(stage + TILE::kX_BYTES, weight, tileColumn, p.outputs, step * kBLOCK_K,
+                                                p.inputs);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(TILE::kTHREADS)
     auto* const scales = reinterpret_cast<float2*>(sharedMemory + TILE::kSCALES_AT) + warp * TILE::kWARP_ROWS;
     if (warp % TILE::kWARPS_M == 0)
     {
-        loadColumnPairs<64>(columns, p, tileColumn + warpColumn, lane); // for all warps of these columns
+        loadColumnPairs<64>(columns, p, tileColumn + warpColumn, lane);  // for all warps of these columns
     }
     if (p.inputStatistics != nullptr)
     {
@@ -171,14 +171,14 @@ __global__ void __launch_bounds__(TILE::kTHREADS)
             }
         }
     }
-    __syncthreads(); // the stages become the warps' buffers of one chunk
+    __syncthreads();  // the stages become the warps' buffers of one chunk
 
     uint8_t* const buffer = sharedMemory + warp * kCHUNK_ROWS * kROW_BYTES;
     int const column = tileColumn + warpColumn;
-    int const piece = lane % 8; // coalesced: eight lanes a row
+    int const piece = lane % 8;  // coalesced: eight lanes a row
     bool const pieceInside = column + 8 * piece < p.outputs;
-    auto const pieceAt
-        = [&](int r) { return reinterpret_cast<uint4*>(buffer + r * kROW_BYTES + ((piece ^ (r % 8)) << 4)); };
+    auto const pieceAt = [&](int r)
+    { return reinterpret_cast<uint4*>(buffer + r * kROW_BYTES + ((piece ^ (r % 8)) << 4)); };
 #pragma unroll
     for (int m = 0; m < TILE::kM16; ++m)
     {
@@ -241,16 +241,16 @@ template <typename T, Epilogue kEPILOGUE, typename TILE>
 cudaError_t launchTile(LinearParams const& params, cudaStream_t stream)
 {
     auto const kernel = linearSm80Kernel<T, kEPILOGUE, TILE>;
-    cudaError_t const status
-        = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, TILE::kSHARED_BYTES);
+    cudaError_t const status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, TILE::kSHARED_BYTES);
     if (status != cudaSuccess)
     {
         return status;
     }
     int const blocks = ceilDiv(params.rows, TILE::kBM) * ceilDiv(params.outputs, TILE::kBN);
-    kernel<<<blocks, TILE::kTHREADS, TILE::kSHARED_BYTES, stream>>>(static_cast<T const*>(params.x),
-        static_cast<T const*>(params.weight), static_cast<T const*>(params.residual), static_cast<T*>(params.y),
-        epilogueParams(params));
+    kernel<<<blocks, TILE::kTHREADS, TILE::kSHARED_BYTES, stream>>>(
+        static_cast<T const*>(params.x), static_cast<T const*>(params.weight), static_cast<T const*>(params.residual),
+        static_cast<T*>(params.y), epilogueParams(params));
     return cudaGetLastError();
 }
 
@@ -269,17 +269,17 @@ cudaError_t launchType(LinearParams const& params, int32_t tactic, int multiproc
 {
     switch (epilogueOf(params))
     {
-    case Epilogue::kBIAS:
-        return launchEpilogue<T, Epilogue::kBIAS>(params, tactic, multiprocessors, stream);
-    case Epilogue::kGELU:
-        return launchEpilogue<T, Epilogue::kGELU>(params, tactic, multiprocessors, stream);
-    case Epilogue::kRESIDUAL:
-        return launchEpilogue<T, Epilogue::kRESIDUAL>(params, tactic, multiprocessors, stream);
+        case Epilogue::kBIAS:
+            return launchEpilogue<T, Epilogue::kBIAS>(params, tactic, multiprocessors, stream);
+        case Epilogue::kGELU:
+            return launchEpilogue<T, Epilogue::kGELU>(params, tactic, multiprocessors, stream);
+        case Epilogue::kRESIDUAL:
+            return launchEpilogue<T, Epilogue::kRESIDUAL>(params, tactic, multiprocessors, stream);
     }
     return cudaErrorInvalidValue;
 }
 
-} // namespace
+}  // namespace
 
 cudaError_t linearSm80(LinearParams const& params, int32_t tactic, int multiprocessors, cudaStream_t stream)
 {
@@ -287,4 +287,4 @@ cudaError_t linearSm80(LinearParams const& params, int32_t tactic, int multiproc
                                               : launchType<__nv_bfloat16>(params, tactic, multiprocessors, stream);
 }
 
-} // namespace trocr::linear_detail
+}  // namespace trocr::linear_detail

@@ -35,19 +35,20 @@ int clustersAtOnce(KERNEL* kernel, int sharedBytes, int threads, int cluster)
     config.attrs = &attribute;
     config.numAttrs = 1;
     int clusters = 0;
-    bool const known = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sharedBytes) == cudaSuccess
-        && cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+    bool const known =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sharedBytes) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
     return known ? clusters : 0;
 }
 
 template <typename T, Epilogue kEPILOGUE>
 cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, EpilogueParams const& p,
-    bool overlapPredecessor, cudaStream_t stream)
+                         bool overlapPredecessor, cudaStream_t stream)
 {
     auto const launch = [&](auto kernel, int sharedBytes, int threads, int blocks, int cluster)
     {
-        cudaError_t const status
-            = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sharedBytes);
+        cudaError_t const status =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sharedBytes);
         if (status != cudaSuccess)
         {
             return status;
@@ -69,8 +70,8 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
         using TILE = decltype(tile);
         constexpr int kCLUSTER = TILE::kTALL * TILE::kWIDE;
         int const works = ceilDiv(p.rows, TILE::kTALL * TILE::kBM) * ceilDiv(p.outputs, TILE::kWIDE * TILE::kBN);
-        static int const places
-            = clustersAtOnce(linearPersistent<T, kEPILOGUE, TILE>, TILE::kSHARED_BYTES, 384, kCLUSTER);
+        static int const places =
+            clustersAtOnce(linearPersistent<T, kEPILOGUE, TILE>, TILE::kSHARED_BYTES, 384, kCLUSTER);
         int const clusters = std::min(works, places);
         return launch(linearPersistent<T, kEPILOGUE, TILE>, TILE::kSHARED_BYTES, 384, kCLUSTER * clusters, kCLUSTER);
     };
@@ -78,8 +79,7 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
     {
         using TILE = decltype(tile);
         int const tiles = ceilDiv(p.rows, TILE::kBM) * ceilDiv(p.outputs, TILE::kBN);
-        return launch(
-            linearSplit<T, kEPILOGUE, TILE>, TILE::kSHARED_BYTES, 160, tiles * tactic.split, tactic.split);
+        return launch(linearSplit<T, kEPILOGUE, TILE>, TILE::kSHARED_BYTES, 160, tiles * tactic.split, tactic.split);
     };
     auto const panel = [&](auto tile)
     {
@@ -91,35 +91,35 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
         else
         {
             int const panelGroups = ceilDiv(p.outputs, PANEL::kCLUSTER * PANEL::kBN);
-            static int const places = clustersAtOnce(
-                linearPanel<T, kEPILOGUE, PANEL>, PANEL::kSHARED_BYTES, 512, PANEL::kCLUSTER);
+            static int const places =
+                clustersAtOnce(linearPanel<T, kEPILOGUE, PANEL>, PANEL::kSHARED_BYTES, 512, PANEL::kCLUSTER);
             int const clusters = std::min(places / panelGroups, ceilDiv(p.rows, PANEL::kBM));
             if (clusters < 1 || p.inputs > PANEL::kSTEPS * kBLOCK_K)
             {
                 return cudaErrorInvalidValue;
             }
             return launch(linearPanel<T, kEPILOGUE, PANEL>, PANEL::kSHARED_BYTES, 512,
-                clusters * panelGroups * PANEL::kCLUSTER, PANEL::kCLUSTER);
+                          clusters * panelGroups * PANEL::kCLUSTER, PANEL::kCLUSTER);
         }
     };
     switch (tactic.tile)
     {
-    case Sm90Tile::kPERSISTENT_128X192:
-        return persistent(PersistentTile128x192{});
-    case Sm90Tile::kPERSISTENT_128X128:
-        return persistent(PersistentTile128x128{});
-    case Sm90Tile::kPERSISTENT_192X128:
-        return persistent(PersistentTile192x128{});
-    case Sm90Tile::kPERSISTENT_128X128_OF_3:
-        return persistent(PersistentTile128x128Of3{});
-    case Sm90Tile::kPANEL_192:
-        return panel(Panel192{});
-    case Sm90Tile::kSPLIT_64X64:
-        return split(SplitTile64x64{});
-    case Sm90Tile::kSPLIT_64X128:
-        return split(SplitTile64x128{});
-    case Sm90Tile::kSPLIT_128X128:
-        return split(SplitTile128x128{});
+        case Sm90Tile::kPERSISTENT_128X192:
+            return persistent(PersistentTile128x192{});
+        case Sm90Tile::kPERSISTENT_128X128:
+            return persistent(PersistentTile128x128{});
+        case Sm90Tile::kPERSISTENT_192X128:
+            return persistent(PersistentTile192x128{});
+        case Sm90Tile::kPERSISTENT_128X128_OF_3:
+            return persistent(PersistentTile128x128Of3{});
+        case Sm90Tile::kPANEL_192:
+            return panel(Panel192{});
+        case Sm90Tile::kSPLIT_64X64:
+            return split(SplitTile64x64{});
+        case Sm90Tile::kSPLIT_64X128:
+            return split(SplitTile64x128{});
+        case Sm90Tile::kSPLIT_128X128:
+            return split(SplitTile128x128{});
     }
     return cudaErrorInvalidValue;
 }
@@ -127,23 +127,23 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
 //! Instantiated in a file a type, to keep compile times short.
 template <typename T>
 cudaError_t launchSm90(Epilogue epilogue, Sm90Tactic const& tactic, TensorMaps const& maps, EpilogueParams const& p,
-    bool overlapPredecessor, cudaStream_t stream)
+                       bool overlapPredecessor, cudaStream_t stream)
 {
     switch (epilogue)
     {
-    case Epilogue::kBIAS:
-        return launchTactic<T, Epilogue::kBIAS>(tactic, maps, p, overlapPredecessor, stream);
-    case Epilogue::kGELU:
-        return launchTactic<T, Epilogue::kGELU>(tactic, maps, p, overlapPredecessor, stream);
-    case Epilogue::kRESIDUAL:
-        return launchTactic<T, Epilogue::kRESIDUAL>(tactic, maps, p, overlapPredecessor, stream);
+        case Epilogue::kBIAS:
+            return launchTactic<T, Epilogue::kBIAS>(tactic, maps, p, overlapPredecessor, stream);
+        case Epilogue::kGELU:
+            return launchTactic<T, Epilogue::kGELU>(tactic, maps, p, overlapPredecessor, stream);
+        case Epilogue::kRESIDUAL:
+            return launchTactic<T, Epilogue::kRESIDUAL>(tactic, maps, p, overlapPredecessor, stream);
     }
     return cudaErrorInvalidValue;
 }
 
-extern template cudaError_t launchSm90<__half>(
-    Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&, bool, cudaStream_t);
-extern template cudaError_t launchSm90<__nv_bfloat16>(
-    Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&, bool, cudaStream_t);
+extern template cudaError_t launchSm90<__half>(Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&,
+                                               bool, cudaStream_t);
+extern template cudaError_t launchSm90<__nv_bfloat16>(Epilogue, Sm90Tactic const&, TensorMaps const&,
+                                                      EpilogueParams const&, bool, cudaStream_t);
 
-} // namespace trocr::linear_detail
+}  // namespace trocr::linear_detail

@@ -3,7 +3,7 @@
 namespace trocr::linear_detail
 {
 
-template cudaError_t launchSm90<__nv_bfloat16>(
-    Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&, bool, cudaStream_t);
+template cudaError_t launchSm90<__nv_bfloat16>(Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&,
+                                               bool, cudaStream_t);
 
-} // namespace trocr::linear_detail
+}  // namespace trocr::linear_detail

@@ -20,4 +20,4 @@ cudaError_t linearSm80(LinearParams const& params, int32_t tactic, int multiproc
 //! float32, on any architecture.
 cudaError_t linearFloat(LinearParams const& params, cudaStream_t stream);
 
-} // namespace trocr::linear_detail
+}  // namespace trocr::linear_detail

@@ -110,14 +110,13 @@ __global__ void __launch_bounds__(512, 1)
                     sm90::barrierArriveExpect(shared.full(ring.stage), PANEL::kSTAGE_BYTES);
                     if constexpr (kCLUSTER == 1)
                     {
-                        sm90::loadBox(
-                            shared.x(ring.stage), &maps.x, step * kBLOCK_K, tile * PANEL::kBM,
-                            shared.full(ring.stage));
+                        sm90::loadBox(shared.x(ring.stage), &maps.x, step * kBLOCK_K, tile * PANEL::kBM,
+                                      shared.full(ring.stage));
                     }
                     else if (mine)
                     {
                         sm90::loadBoxMulticast(shared.x(ring.stage), &maps.x, step * kBLOCK_K, tile * PANEL::kBM,
-                            shared.full(ring.stage), kEVERYONE);
+                                               shared.full(ring.stage), kEVERYONE);
                     }
                 }
             }
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(512, 1)
         auto* nextScales = scales + kCHUNK_ROWS;
         RingPosition<PANEL::kSTAGES> ring;
         ring.advance(group * steps);
-        uint32_t turnParity = group == 0 ? 1 : 0; // group 0 begins
+        uint32_t turnParity = group == 0 ? 1 : 0;  // group 0 begins
 
         if (p.inputStatistics != nullptr)
         {
@@ -200,13 +199,13 @@ __global__ void __launch_bounds__(512, 1)
             sm90::wgmmaWait<0>();
             release(previous);
             sm90::wgmmaResult(acc);
-            ring.advance((PANEL::kGROUPS - 1) * steps); // the other warpgroups' tiles
+            ring.advance((PANEL::kGROUPS - 1) * steps);  // the other warpgroups' tiles
 
 #pragma unroll
             for (int chunk = 0; chunk < PANEL::kCHUNKS; ++chunk, ++pipe.sequence)
             {
                 finishChunk<T, kEPILOGUE>(&acc[chunk * 32], pipe, &maps.y, p, scales, columns + chunk * 32, row,
-                    column + chunk * kCHUNK_COLUMNS);
+                                          column + chunk * kCHUNK_COLUMNS);
             }
             if (p.inputStatistics != nullptr && nextTile < tiles)
             {
@@ -230,4 +229,4 @@ __global__ void __launch_bounds__(512, 1)
     sm90::clusterSyncRelaxed();
 }
 
-} // namespace trocr::linear_detail
+}  // namespace trocr::linear_detail

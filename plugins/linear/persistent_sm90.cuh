@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(384, 1)
     constexpr int kWIDE = TILE::kWIDE;
     constexpr int kTALL = TILE::kTALL;
     constexpr int kCLUSTER = kTALL * kWIDE;
-    constexpr int kSHARERS = kTALL + kWIDE - 1; // blocks that read what a block fetches: those in its row and column
+    constexpr int kSHARERS = kTALL + kWIDE - 1;  // blocks that read what a block fetches: those in its row and column
     extern __shared__ __align__(1024) uint8_t sharedMemory[];
     Shared<TILE> const shared{sm90::sharedAddress(sharedMemory)};
 
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(384, 1)
             {
                 int const column = columnOf(work);
                 sm90::barrierArriveExpect(shared.full(ring.stage),
-                    isHalf(work) ? TILE::kSTAGE_BYTES - TILE::kX_BYTES / 2 : TILE::kSTAGE_BYTES);
+                                          isHalf(work) ? TILE::kSTAGE_BYTES - TILE::kX_BYTES / 2 : TILE::kSTAGE_BYTES);
                 uint32_t const offset = rowRank * (kBN / kTALL);
                 uint32_t const destination = shared.weight(ring.stage) + offset * kROW_BYTES;
                 if constexpr (kTALL == 1)
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(384, 1)
                 {
                     constexpr uint32_t kCOLUMN = (1 << kTALL) - 1;
                     sm90::loadBoxMulticast(destination, &maps.weight, step * kBLOCK_K, column + offset,
-                        shared.full(ring.stage), kCOLUMN << kTALL * columnRank);
+                                           shared.full(ring.stage), kCOLUMN << kTALL * columnRank);
                 }
             };
             // The weight does not depend on the preceding grid: fill the ring with it first.
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(384, 1)
             sm90::waitForPriorGrids();
 
             RingPosition<TILE::kSTAGES> ring;
-            uint32_t turn = 0; // of the blocks of a row, to fetch x
+            uint32_t turn = 0;  // of the blocks of a row, to fetch x
             for (int work = cluster; work < works; work += clusters)
             {
                 int const row = rowOf(work);
@@ -107,14 +107,13 @@ __global__ void __launch_bounds__(384, 1)
                         uint32_t const destination = shared.x(ring.stage) + m * 64 * kROW_BYTES;
                         if constexpr (kWIDE == 1)
                         {
-                            sm90::loadBox(
-                                destination, &maps.x, step * kBLOCK_K, row + m * 64, shared.full(ring.stage));
+                            sm90::loadBox(destination, &maps.x, step * kBLOCK_K, row + m * 64, shared.full(ring.stage));
                         }
                         else
                         {
                             constexpr uint32_t kROW = ((1 << kCLUSTER) - 1) / ((1 << kTALL) - 1);
                             sm90::loadBoxMulticast(destination, &maps.x, step * kBLOCK_K, row + m * 64,
-                                shared.full(ring.stage), kROW << rowRank);
+                                                   shared.full(ring.stage), kROW << rowRank);
                         }
                     }
                     turn = turn == kWIDE - 1 ? 0 : turn + 1;
@@ -137,7 +136,7 @@ __global__ void __launch_bounds__(384, 1)
         auto* const columns = columnPairsOf<TILE>(sharedMemory, warp);
         RingPosition<TILE::kSTAGES> ring;
         ring.advance(group * steps);
-        uint32_t turnParity = group ^ 1; // group 0 begins
+        uint32_t turnParity = group ^ 1;  // group 0 begins
 
         for (int work = cluster + group * clusters; work < works; work += 2 * clusters)
         {
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(384, 1)
             {
                 multiply<T, TILE, TILE::kM64>(acc, shared, ring, steps, release, issued);
             }
-            ring.advance(steps); // the other warpgroup's tile
+            ring.advance(steps);  // the other warpgroup's tile
 
 #pragma unroll
             for (int chunk = 0; chunk < TILE::kCHUNKS; ++chunk, ++pipe.sequence)
@@ -198,8 +197,8 @@ __global__ void __launch_bounds__(384, 1)
                 }
                 int const m = chunk / TILE::kCHUNKS_N;
                 int const n = chunk % TILE::kCHUNKS_N;
-                finishChunk<T, kEPILOGUE>(&acc[m][n * 32], pipe, &maps.y, p, scales + m * kCHUNK_ROWS,
-                    columns + n * 32, chunkRow(chunk), chunkColumn(chunk));
+                finishChunk<T, kEPILOGUE>(&acc[m][n * 32], pipe, &maps.y, p, scales + m * kCHUNK_ROWS, columns + n * 32,
+                                          chunkRow(chunk), chunkColumn(chunk));
                 // The preceding chunk's buffer is drained by now: its next residual can come.
                 int const next = chunk - 1 + TILE::kBUFFERS;
                 if (kEPILOGUE == Epilogue::kRESIDUAL && chunk > 0 && next < chunks && lane == 0)
@@ -216,4 +215,4 @@ __global__ void __launch_bounds__(384, 1)
     }
 }
 
-} // namespace trocr::linear_detail
+}  // namespace trocr::linear_detail

@@ -12,7 +12,7 @@
 namespace trocr::linear_detail
 {
 
-constexpr int kBLOCK_K = kSTEP_INPUTS; //!< one 128-byte swizzled row
+constexpr int kBLOCK_K = kSTEP_INPUTS;  //!< one 128-byte swizzled row
 constexpr int kROW_BYTES = kBLOCK_K * 2;
 constexpr int kCHUNK_BYTES = kCHUNK_ROWS * kCHUNK_COLUMNS * 2;
 constexpr int kSHARED_LIMIT = 227 * 1024;
@@ -30,17 +30,17 @@ struct TensorMaps
 template <int kM64_, int kBN_, int kSTAGES_, int kGROUPS_, int kBUFFERS_, int kTALL_ = 1, int kWIDE_ = 1>
 struct Tile
 {
-    static constexpr int kTALL = kTALL_; //!< persistent kernel: tiles of a cluster, one below the other,
-    static constexpr int kWIDE = kWIDE_; //!< and side by side
+    static constexpr int kTALL = kTALL_;  //!< persistent kernel: tiles of a cluster, one below the other,
+    static constexpr int kWIDE = kWIDE_;  //!< and side by side
     static constexpr int kM64 = kM64_;
     static constexpr int kBM = 64 * kM64;
     static constexpr int kBN = kBN_;
     static constexpr int kSTAGES = kSTAGES_;
     static constexpr int kGROUPS = kGROUPS_;
     static constexpr int kWARPS = 4 * kGROUPS;
-    static constexpr int kBUFFERS = kBUFFERS_;          //!< output chunks in flight, a warp
+    static constexpr int kBUFFERS = kBUFFERS_;  //!< output chunks in flight, a warp
     static constexpr int kCHUNKS_N = kBN / kCHUNK_COLUMNS;
-    static constexpr int kCHUNKS = kM64 * kCHUNKS_N;    //!< chunks of a tile, a warp
+    static constexpr int kCHUNKS = kM64 * kCHUNKS_N;  //!< chunks of a tile, a warp
     static constexpr int kX_BYTES = kBM * kROW_BYTES;
     static constexpr int kSTAGE_BYTES = kX_BYTES + kBN * kROW_BYTES;
     //! Split kernel: accumulators of one chunk of all four warps.
@@ -159,11 +159,11 @@ __device__ __forceinline__ void prefetchMaps(TensorMaps const& maps)
     sm90::prefetchTensorMap(&maps.y);
 }
 
-//! acc = x tile . weight tile^T over `count` stages, of the first kM64 times 64 rows. release(stage) hands a stage back; issued() is called when the
-//! last product is on its way.
+//! acc = x tile . weight tile^T over `count` stages, of the first kM64 times 64 rows. release(stage) hands a stage
+//! back; issued() is called when the last product is on its way.
 template <typename T, typename TILE, int kM64, typename RELEASE, typename ISSUED>
 __device__ __forceinline__ void multiply(float (&acc)[TILE::kM64][TILE::kBN / 2], Shared<TILE> const& shared,
-    RingPosition<TILE::kSTAGES>& ring, int count, RELEASE release, ISSUED issued)
+                                         RingPosition<TILE::kSTAGES>& ring, int count, RELEASE release, ISSUED issued)
 {
     uint32_t previous = 0;
     for (int step = 0; step < count; ++step)
@@ -229,8 +229,7 @@ struct ChunkPipe
     {
         if constexpr (kEPILOGUE == Epilogue::kRESIDUAL)
         {
-            sm90::barrierWait(
-                shared.residual(warp, sequence % TILE::kBUFFERS), (sequence / TILE::kBUFFERS) & 1);
+            sm90::barrierWait(shared.residual(warp, sequence % TILE::kBUFFERS), (sequence / TILE::kBUFFERS) & 1);
         }
         else
         {
@@ -254,8 +253,8 @@ struct ChunkPipe
         }
     }
 
-    //! The same to keys and values: a row of the chunk is one head of 64 or several smaller ones, and rows of two images
-    //! are far apart. Eight lanes a row, 16 bytes each.
+    //! The same to keys and values: a row of the chunk is one head of 64 or several smaller ones, and rows of two
+    //! images are far apart. Eight lanes a row, 16 bytes each.
     template <typename T>
     __device__ __forceinline__ void storeHeads(EpilogueParams const& p, int row, int column) const
     {
@@ -279,13 +278,14 @@ struct ChunkPipe
 //! Accumulators v of one chunk -> y (and its row statistics).
 template <typename T, Epilogue kEPILOGUE, typename TILE>
 __device__ __forceinline__ void finishChunk(float const* v, ChunkPipe<TILE>& pipe, CUtensorMap const* y,
-    EpilogueParams const& p, float2 const* scales, ColumnPair const* columns, int row, int column)
+                                            EpilogueParams const& p, float2 const* scales, ColumnPair const* columns,
+                                            int row, int column)
 {
     RowScales const rowScales = laneScales(p, scales, pipe.lane);
     // Lane l points at row l % 16 of the matrices of column group j + l / 16; the 16-byte columns of row r are
     // exchanged by r % 8, as the copy engine's 128-byte swizzle has them.
-    uint32_t const at = pipe.address(pipe.sequence) + (pipe.lane % 16) * kROW_BYTES
-        + (((pipe.lane / 16) ^ (pipe.lane % 8)) << 4);
+    uint32_t const at =
+        pipe.address(pipe.sequence) + (pipe.lane % 16) * kROW_BYTES + (((pipe.lane / 16) ^ (pipe.lane % 8)) << 4);
     if constexpr (kEPILOGUE == Epilogue::kRESIDUAL)
     {
         pipe.template acquire<kEPILOGUE>();
@@ -304,14 +304,14 @@ __device__ __forceinline__ void finishChunk(float const* v, ChunkPipe<TILE>& pip
         {
             uint32_t r[2];
             finishGroup<T, kEPILOGUE>(r, v + 4 * (j + i), residual + 2 * i, rowScales,
-                columns[4 * (j + i) + pipe.lane % 4], p);
+                                      columns[4 * (j + i) + pipe.lane % 4], p);
             out[2 * (j + i)] = r[0];
             out[2 * (j + i) + 1] = r[1];
         }
     }
     if constexpr (kEPILOGUE != Epilogue::kRESIDUAL)
     {
-        pipe.template acquire<kEPILOGUE>(); // as late as possible: the buffer's last store may still read it
+        pipe.template acquire<kEPILOGUE>();  // as late as possible: the buffer's last store may still read it
     }
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
@@ -335,4 +335,4 @@ __device__ __forceinline__ void finishChunk(float const* v, ChunkPipe<TILE>& pip
     }
 }
 
-} // namespace trocr::linear_detail
+}  // namespace trocr::linear_detail

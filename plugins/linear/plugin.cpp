@@ -54,8 +54,8 @@ DimsExprs statisticsOf(char const* tensor, DimsExprs dims, IExprBuilder& exprBui
         throw std::invalid_argument{std::string{tensor} + " has 0 dimensions, expected at least 1"};
     }
     nvinfer1::IDimensionExpr const*& last = dims.d[dims.nbDims - 1];
-    last = exprBuilder.operation(
-        nvinfer1::DimensionOperation::kFLOOR_DIV, *last, *exprBuilder.constant(kLINEAR_STATISTICS_WIDTH));
+    last = exprBuilder.operation(nvinfer1::DimensionOperation::kFLOOR_DIV, *last,
+                                 *exprBuilder.constant(kLINEAR_STATISTICS_WIDTH));
     dims.d[dims.nbDims++] = exprBuilder.constant(2);
     return dims;
 }
@@ -203,8 +203,7 @@ cudaError_t TrOCRLinearResidualPlugin::launch(LinearParams& params, void const* 
     params.bias = static_cast<float const*>(inputs[kIN_BIAS_IDX]);
     params.residual = inputs[kIN_RESIDUAL_IDX];
     params.y = outputs[kOUT_Y_IDX];
-    params.outputStatistics =
-        attributes().emitStatistics ? static_cast<float*>(outputs[kOUT_STATISTICS_IDX]) : nullptr;
+    params.outputStatistics = attributes().emitStatistics ? static_cast<float*>(outputs[kOUT_STATISTICS_IDX]) : nullptr;
     return linear(params, stream);
 }
 
@@ -263,8 +262,8 @@ void TrOCRCrossKeyValuePlugin::outputShapes(DimsExprs const* inputs, DimsExprs* 
     expectRank("bias", inputs[kIN_BIAS_IDX].nbDims, 1);
     nvinfer1::IDimensionExpr const* const heads = exprBuilder.constant(attributes().numHeads);
     nvinfer1::IDimensionExpr const* const twice = exprBuilder.constant(2 * attributes().numHeads);
-    nvinfer1::IDimensionExpr const* const headDim = exprBuilder.operation(
-        nvinfer1::DimensionOperation::kFLOOR_DIV, *inputs[kIN_WEIGHT_IDX].d[0], *twice);
+    nvinfer1::IDimensionExpr const* const headDim =
+        exprBuilder.operation(nvinfer1::DimensionOperation::kFLOOR_DIV, *inputs[kIN_WEIGHT_IDX].d[0], *twice);
     for (int32_t const i : {kOUT_KEY_IDX, kOUT_VALUE_IDX})
     {
         outputs[i].nbDims = 4;

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(160, 1)
             {
                 sm90::barrierArriveExpect(shared.full(ring.stage), TILE::kSTAGE_BYTES);
                 sm90::loadBox(shared.weight(ring.stage), &maps.weight, (rank + step * size) * kBLOCK_K, column,
-                    shared.full(ring.stage));
+                              shared.full(ring.stage));
             };
             int const ahead = steps < TILE::kSTAGES ? steps : TILE::kSTAGES;
             {
@@ -65,15 +65,15 @@ __global__ void __launch_bounds__(160, 1)
                 for (int m = 0; m < TILE::kM64; ++m)
                 {
                     sm90::loadBox(shared.x(ring.stage) + m * 64 * kROW_BYTES, &maps.x, (rank + step * size) * kBLOCK_K,
-                        tileRow + m * 64, shared.full(ring.stage));
+                                  tileRow + m * 64, shared.full(ring.stage));
                 }
             }
         }
         __syncwarp();
         if (size > 1)
         {
-            sm90::clusterSync(); // partial accumulators are written
-            sm90::clusterSyncRelaxed(); // and read
+            sm90::clusterSync();         // partial accumulators are written
+            sm90::clusterSyncRelaxed();  // and read
         }
         return;
     }
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(160, 1)
     auto const chunkRow = [&](int chunk) { return row + chunk / TILE::kCHUNKS_N * 64; };
     auto const chunkColumn = [&](int chunk) { return column + chunk % TILE::kCHUNKS_N * kCHUNK_COLUMNS; };
 
-    loadColumnPairs<TILE::kBN>(columns, p, column, lane); // constants, as the weight
+    loadColumnPairs<TILE::kBN>(columns, p, column, lane);  // constants, as the weight
     sm90::waitForPriorGrids();
     if (p.inputStatistics != nullptr)
     {
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(160, 1)
 #pragma unroll
             for (int i = 0; i < 8; ++i)
             {
-                partials[(chunk * 8 + i) * 128 + threadIdx.x]
-                    = make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+                partials[(chunk * 8 + i) * 128 + threadIdx.x] =
+                    make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
             }
         }
         sm90::clusterSync();
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(160, 1)
                 v[4 * i + 3] = part.w + (other > 0 ? v[4 * i + 3] : 0.0F);
             }
         }
-        finishChunk<T, kEPILOGUE>(v, pipe, &maps.y, p, scales + m * kCHUNK_ROWS,
-            columns + chunk % TILE::kCHUNKS_N * 32, chunkRow(chunk), chunkColumn(chunk));
+        finishChunk<T, kEPILOGUE>(v, pipe, &maps.y, p, scales + m * kCHUNK_ROWS, columns + chunk % TILE::kCHUNKS_N * 32,
+                                  chunkRow(chunk), chunkColumn(chunk));
         ++pipe.sequence;
     }
     if (lane == 0)
@@ -168,4 +168,4 @@ __global__ void __launch_bounds__(160, 1)
     }
 }
 
-} // namespace trocr::linear_detail
+}  // namespace trocr::linear_detail

@@ -38,18 +38,18 @@ struct Sm90Tactic
     Sm90Kernel kernel;
     int32_t rows;
     int32_t columns;
-    int32_t tall;  //!< tiles of a cluster, one below the other
-    int32_t wide;  //!< and side by side
-    int32_t split; //!< blocks of a cluster that share the products of one tile
+    int32_t tall;   //!< tiles of a cluster, one below the other
+    int32_t wide;   //!< and side by side
+    int32_t split;  //!< blocks of a cluster that share the products of one tile
 
     // Microseconds, fitted to the committed times (README.md):
-    float startTime; //!< of a launch
-    float tileTime;  //!< of a block's tile beside its products: to begin and to finish it
-    float stepTime;  //!< of 64 of K of a block's tile
+    float startTime;  //!< of a launch
+    float tileTime;   //!< of a block's tile beside its products: to begin and to finish it
+    float stepTime;   //!< of 64 of K of a block's tile
 };
 
 constexpr int kSTEP_INPUTS = 64;
-constexpr int kPANEL_INPUTS = 6 * kSTEP_INPUTS; //!< most K of a panel
+constexpr int kPANEL_INPUTS = 6 * kSTEP_INPUTS;  //!< most K of a panel
 
 constexpr Sm90Tactic kSM90_TACTICS[] = {
     {Sm90Tile::kPERSISTENT_128X192, Sm90Kernel::kPERSISTENT, 128, 192, 2, 1, 1, 0.050F, 4.610F, 0.650F},
@@ -81,14 +81,14 @@ constexpr int clusterPlaces(int cluster, int multiprocessors)
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-constexpr bool halvesLast(int tiles, int clusters)
+    constexpr bool
+    halvesLast(int tiles, int clusters)
 {
     return 2 * (tiles % clusters) <= clusters;
 }
 
 //! Estimated microseconds of y [rows, outputs] = x [rows, inputs] w^T; infinite where the tactic cannot do it.
-inline float estimate(
-    Sm90Tactic const& tactic, int rows, int outputs, int inputs, bool residual, int multiprocessors)
+inline float estimate(Sm90Tactic const& tactic, int rows, int outputs, int inputs, bool residual, int multiprocessors)
 {
     int const steps = ceilDiv(inputs, kSTEP_INPUTS);
     if (tactic.split > steps || (tactic.kernel == Sm90Kernel::kPANEL && (residual || inputs > kPANEL_INPUTS)))
@@ -101,7 +101,7 @@ inline float estimate(
     float const products = tactic.stepTime * static_cast<float>(ceilDiv(steps, tactic.split));
     if (tactic.kernel == Sm90Kernel::kSPLIT)
     {
-        int const resident = tactic.tile == Sm90Tile::kSPLIT_64X64 ? 2 : 1; // blocks of a multiprocessor
+        int const resident = tactic.tile == Sm90Tile::kSPLIT_64X64 ? 2 : 1;  // blocks of a multiprocessor
         int const waves = ceilDiv(down * across, places * resident);
         return tactic.startTime + static_cast<float>(waves) * (products + tactic.tileTime);
     }
@@ -142,4 +142,4 @@ inline int32_t cheapestSm90Tactic(int rows, int outputs, int inputs, bool residu
     return cheapest + 1;
 }
 
-} // namespace trocr::linear_detail
+}  // namespace trocr::linear_detail

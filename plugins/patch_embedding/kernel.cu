@@ -1,6 +1,5 @@
-#include "patch_embedding/kernel.h"
-
 #include "common/launch.h"
+#include "patch_embedding/kernel.h"
 #include "patch_embedding/pieces.cuh"
 
 namespace trocr
@@ -12,8 +11,8 @@ bool canImplementPatchEmbedding(PatchEmbeddingParams const& params, char const**
     {
         return refuse(reason, "the type must be float, half or bfloat16");
     }
-    if (params.height < kPATCH_SIZE || params.height % kPATCH_SIZE != 0 || params.width < kPATCH_SIZE
-        || params.width % kPATCH_SIZE != 0)
+    if (params.height < kPATCH_SIZE || params.height % kPATCH_SIZE != 0 || params.width < kPATCH_SIZE ||
+        params.width % kPATCH_SIZE != 0)
     {
         return refuse(reason, "height and width must be multiples of 16");
     }
@@ -26,13 +25,13 @@ bool canImplementPatchEmbedding(PatchEmbeddingParams const& params, char const**
         return refuse(reason, "outputs must be a multiple of 64");
     }
     int64_t const patches = static_cast<int64_t>(params.height / kPATCH_SIZE) * (params.width / kPATCH_SIZE);
-    if (params.batch < 1 || params.specialTokens < 0
-        || params.batch * (patches + params.specialTokens) > kPATCH_MAX_ROWS)
+    if (params.batch < 1 || params.specialTokens < 0 ||
+        params.batch * (patches + params.specialTokens) > kPATCH_MAX_ROWS)
     {
         return refuse(reason, "batch must be at least 1, special tokens at least 0, and their rows at most 2^30");
     }
-    bool const known = params.path == PatchEmbeddingPath::kAUTO || params.path == PatchEmbeddingPath::kGENERAL
-        || params.path == PatchEmbeddingPath::kHOPPER;
+    bool const known = params.path == PatchEmbeddingPath::kAUTO || params.path == PatchEmbeddingPath::kGENERAL ||
+                       params.path == PatchEmbeddingPath::kHOPPER;
     if (!known || (params.dataType == DataType::kFLOAT && params.path != PatchEmbeddingPath::kAUTO))
     {
         return refuse(reason, "the path is unknown, or one for 16-bit types");
@@ -42,8 +41,9 @@ bool canImplementPatchEmbedding(PatchEmbeddingParams const& params, char const**
 
 cudaError_t patchEmbedding(PatchEmbeddingParams const& params, cudaStream_t stream)
 {
-    if (!canImplementPatchEmbedding(params) || !areAligned(16, params.pixels, params.weight, params.positions, params.y)
-        || !areAligned(8, params.bias) || (params.statistics != nullptr && !areAligned(8, params.statistics)))
+    if (!canImplementPatchEmbedding(params) ||
+        !areAligned(16, params.pixels, params.weight, params.positions, params.y) || !areAligned(8, params.bias) ||
+        (params.statistics != nullptr && !areAligned(8, params.statistics)))
     {
         return cudaErrorInvalidValue;
     }
@@ -62,8 +62,8 @@ cudaError_t patchEmbedding(PatchEmbeddingParams const& params, cudaStream_t stre
     {
         return status;
     }
-    bool const hopper = params.path == PatchEmbeddingPath::kHOPPER
-        || (params.path == PatchEmbeddingPath::kAUTO && major == 9);
+    bool const hopper =
+        params.path == PatchEmbeddingPath::kHOPPER || (params.path == PatchEmbeddingPath::kAUTO && major == 9);
     if (hopper && major != 9)
     {
         return cudaErrorInvalidValue;
@@ -72,4 +72,4 @@ cudaError_t patchEmbedding(PatchEmbeddingParams const& params, cudaStream_t stre
                   : patch_embedding_detail::patchEmbeddingSm80(params, multiprocessors, stream);
 }
 
-} // namespace trocr
+}  // namespace trocr

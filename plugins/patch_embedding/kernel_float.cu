@@ -1,5 +1,5 @@
-// float32, on the ordinary cores: for engines that are to agree with PyTorch in float32, not for speed. A block computes 64
-// patches by 64 columns, a thread 4 by 4 of them.
+// float32, on the ordinary cores: for engines that are to agree with PyTorch in float32, not for speed. A block
+// computes 64 patches by 64 columns, a thread 4 by 4 of them.
 
 #include "common/launch.h"
 #include "patch_embedding/pieces.cuh"
@@ -9,7 +9,7 @@ namespace trocr::patch_embedding_detail
 namespace
 {
 
-constexpr int kTILE = kPART_COLUMNS; // so that a row of a tile is one part of the statistics
+constexpr int kTILE = kPART_COLUMNS;  // so that a row of a tile is one part of the statistics
 constexpr int kSTEP = 16;
 constexpr int kTHREADS = 256;
 constexpr int kTHREAD_ROWS = 4;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kTHREADS) patchEmbeddingFloatKernel(Arguments<
 
     int const block = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x);
     writeSpecialTokens(p, block * (kTHREADS / 32) + static_cast<int>(threadIdx.x) / 32,
-        static_cast<int>(gridDim.x * gridDim.y) * (kTHREADS / 32), static_cast<int>(threadIdx.x) % 32);
+                       static_cast<int>(gridDim.x * gridDim.y) * (kTHREADS / 32), static_cast<int>(threadIdx.x) % 32);
 
     float acc[kTHREAD_ROWS][kTHREAD_COLUMNS]{};
     for (int k = 0; k < kPATCH_INPUTS; k += kSTEP)
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kTHREADS) patchEmbeddingFloatKernel(Arguments<
     }
 }
 
-} // namespace
+}  // namespace
 
 cudaError_t patchEmbeddingFloat(PatchEmbeddingParams const& params, cudaStream_t stream)
 {
@@ -111,4 +111,4 @@ cudaError_t patchEmbeddingFloat(PatchEmbeddingParams const& params, cudaStream_t
     return cudaGetLastError();
 }
 
-} // namespace trocr::patch_embedding_detail
+}  // namespace trocr::patch_embedding_detail

@@ -1,5 +1,5 @@
-// Every architecture from sm_80: as on Hopper (kernel_sm90.cu) the weights stay in shared memory, of 64 columns, and pixels
-// become operands in registers, here of mma.sync. A warp goes its own way, 16 patches at a time.
+// Every architecture from sm_80: as on Hopper (kernel_sm90.cu) the weights stay in shared memory, of 64 columns, and
+// pixels become operands in registers, here of mma.sync. A warp goes its own way, 16 patches at a time.
 
 #include <algorithm>
 
@@ -15,10 +15,10 @@ namespace
 constexpr int kWARPS = 8;
 constexpr int kTHREADS = 32 * kWARPS;
 constexpr int kTILE_ROWS = 16;
-constexpr int kAHEAD = 4; //!< groups of pixels on their way
+constexpr int kAHEAD = 4;  //!< groups of pixels on their way
 constexpr int kCOLUMNS = kPART_COLUMNS;
 constexpr int kROW_BYTES = 128;
-constexpr int kSLAB_BYTES = kCOLUMNS * kROW_BYTES; //!< of 64 inputs
+constexpr int kSLAB_BYTES = kCOLUMNS * kROW_BYTES;  //!< of 64 inputs
 constexpr int kBIAS_AT = kGROUPS * kSLAB_BYTES;
 constexpr int kSHARED_BYTES = kBIAS_AT + kCOLUMNS * 4;
 
@@ -29,14 +29,14 @@ static_assert(kSHARED_BYTES <= 99 * 1024, "sm_86 and sm_89 have no more");
 template <typename T>
 __device__ __forceinline__ void copyWeight(uint32_t slabs, T const* weight)
 {
-    constexpr int kPIECES = kPATCH_INPUTS / 8; // of a row
+    constexpr int kPIECES = kPATCH_INPUTS / 8;  // of a row
     static_assert(kCOLUMNS * kPIECES % kTHREADS == 0);
     for (int i = static_cast<int>(threadIdx.x); i < kCOLUMNS * kPIECES; i += kTHREADS)
     {
         int const row = i / kPIECES;
         int const piece = i % kPIECES;
         copyAsync16(slabs + piece / 8 * kSLAB_BYTES + row * kROW_BYTES + ((piece % 8 ^ row % 8) << 4),
-            weight + row * kPATCH_INPUTS + piece * 8, true);
+                    weight + row * kPATCH_INPUTS + piece * 8, true);
     }
     commitCopies();
 }
@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kTHREADS, 1) patchEmbeddingKernel(Arguments<T>
                     // Matrices: columns 16 n to + 7 of inputs 16 s to + 7, of the next 8 inputs; the next 8 columns.
                     int const row = n * 16 + lane / 16 * 8 + lane % 8;
                     uint32_t b[4];
-                    loadMatrices(b, slabs + group * kSLAB_BYTES + row * kROW_BYTES
-                            + (((2 * s + lane / 8 % 2) ^ (lane % 8)) << 4));
+                    loadMatrices(b, slabs + group * kSLAB_BYTES + row * kROW_BYTES +
+                                        (((2 * s + lane / 8 % 2) ^ (lane % 8)) << 4));
                     multiplyAdd<T>(acc[2 * n], a[s], b[0], b[1]);
                     multiplyAdd<T>(acc[2 * n + 1], a[s], b[2], b[3]);
                 }
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(kTHREADS, 1) patchEmbeddingKernel(Arguments<T>
         }
         lines = next;
 
-        TokenPlace const places[2]
-            = {tokenPlace(p, tile * kTILE_ROWS + lane / 4), tokenPlace(p, tile * kTILE_ROWS + lane / 4 + 8)};
+        TokenPlace const places[2] = {tokenPlace(p, tile * kTILE_ROWS + lane / 4),
+                                      tokenPlace(p, tile * kTILE_ROWS + lane / 4 + 8)};
         uint32_t out[16];
 #pragma unroll
         for (int j = 0; j < 8; ++j)
@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(kTHREADS, 1) patchEmbeddingKernel(Arguments<T>
             {
                 int64_t const from = static_cast<int64_t>(places[h].position) * p.outputs + column + n;
                 float2 const added = unpackPair<T>(__ldg(reinterpret_cast<uint32_t const*>(p.positions + from)));
-                out[2 * j + h] = packPair<T>(
-                    fmaf(p.scale, acc[j][2 * h], b.x) + added.x, fmaf(p.scale, acc[j][2 * h + 1], b.y) + added.y);
+                out[2 * j + h] = packPair<T>(fmaf(p.scale, acc[j][2 * h], b.x) + added.x,
+                                             fmaf(p.scale, acc[j][2 * h + 1], b.y) + added.y);
                 if (places[h].row >= 0)
                 {
                     int64_t const to = static_cast<int64_t>(places[h].row) * p.outputs + column + n;
@@ -144,8 +144,7 @@ template <typename T>
 cudaError_t launchType(PatchEmbeddingParams const& params, int multiprocessors, cudaStream_t stream)
 {
     auto const kernel = patchEmbeddingKernel<T>;
-    cudaError_t const status
-        = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSHARED_BYTES);
+    cudaError_t const status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSHARED_BYTES);
     if (status != cudaSuccess)
     {
         return status;
@@ -157,7 +156,7 @@ cudaError_t launchType(PatchEmbeddingParams const& params, int multiprocessors, 
     return cudaGetLastError();
 }
 
-} // namespace
+}  // namespace
 
 cudaError_t patchEmbeddingSm80(PatchEmbeddingParams const& params, int multiprocessors, cudaStream_t stream)
 {
@@ -165,4 +164,4 @@ cudaError_t patchEmbeddingSm80(PatchEmbeddingParams const& params, int multiproc
                                               : launchType<__nv_bfloat16>(params, multiprocessors, stream);
 }
 
-} // namespace trocr::patch_embedding_detail
+}  // namespace trocr::patch_embedding_detail

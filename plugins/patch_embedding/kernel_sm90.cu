@@ -1,5 +1,5 @@
-// Hopper: a block keeps the weights of its columns in shared memory, all 768 inputs of them, and goes through the patches.
-// Pixels go from global memory to registers, where they become operands of wgmma: README.md has the picture.
+// Hopper: a block keeps the weights of its columns in shared memory, all 768 inputs of them, and goes through the
+// patches. Pixels go from global memory to registers, where they become operands of wgmma: README.md has the picture.
 
 #include <algorithm>
 
@@ -16,10 +16,10 @@ namespace
 constexpr int kWARPGROUPS = 3;
 constexpr int kWARPS = 4 * kWARPGROUPS;
 constexpr int kTHREADS = 32 * kWARPS;
-constexpr int kTILE_ROWS = 64; //!< patches that a warpgroup multiplies at once
-constexpr int kAHEAD = 3;      //!< groups of pixels on their way; four do not fit into the registers
+constexpr int kTILE_ROWS = 64;  //!< patches that a warpgroup multiplies at once
+constexpr int kAHEAD = 3;       //!< groups of pixels on their way; four do not fit into the registers
 constexpr int kROW_BYTES = 128;
-constexpr int kCHUNK_BYTES = 16 * kROW_BYTES; //!< of a warp: 16 rows, 64 columns
+constexpr int kCHUNK_BYTES = 16 * kROW_BYTES;  //!< of a warp: 16 rows, 64 columns
 
 static_assert(kGROUPS % kAHEAD == 0 && kGROUPS % 2 == 0);
 
@@ -36,40 +36,42 @@ struct Layout
     static_assert(kSHARED_BYTES <= 227 * 1024);
 };
 
-//! wgmma.m64nNk16 with A in registers: d[64, N] (+)= a[64, 16] b[N, 16]^T. a as in mma.m16n8k16 for each warp's 16 rows, b and d as
-//! in sm90::Wgmma.
+//! wgmma.m64nNk16 with A in registers: d[64, N] (+)= a[64, 16] b[N, 16]^T. a as in mma.m16n8k16 for each warp's 16
+//! rows, b and d as in sm90::Wgmma.
 template <typename T, int N>
 struct RegisterWgmma;
 
-#define TROCR_D8(i)                                                                                                    \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
+#define TROCR_D8(i)                                                                                             \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define TROCR_D32(i) TROCR_D8(i), TROCR_D8(i + 8), TROCR_D8(i + 16), TROCR_D8(i + 24)
-#define TROCR_P0                                                                                                       \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"                                                            \
+#define TROCR_P0                                            \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15" \
     ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define TROCR_P32                                                                                                      \
-    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"                                                 \
+#define TROCR_P32                                                      \
+    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
     ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define TROCR_WGMMA(T, TYPES, N, PLACES, A, B, ACCUMULATE, ...)                                                        \
-    template <>                                                                                                        \
-    struct RegisterWgmma<T, N>                                                                                         \
-    {                                                                                                                  \
-        static __device__ __forceinline__ void run(                                                                    \
-            float (&d)[N / 2], uint32_t const (&a)[4], uint64_t b, int accumulate)                                     \
-        {                                                                                                              \
-            asm volatile("{\n"                                                                                         \
-                         ".reg .pred p;\n"                                                                             \
-                         "setp.ne.b32 p, " ACCUMULATE ", 0;\n"                                                         \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" PLACES "}, {" A "}, " B          \
-                         ", p, 1, 1, 0;\n"                                                                             \
-                         "}\n"                                                                                         \
-                         : __VA_ARGS__                                                                                 \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                       \
-        }                                                                                                              \
+#define TROCR_WGMMA(T, TYPES, N, PLACES, A, B, ACCUMULATE, ...)                                           \
+    template <>                                                                                           \
+    struct RegisterWgmma<T, N>                                                                            \
+    {                                                                                                     \
+        static __device__ __forceinline__ void run(float (&d)[N / 2], uint32_t const (&a)[4], uint64_t b, \
+                                                   int accumulate)                                        \
+        {                                                                                                 \
+            asm volatile(                                                                                 \
+                "{\n"                                                                                     \
+                ".reg .pred p;\n"                                                                         \
+                "setp.ne.b32 p, " ACCUMULATE                                                              \
+                ", 0;\n"                                                                                  \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" PLACES "}, {" A "}, " B      \
+                ", p, 1, 1, 0;\n"                                                                         \
+                "}\n"                                                                                     \
+                : __VA_ARGS__                                                                             \
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                   \
+        }                                                                                                 \
     };
-#define TROCR_WGMMAS(T, TYPES)                                                                                         \
-    TROCR_WGMMA(T, TYPES, 64, TROCR_P0, "%32,%33,%34,%35", "%36", "%37", TROCR_D32(0))                                 \
+#define TROCR_WGMMAS(T, TYPES)                                                         \
+    TROCR_WGMMA(T, TYPES, 64, TROCR_P0, "%32,%33,%34,%35", "%36", "%37", TROCR_D32(0)) \
     TROCR_WGMMA(T, TYPES, 128, TROCR_P0 TROCR_P32, "%64,%65,%66,%67", "%68", "%69", TROCR_D32(0), TROCR_D32(32))
 TROCR_WGMMAS(__half, "f16.f16")
 TROCR_WGMMAS(__nv_bfloat16, "bf16.bf16")
@@ -84,8 +86,8 @@ TROCR_WGMMAS(__nv_bfloat16, "bf16.bf16")
 //! 16 rows and 64 columns of one warp: v[4 j + 2 h + e] of lane l is the product of row 8 h + l / 4 and column
 //! 8 j + 2 (l % 4) + e. `chunk` is the warp's buffer, `bias` that of the columns.
 template <typename T>
-__device__ __forceinline__ void finishChunk(
-    Arguments<T> const& p, float const* v, uint8_t* chunk, float const* bias, int row, int column, int lane)
+__device__ __forceinline__ void finishChunk(Arguments<T> const& p, float const* v, uint8_t* chunk, float const* bias,
+                                            int row, int column, int lane)
 {
     // Memory is read and written eight lanes a row; the 16-byte pieces of row r are exchanged by r % 8.
     int const piece = lane % 8;
@@ -125,8 +127,8 @@ __device__ __forceinline__ void finishChunk(
             {
                 float const* const product = v + 4 * (j + i) + 2 * h;
                 float2 const added = unpackPair<T>(position[2 * i + h]);
-                out[2 * (j + i) + h] = packPair<T>(
-                    fmaf(p.scale, product[0], b.x) + added.x, fmaf(p.scale, product[1], b.y) + added.y);
+                out[2 * (j + i) + h] =
+                    packPair<T>(fmaf(p.scale, product[0], b.x) + added.x, fmaf(p.scale, product[1], b.y) + added.y);
             }
         }
         sm90::storeMatrices(at ^ (j << 4), {out[2 * j], out[2 * j + 1], out[2 * j + 2], out[2 * j + 3]});
@@ -146,7 +148,7 @@ __device__ __forceinline__ void finishChunk(
         TokenPlace const own[2] = {tokenPlace(p, row + lane / 4), tokenPlace(p, row + lane / 4 + 8)};
         storeStatistics<T>(p, out, own, column, lane);
     }
-    __syncwarp(); // the chunk is free
+    __syncwarp();  // the chunk is free
 }
 
 //! Blocks of equal blockIdx.x % columnTiles have equal columns and share out the tiles of 64 patches; within a block
@@ -187,7 +189,7 @@ __global__ void __launch_bounds__(kTHREADS, 1)
         {
             sm90::barrierArriveExpect(barriers + group * 8, LAYOUT::kSLAB_BYTES);
             sm90::loadBox(slabs + group * LAYOUT::kSLAB_BYTES, &weight, group * kGROUP_INPUTS, column,
-                barriers + group * 8);
+                          barriers + group * 8);
         }
     }
     static_assert(kBN <= kTHREADS);
@@ -230,7 +232,7 @@ __global__ void __launch_bounds__(kTHREADS, 1)
             operands<T>(a[group % 2], ahead[group % kAHEAD]);
             ahead[group % kAHEAD] = group + kAHEAD < kGROUPS ? loadLines(p, lines, group + kAHEAD)
                                                              : loadLines(p, next, group + kAHEAD - kGROUPS);
-            sm90::barrierWait(barriers + group * 8, 0); // at once, from the second tile on
+            sm90::barrierWait(barriers + group * 8, 0);  // at once, from the second tile on
             uint64_t const b = sm90::operandDescriptor(slabs + group * LAYOUT::kSLAB_BYTES);
             sm90::wgmmaFence();
 #pragma unroll
@@ -241,7 +243,7 @@ __global__ void __launch_bounds__(kTHREADS, 1)
             sm90::wgmmaCommit();
             if (group > 0)
             {
-                sm90::wgmmaWait<1>(); // the other operands are free
+                sm90::wgmmaWait<1>();  // the other operands are free
             }
         }
         sm90::wgmmaWait<0>();
@@ -254,7 +256,7 @@ __global__ void __launch_bounds__(kTHREADS, 1)
             if (column + n * kPART_COLUMNS < p.outputs)
             {
                 finishChunk<T>(p, acc + n * 32, sharedMemory + LAYOUT::kCHUNKS_AT + warp * kCHUNK_BYTES,
-                    bias + n * kPART_COLUMNS, rowOf(tile), column + n * kPART_COLUMNS, lane);
+                               bias + n * kPART_COLUMNS, rowOf(tile), column + n * kPART_COLUMNS, lane);
             }
         }
     }
@@ -269,8 +271,8 @@ cudaError_t launchColumns(PatchEmbeddingParams const& params, int multiprocessor
         return cudaErrorInvalidValue;
     }
     auto const kernel = patchEmbeddingKernel<T, kBN>;
-    cudaError_t const status
-        = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<kBN>::kSHARED_BYTES);
+    cudaError_t const status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<kBN>::kSHARED_BYTES);
     if (status != cudaSuccess)
     {
         return status;
@@ -303,7 +305,7 @@ cudaError_t launchType(PatchEmbeddingParams const& params, int multiprocessors, 
                 : launchColumns<T, 64>(params, multiprocessors, stream);
 }
 
-} // namespace
+}  // namespace
 
 cudaError_t patchEmbeddingSm90(PatchEmbeddingParams const& params, int multiprocessors, cudaStream_t stream)
 {
@@ -315,4 +317,4 @@ cudaError_t patchEmbeddingSm90(PatchEmbeddingParams const& params, int multiproc
                                               : launchType<__nv_bfloat16>(params, multiprocessors, stream);
 }
 
-} // namespace trocr::patch_embedding_detail
+}  // namespace trocr::patch_embedding_detail

@@ -1,7 +1,7 @@
 #pragma once
 
-// What the kernels share: where a patch's pixels and its row of y are, pixels as operands of the matrix instructions, the
-// special tokens.
+// What the kernels share: where a patch's pixels and its row of y are, pixels as operands of the matrix instructions,
+// the special tokens.
 
 #include <cstdint>
 
@@ -11,19 +11,19 @@
 namespace trocr::patch_embedding_detail
 {
 
-constexpr int kGROUP_INPUTS = 64; //!< four lines of a patch in one channel: one step of the main loops
+constexpr int kGROUP_INPUTS = 64;  //!< four lines of a patch in one channel: one step of the main loops
 constexpr int kGROUPS = kPATCH_INPUTS / kGROUP_INPUTS;
-constexpr int kPART_COLUMNS = 64; //!< columns behind one pair of statistics
+constexpr int kPART_COLUMNS = 64;  //!< columns behind one pair of statistics
 
 //! Division by a number that the host knows.
 struct Divisor
 {
     uint32_t value;
-    uint32_t inverse; //!< 2^32 / value, rounded down
+    uint32_t inverse;  //!< 2^32 / value, rounded down
 
     __device__ __forceinline__ uint32_t quotient(uint32_t number) const
     {
-        uint32_t const below = __umulhi(number, inverse); // the quotient, or one less
+        uint32_t const below = __umulhi(number, inverse);  // the quotient, or one less
         return number - below * value >= value ? below + 1 : below;
     }
 };
@@ -41,16 +41,16 @@ struct Arguments
     float const* bias;
     T const* positions;
     T* y;
-    float2* statistics; //!< or null
+    float2* statistics;  //!< or null
     float scale;
-    int32_t rows; //!< patches of all images
+    int32_t rows;  //!< patches of all images
     int32_t batch;
     int32_t outputs;
     int32_t specialTokens;
-    int32_t width; //!< of an image
-    int32_t plane; //!< height * width
-    Divisor patches;      //!< of an image
-    Divisor patchColumns; //!< of an image
+    int32_t width;         //!< of an image
+    int32_t plane;         //!< height * width
+    Divisor patches;       //!< of an image
+    Divisor patchColumns;  //!< of an image
 };
 
 template <typename T>
@@ -58,10 +58,21 @@ Arguments<T> arguments(PatchEmbeddingParams const& p)
 {
     int32_t const patchColumns = p.width / kPATCH_SIZE;
     int32_t const patches = p.height / kPATCH_SIZE * patchColumns;
-    return {static_cast<uint8_t const*>(p.pixels), static_cast<T const*>(p.weight), p.bias,
-        static_cast<T const*>(p.positions), static_cast<T*>(p.y), reinterpret_cast<float2*>(p.statistics), p.scale,
-        p.batch * patches, p.batch, p.outputs, p.specialTokens, p.width, p.height * p.width, divisor(patches),
-        divisor(patchColumns)};
+    return {static_cast<uint8_t const*>(p.pixels),
+            static_cast<T const*>(p.weight),
+            p.bias,
+            static_cast<T const*>(p.positions),
+            static_cast<T*>(p.y),
+            reinterpret_cast<float2*>(p.statistics),
+            p.scale,
+            p.batch * patches,
+            p.batch,
+            p.outputs,
+            p.specialTokens,
+            p.width,
+            p.height * p.width,
+            divisor(patches),
+            divisor(patchColumns)};
 }
 
 //! The top left pixel, in the first channel, of patch `row` of all images.
@@ -72,15 +83,15 @@ __device__ __forceinline__ uint8_t const* patchPixels(Arguments<T> const& p, int
     uint32_t const patch = row - image * p.patches.value;
     uint32_t const patchRow = p.patchColumns.quotient(patch);
     uint32_t const patchColumn = patch - patchRow * p.patchColumns.value;
-    return p.pixels + static_cast<int64_t>(image) * 3 * p.plane
-        + (patchRow * kPATCH_SIZE * static_cast<uint32_t>(p.width) + patchColumn * kPATCH_SIZE);
+    return p.pixels + static_cast<int64_t>(image) * 3 * p.plane +
+           (patchRow * kPATCH_SIZE * static_cast<uint32_t>(p.width) + patchColumn * kPATCH_SIZE);
 }
 
 //! Where a patch goes.
 struct TokenPlace
 {
-    int32_t row;      //!< of y as [B S, N]; -1 behind the last patch
-    int32_t position; //!< row of the positions
+    int32_t row;       //!< of y as [B S, N]; -1 behind the last patch
+    int32_t position;  //!< row of the positions
 };
 
 template <typename T>
@@ -89,7 +100,7 @@ __device__ __forceinline__ TokenPlace tokenPlace(Arguments<T> const& p, int row)
     int const clamped = min(row, p.rows - 1);
     int const image = static_cast<int>(p.patches.quotient(clamped));
     return {row < p.rows ? clamped + (image + 1) * p.specialTokens : -1,
-        clamped - image * static_cast<int>(p.patches.value) + p.specialTokens};
+            clamped - image * static_cast<int>(p.patches.value) + p.specialTokens};
 }
 
 //! What a lane holds of the four lines of one group of two patches: patch rows g and g + 8 of a warp's 16, with
@@ -128,7 +139,7 @@ __device__ __forceinline__ Lines loadLines(Arguments<T> const& p, LinePointers c
 __device__ __forceinline__ void centre(uint32_t (&pairs)[2], uint32_t pixels, __half)
 {
     // 0x6400 + v is 1024 + v.
-    __half2 const offset = __half2half2(__ushort_as_half(0x6480)); // 1152
+    __half2 const offset = __half2half2(__ushort_as_half(0x6480));  // 1152
     uint32_t const low = __byte_perm(pixels, 0x64646464U, 0x4140);
     uint32_t const high = __byte_perm(pixels, 0x64646464U, 0x4342);
     __half2 const lowPair = __hsub2(reinterpret_cast<__half2 const&>(low), offset);
@@ -147,8 +158,8 @@ __device__ __forceinline__ void centre(uint32_t (&pairs)[2], uint32_t pixels, __
         uint32_t const v = __byte_perm(pixels, 0U, i == 0 ? 0x4140 : 0x4342);
         uint32_t const low = (v & 0x007F007FU) | 0x43004300U;
         uint32_t const offset = (v & 0x00800080U) ^ 0x43804380U;
-        __nv_bfloat162 const pair
-            = __hsub2(reinterpret_cast<__nv_bfloat162 const&>(low), reinterpret_cast<__nv_bfloat162 const&>(offset));
+        __nv_bfloat162 const pair =
+            __hsub2(reinterpret_cast<__nv_bfloat162 const&>(low), reinterpret_cast<__nv_bfloat162 const&>(offset));
         pairs[i] = reinterpret_cast<uint32_t const&>(pair);
     }
 }
@@ -184,8 +195,8 @@ __device__ __forceinline__ float quadSum(float v)
 //! Statistics of the two rows that a lane has a part of: out[2 j + h] is the packed pair of row 8 h + lane / 4 and
 //! columns 8 j + 2 (lane % 4), + 1 of one part.
 template <typename T>
-__device__ __forceinline__ void storeStatistics(
-    Arguments<T> const& p, uint32_t const (&out)[16], TokenPlace const (&places)[2], int column, int lane)
+__device__ __forceinline__ void storeStatistics(Arguments<T> const& p, uint32_t const (&out)[16],
+                                                TokenPlace const (&places)[2], int column, int lane)
 {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -251,4 +262,4 @@ cudaError_t patchEmbeddingSm90(PatchEmbeddingParams const& params, int multiproc
 cudaError_t patchEmbeddingSm80(PatchEmbeddingParams const& params, int multiprocessors, cudaStream_t stream);
 cudaError_t patchEmbeddingFloat(PatchEmbeddingParams const& params, cudaStream_t stream);
 
-} // namespace trocr::patch_embedding_detail
+}  // namespace trocr::patch_embedding_detail

@@ -64,9 +64,9 @@ PatchEmbeddingParams TrOCRPatchEmbeddingPlugin::describe(nvinfer1::Dims const* i
 
     char const* reason = nullptr;
     bool const implemented = canImplementPatchEmbedding(params, &reason);
-    expectImplemented(implemented, reason,
-                      "pixels " + toString(pixels) + " with weight " + toString(weight) + " and positions " +
-                          toString(positions));
+    expectImplemented(
+        implemented, reason,
+        "pixels " + toString(pixels) + " with weight " + toString(weight) + " and positions " + toString(positions));
     return params;
 }
 

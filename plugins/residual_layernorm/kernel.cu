@@ -1,9 +1,8 @@
-#include "residual_layernorm/kernel.h"
-
 #include <limits>
 
 #include "common/device.cuh"
 #include "common/launch.h"
+#include "residual_layernorm/kernel.h"
 
 namespace trocr
 {
@@ -11,7 +10,7 @@ namespace trocr
 namespace
 {
 
-constexpr int32_t kMAX_WIDTH = 1 << 30; // columns are counted in 32 bits, offsets in 64
+constexpr int32_t kMAX_WIDTH = 1 << 30;  // columns are counted in 32 bits, offsets in 64
 constexpr int64_t kMAX_ROWS = std::numeric_limits<int32_t>::max();
 
 // Up to here a warp keeps a row in registers: 1024 elements are 32 floats a lane. TrOCR's widths are 256 to 1024.
@@ -23,11 +22,11 @@ template <typename T>
 struct Arguments
 {
     T const* x;
-    T const* residual; // null where there is none
+    T const* residual;  // null where there is none
     T const* gamma;
     T const* beta;
     T* normed;
-    T* sum; // null where not wanted
+    T* sum;  // null where not wanted
     int rows;
     int width;
     float epsilon;
@@ -63,7 +62,7 @@ __device__ __forceinline__ Pack<T, kSIZE> roundedSum(Pack<T, kSIZE> x, Pack<T, k
 
 template <typename T, int kSIZE>
 __device__ __forceinline__ Pack<T, kSIZE> normalise(Pack<T, kSIZE> sum, float mean, float inverseDeviation,
-    Pack<T, kSIZE> const& gamma, Pack<T, kSIZE> const& beta)
+                                                    Pack<T, kSIZE> const& gamma, Pack<T, kSIZE> const& beta)
 {
 #pragma unroll
     for (int i = 0; i < kSIZE; ++i)
@@ -79,8 +78,7 @@ __device__ __forceinline__ Pack<T, kSIZE> normalise(Pack<T, kSIZE> sum, float me
 constexpr int kROWS_A_BLOCK = 4;
 
 template <typename T, int kPACKS, bool kRESIDUAL>
-__global__ void __launch_bounds__(kWARP_SIZE* kROWS_A_BLOCK, sizeof(T) == 4 ? 2 : 4)
-    warpPerRowKernel(Arguments<T> args)
+__global__ void __launch_bounds__(kWARP_SIZE* kROWS_A_BLOCK, sizeof(T) == 4 ? 2 : 4) warpPerRowKernel(Arguments<T> args)
 {
     releaseSuccessor();
     constexpr int kSIZE = 16 / sizeof(T);
@@ -195,7 +193,8 @@ __global__ void __launch_bounds__(kWARP_SIZE* kBLOCK_WARPS) blockPerRowKernel(Ar
     constexpr int kSTEP = kWARP_SIZE * kBLOCK_WARPS * kSIZE;
     int const firstColumn = threadIdx.x * kSIZE;
     int64_t const offset = static_cast<int64_t>(blockIdx.x) * args.width;
-    auto const sumAt = [&](int column) {
+    auto const sumAt = [&](int column)
+    {
         auto const x = Pack<T, kSIZE>::load(args.x + offset + column);
         return args.residual == nullptr ? x : roundedSum(x, Pack<T, kSIZE>::load(args.residual + offset + column));
     };
@@ -225,8 +224,8 @@ __global__ void __launch_bounds__(kWARP_SIZE* kBLOCK_WARPS) blockPerRowKernel(Ar
             squares += centred * centred;
         }
     }
-    float const inverseDeviation
-        = rsqrtf(blockSum(squares, squaresScratch) / static_cast<float>(args.width) + args.epsilon);
+    float const inverseDeviation =
+        rsqrtf(blockSum(squares, squaresScratch) / static_cast<float>(args.width) + args.epsilon);
 
     for (int column = firstColumn; column < args.width; column += kSTEP)
     {
@@ -243,8 +242,8 @@ __global__ void __launch_bounds__(kWARP_SIZE* kBLOCK_WARPS) blockPerRowKernel(Ar
 
 //! Launches, as a dependent of the preceding grid where that is asked for and the device can.
 template <typename T>
-cudaError_t launchDependent(
-    void (*kernel)(Arguments<T>), dim3 grid, dim3 block, bool overlap, cudaStream_t stream, Arguments<T> const& args)
+cudaError_t launchDependent(void (*kernel)(Arguments<T>), dim3 grid, dim3 block, bool overlap, cudaStream_t stream,
+                            Arguments<T> const& args)
 {
     int major{};
     cudaError_t const status = overlap ? deviceAttribute(cudaDevAttrComputeCapabilityMajor, major) : cudaSuccess;
@@ -277,25 +276,31 @@ cudaError_t launchWarpPerRow(Arguments<T> const& args, bool overlap, cudaStream_
         }
     }
     dim3 const grid(ceilDiv<unsigned>(args.rows, kROWS_A_BLOCK));
-    auto const kernel
-        = args.residual != nullptr ? warpPerRowKernel<T, kPACKS, true> : warpPerRowKernel<T, kPACKS, false>;
+    auto const kernel =
+        args.residual != nullptr ? warpPerRowKernel<T, kPACKS, true> : warpPerRowKernel<T, kPACKS, false>;
     return launchDependent(kernel, grid, dim3(kWARP_SIZE, kROWS_A_BLOCK), overlap, stream, args);
 }
 
 template <typename T, int kSIZE>
 cudaError_t launchBlockPerRow(Arguments<T> const& args, bool overlap, cudaStream_t stream)
 {
-    return launchDependent(
-        blockPerRowKernel<T, kSIZE>, dim3(args.rows), dim3(kWARP_SIZE * kBLOCK_WARPS), overlap, stream, args);
+    return launchDependent(blockPerRowKernel<T, kSIZE>, dim3(args.rows), dim3(kWARP_SIZE * kBLOCK_WARPS), overlap,
+                           stream, args);
 }
 
 template <typename T>
 cudaError_t launchTyped(ResidualLayerNormParams const& params, cudaStream_t stream)
 {
     constexpr int kSIZE = 16 / sizeof(T);
-    Arguments<T> const args{static_cast<T const*>(params.x), static_cast<T const*>(params.residual),
-        static_cast<T const*>(params.gamma), static_cast<T const*>(params.beta), static_cast<T*>(params.normed),
-        static_cast<T*>(params.sum), static_cast<int>(params.rows), params.width, params.epsilon};
+    Arguments<T> const args{static_cast<T const*>(params.x),
+                            static_cast<T const*>(params.residual),
+                            static_cast<T const*>(params.gamma),
+                            static_cast<T const*>(params.beta),
+                            static_cast<T*>(params.normed),
+                            static_cast<T*>(params.sum),
+                            static_cast<int>(params.rows),
+                            params.width,
+                            params.epsilon};
 
     // Aligned as any where there are none.
     void const* const sum = args.sum != nullptr ? args.sum : args.normed;
@@ -304,8 +309,8 @@ cudaError_t launchTyped(ResidualLayerNormParams const& params, cudaStream_t stre
     {
         return cudaErrorInvalidValue;
     }
-    bool const packed = params.width % kSIZE == 0
-        && areAligned(16, params.x, residual, params.gamma, params.beta, params.normed, sum);
+    bool const packed =
+        params.width % kSIZE == 0 && areAligned(16, params.x, residual, params.gamma, params.beta, params.normed, sum);
     bool const overlap = params.overlapPredecessor;
     if (!packed)
     {
@@ -315,7 +320,7 @@ cudaError_t launchTyped(ResidualLayerNormParams const& params, cudaStream_t stre
                                            : launchBlockPerRow<T, kSIZE>(args, overlap, stream);
 }
 
-} // namespace
+}  // namespace
 
 bool canImplementResidualLayerNorm(ResidualLayerNormParams const& params, char const** reason)
 {
@@ -331,7 +336,7 @@ bool canImplementResidualLayerNorm(ResidualLayerNormParams const& params, char c
     {
         return refuse(reason, "the width is above 2^30 or the rows are above 2^31 - 1");
     }
-    if (!(params.epsilon >= 0.0F)) // NaN too
+    if (!(params.epsilon >= 0.0F))  // NaN too
     {
         return refuse(reason, "epsilon must not be negative");
     }
@@ -344,8 +349,7 @@ cudaError_t residualLayerNorm(ResidualLayerNormParams const& params, cudaStream_
     {
         return cudaErrorInvalidValue;
     }
-    return dispatchType(
-        params.dataType, [&](auto type) { return launchTyped<decltype(type)>(params, stream); });
+    return dispatchType(params.dataType, [&](auto type) { return launchTyped<decltype(type)>(params, stream); });
 }
 
-} // namespace trocr
+}  // namespace trocr

@@ -12,16 +12,16 @@ namespace trocr
 //! residual the sum is x.
 struct ResidualLayerNormParams
 {
-    void const* x;        //!< T [R, N]
-    void const* residual; //!< T [R, N], or null
-    void const* gamma;    //!< T [N]
-    void const* beta;     //!< T [N]
-    void* normed;         //!< T [R, N]; may be x or residual
-    void* sum;            //!< T [R, N], or null where it is not wanted or x; may be x or residual, but not normed
-    int64_t rows;         //!< R, 1 to 2^31 - 1
-    int32_t width;        //!< N, 1 to 2^30; multiples of 16 bytes are fastest
-    float epsilon;        //!< added to the variance, at least 0
-    DataType dataType;    //!< T
+    void const* x;         //!< T [R, N]
+    void const* residual;  //!< T [R, N], or null
+    void const* gamma;     //!< T [N]
+    void const* beta;      //!< T [N]
+    void* normed;          //!< T [R, N]; may be x or residual
+    void* sum;             //!< T [R, N], or null where it is not wanted or x; may be x or residual, but not normed
+    int64_t rows;          //!< R, 1 to 2^31 - 1
+    int32_t width;         //!< N, 1 to 2^30; multiples of 16 bytes are fastest
+    float epsilon;         //!< added to the variance, at least 0
+    DataType dataType;     //!< T
     //! Programmatic dependent launch, where the device has it: this grid may start while its predecessor in the stream
     //! ends. Before that end only gamma and beta are read, which the predecessor must not write.
     bool overlapPredecessor;
@@ -34,4 +34,4 @@ bool canImplementResidualLayerNorm(ResidualLayerNormParams const& params, char c
 //! that are not aligned to T. Pointers aligned to 16 bytes are fastest.
 cudaError_t residualLayerNorm(ResidualLayerNormParams const& params, cudaStream_t stream);
 
-} // namespace trocr
+}  // namespace trocr
