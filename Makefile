@@ -86,13 +86,17 @@ $(TOOLCHAIN): $(PACKAGES) requirements-cuda.txt requirements-tensorrt.txt script
 	$(PYTHON) scripts/get_tensorrt.py
 	@mkdir -p $(@D) && touch $@
 
+CPP_SOURCES = $(shell git ls-files 'plugins/*.cu' 'plugins/*.cuh' 'plugins/*.h' 'plugins/*.cpp' 'tests/cpp/*.cpp')
+
 lint: $(PACKAGES)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	clang-format --dry-run --Werror $(CPP_SOURCES)
 
 format: $(PACKAGES)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+	clang-format -i $(CPP_SOURCES)
 
 lock: $(PACKAGES)
 	$(PYTHON) -m pip install --quiet uv
