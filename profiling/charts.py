@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from profiling.records import ROOT, VARIANTS, Record, RecordError, read, usual_tokens
+from profiling.records import ROOT, VARIANTS, Record, RecordError, latest, read, usual_tokens
 
 STYLE = {
     "svg.hashsalt": "trocr",
@@ -65,12 +65,10 @@ def charts(results: Path) -> dict[str, Figure]:
     Raises RecordError for a file that holds something else.
     """
     figures: dict[str, Figure] = {}
-    models: list[list[Record]] = []
     for file in sorted(results.glob("*/*/bench.json")):
         records = [record for record in read(file) if record.num_beams == 1]
         if not records:
             continue
-        models.append(records)
         folder = file.parent.relative_to(results).as_posix()
         for part in PARTS:
             of_part = [record for record in records if record.part == part]
@@ -87,8 +85,9 @@ def charts(results: Path) -> dict[str, Figure]:
     for file in sorted(results.glob("*/*/tensors/tensors.json")):
         folder = file.parent.parent.relative_to(results).as_posix()
         figures[f"{folder}/tensors.svg"] = tensors_chart(_read(file))
-    if models:
-        figures["headline.svg"] = headline_chart(models)
+    models = [[record for record in read(file) if record.num_beams == 1] for file in latest(results)]
+    if any(models):
+        figures["headline.svg"] = headline_chart([records for records in models if records])
     return figures
 
 

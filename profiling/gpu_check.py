@@ -93,7 +93,7 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
         _module("layers", layers, 20, out / "layers", "--out"),
         *if_it_reads(
             _module("load", load, 30, out / "load.json", "--json"),
-            _module("tests", ["pytest", "-m", "gpu", "-q", "-n", "12"], 60),  # once a GPU is enough
+            _module("tests", ["pytest", "-m", "gpu", "-q", "-n", "6"], 60),  # once a GPU is enough
         ),
     ]
 

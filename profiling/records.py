@@ -118,6 +118,15 @@ def merged(old: Sequence[Record], new: Sequence[Record]) -> list[Record]:
     return sorted(by_case.values(), key=lambda record: PARTS.index(record.part))
 
 
+def latest(results: Path) -> list[Path]:
+    """Of each model the bench.json, results/<gpu>/<model>/bench.json, of the GPU it was measured on last."""
+    found: dict[str, tuple[str, Path]] = {}
+    for bench in sorted(results.glob("*/*/bench.json")):
+        date = max((record.date for record in read(bench)), default="")
+        found[bench.parent.name] = max(found.get(bench.parent.name, ("", bench)), (date, bench))
+    return [bench for _, bench in found.values()]
+
+
 def read(path: Path) -> list[Record]:
     """Raises RecordError where the file does not hold a list of records."""
     try:

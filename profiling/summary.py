@@ -29,7 +29,7 @@ from typing import Any
 import tabulate as tabulate_module
 from tabulate import tabulate
 
-from profiling.records import PARTS, ROOT, VARIANTS, Record, RecordError, read, usual_tokens
+from profiling.records import PARTS, ROOT, VARIANTS, Record, RecordError, latest, read, usual_tokens
 
 README_BEGIN = "<!-- results: written by python -m profiling.summary --readme -->"
 README_END = "<!-- end of results -->"
@@ -275,9 +275,10 @@ def summarize(folder: Path) -> str:
 
 
 def headline(results: Path) -> str:
-    """The tables for README.md: of every results folder encoder, whole way, pages and accuracy."""
+    """The tables for README.md: of every model, where it was measured last."""
     lines = []
-    for bench in sorted(results.glob("*/*/bench.json")):
+    newest = latest(results)
+    for bench in newest:
         folder, records = bench.parent, read(bench)
         link = folder.relative_to(results.parent).as_posix()
         lines += [f"### {records[0].model} on {records[0].gpu}", ""]
@@ -290,6 +291,13 @@ def headline(results: Path) -> str:
         if load := _content(folder / "load.json"):
             lines += ["Lines that arrive at random moments, from arrival to text:", "", load_table(load), ""]
         lines += [f"All parts, versions and the command of each figure: [{link}]({link}/summary.md).", ""]
+    others = [bench.parent for bench in sorted(results.glob("*/*/bench.json")) if bench not in newest]
+    if others:
+        links = [folder.relative_to(results.parent).as_posix() for folder in others]
+        lines += [
+            f"Earlier, on other GPUs: {', '.join(f'[{link}]({link}/summary.md)' for link in links)}.",
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib", reason="no matplotlib here: make setup")
 from profiling import records
 from profiling.charts import charts, main, numbered
 from profiling.records import ROOT
+from profiling.summary import headline
 from tests.test_bench_records import record
 
 COMMITTED = ROOT / "docs" / "charts"
@@ -99,3 +100,20 @@ def test_errors(tmp_path: Path, capsys):
     (tmp_path / "gpu" / "model" / "bench.json").write_text("{")
     assert main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "bench.json: unreadable" in capsys.readouterr().err
+
+
+def test_the_headline_has_each_model_where_it_was_measured_last(tmp_path: Path):
+    for gpu, model, date in (
+        ("old", "m", "2026-11-23"),
+        ("new", "m", "2026-11-26"),
+        ("old", "n", "2026-11-01"),
+    ):
+        dated = dataclasses.replace(record(), model=model, gpu=gpu, date=date)
+        records.write([dated], tmp_path / gpu / model / "bench.json")
+    assert [file.relative_to(tmp_path).parts[:2] for file in records.latest(tmp_path)] == [
+        ("new", "m"),
+        ("old", "n"),
+    ]
+    text = headline(tmp_path)
+    assert "### m on new" in text and "### n on old" in text and "### m on old" not in text
+    assert f"Earlier, on other GPUs: [{tmp_path.name}/old/m]" in text
