@@ -317,10 +317,9 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(
                 pointer("embedding_norm"), pointer("embedding"), pointer("position_embedding")};
             return makeTeamDecoder(parsed, packed, maxSlots, capacity);
         }
-        ChainWeights const packed{pointer("self"), pointer("cross"), pointer("feed_forward"),
-            static_cast<float const*>(pointer("feed_forward_bias")), pointer("head"), pointer("norms"),
+        WideWeights const packed{pointer("layers"), pointer("constants"), pointer("head"), pointer("norms"),
             pointer("embedding"), pointer("position_embedding")};
-        return makeChainDecoder(parsed, packed, maxSlots, capacity);
+        return makeWideDecoder(parsed, packed, maxSlots, capacity);
     };
     std::unique_ptr<GreedyDecoder> decoder = make();
     if (decoder->status() != cudaSuccess)
@@ -488,8 +487,7 @@ PYBIND11_MODULE(trocr_kernels, module)
             "log_probs"_a, "lengths"_a, "max_new_tokens"_a, "stops"_a = true, "stream"_a,
             "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, d]; "
             "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. Unless "
-            "it `stops`, every line gets max_new_tokens. With heads of 64, a call with other addresses or sizes than earlier "
-            "ones captures a graph first.");
+            "it `stops`, every line gets max_new_tokens.");
     module.def(
         "greedy_decoder_obstacle",
         [](py::dict const& config) -> py::object {
@@ -503,20 +501,12 @@ PYBIND11_MODULE(trocr_kernels, module)
         [](py::dict const& config) {
             GreedyDecoderConfig const parsed = parseGreedyConfig(config);
             py::dict sizes;
-            if (decodesInTeams(parsed))
-            {
-                TeamBytes const bytes = teamBytes();
+            auto const fill = [&](auto const& bytes) {
                 sizes["layers"] = bytes.layer;
                 sizes["constants"] = bytes.constants;
                 sizes["head"] = bytes.head;
-            }
-            else
-            {
-                ChainBytes const bytes = chainBytes(parsed);
-                sizes["self"] = bytes.self;
-                sizes["cross"] = bytes.cross;
-                sizes["feed_forward"] = bytes.feedForward;
-            }
+            };
+            decodesInTeams(parsed) ? fill(teamBytes()) : fill(wideBytes());
             return sizes;
         },
         "config"_a, "Bytes of the pieces of packed weights, by name.");

@@ -13,6 +13,8 @@ CHUNK = 32  # inputs of a product that a lane of the kernel reads at once, times
 TILE = 8  # outputs of a tile
 TEAM_HEADS = 8  # of the team decoder, and its feed-forward columns a head
 TEAM_INNER = 128
+WIDE_WIDTH = 1024  # of the wide decoder, and its feed-forward columns
+WIDE_INNER = 4096
 
 
 def pack_blobs(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tensor]:
@@ -23,12 +25,12 @@ def pack_blobs(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tens
         config: as `greedy_weights.decoder_config` makes it.
 
     Returns:
-        For heads of 32 what the team decoder takes, else what the chain takes
+        For heads of 32 what the team decoder takes, else what the wide decoder takes
         (plugins/greedy_decoder/README.md).
     """
     if config["hidden_size"] == 32 * config["num_heads"]:
         return _pack_for_teams(weights, config)
-    return _pack_for_chain(weights, config)
+    return _pack_for_wide(weights, config)
 
 
 def _units(weight: Tensor) -> Tensor:
@@ -109,59 +111,68 @@ def _pack_for_teams(weights: Mapping[str, Tensor], config: Mapping) -> dict[str,
     }
 
 
-def _pack_for_chain(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tensor]:
-    """The weights as the chain's kernels read them: for every block of a kernel one contiguous piece.
+def _tiles(weight: Tensor) -> Tensor:
+    """Tiles [..., out / 8, in / 32, 8, 32] of [..., out, in]."""
+    *rest, outputs, inputs = weight.shape
+    return weight.reshape(*rest, outputs // TILE, TILE, inputs // CHUNK, CHUNK).transpose(-3, -2)
+
+
+def _pack_for_wide(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tensor]:
+    """The weights in the order in which the wide decoder's blocks stream them: a share is 8 columns of the width.
+
+    Narrower decoders are padded with zeros to a width of 1024 and 4096 feed-forward columns.
 
     Returns:
-        "self" and "cross" uint8 [L, H, C, bytes], "feed_forward" uint8 [L, F / 32, bytes],
-        "feed_forward_bias" float32 [L, D], "head" T [ceil(V / 8), D / 32, 8, 32], "norms" T [1 + 3 L, 2, D],
-        "embedding" T [V, D], "position_embedding" T [positions, D]; plugins/greedy_decoder/README.md.
+        "layers" uint8 [L, 128, bytes], "constants" uint8 [L, 128, bytes], "head" T [ceil(V / 8), 32, 8, 32],
+        "norms" T [1 + 3 L, 2, 1024], "embedding" T [V, 1024], "position_embedding" T [positions, 1024].
     """
-    layers, width, heads = config["num_layers"], config["hidden_size"], config["num_heads"]
-    size = width // heads
-    blocks, columns = size // TILE, width * TILE // size  # of a head; output columns of a block
-    inputs = width // CHUNK
+    layers, shares = config["num_layers"], WIDE_WIDTH // TILE
+    missing, missing_inner = WIDE_WIDTH - config["hidden_size"], WIDE_INNER - config["ffn_size"]
 
-    def output_part(name: str) -> tuple[Tensor, Tensor]:
-        weight = weights[f"{name}_weight"].view(layers, heads, size // CHUNK, CHUNK, blocks, columns)
-        bias = weights[f"{name}_bias"].view(layers, 1, blocks, columns).expand(layers, heads, blocks, columns)
-        return weight.permute(0, 1, 4, 2, 5, 3), bias
+    def rows(name: str) -> Tensor:
+        return F.pad(weights[name], (0, missing))
 
-    qkv = weights["self_qkv_weight"].view(layers, 3, heads, blocks, TILE, inputs, CHUNK)
-    qkv_bias = weights["self_qkv_bias"].view(layers, 3, heads, blocks, TILE)
-    query = weights["cross_query_weight"].view(layers, heads, blocks, TILE, inputs, CHUNK)
-    query_bias = weights["cross_query_bias"].view(layers, heads, blocks, TILE)
-    self_out, self_out_bias = output_part("self_out")
-    cross_out, cross_out_bias = output_part("cross_out")
-    fc1 = weights["fc1_weight"].view(layers, -1, CHUNK, inputs, CHUNK)
-    fc2 = weights["fc2_weight"].view(layers, -1, CHUNK, width)
-    head = weights["head_weight"]
-    head = F.pad(head, (0, 0, 0, -len(head) % TILE)).view(-1, TILE, inputs, CHUNK)
+    def bias(name: str, parts: int = 1) -> Tensor:  # -> [L, 128, parts * 8]
+        of = F.pad(weights[name].unflatten(-1, (parts, -1)), (0, missing))
+        return of.view(layers, parts, shares, TILE).transpose(1, 2).flatten(2)
 
-    norms = torch.stack([weights["norm_gamma"], weights["norm_beta"]], 2).flatten(0, 1)  # [3 L, 2, D]
-    first = [
-        weights.get(f"embedding_norm_{name}", torch.zeros_like(norms[0, 0])) for name in ("gamma", "beta")
-    ]
+    def product(name: str, parts: int = 1) -> Tensor:  # [L, parts * D, D] -> tiles [L, 128, parts, ...]
+        weight = F.pad(weights[name].unflatten(1, (parts, -1)), (0, missing, 0, missing))
+        return _tiles(weight).transpose(1, 2)
+
+    def output(name: str) -> Tensor:  # [L, D in, D out] -> tiles [L, 128, ...]
+        return _tiles(F.pad(weights[name], (0, missing, 0, missing)).transpose(1, 2))
+
+    fc1 = _tiles(F.pad(weights["fc1_weight"], (0, missing, 0, missing_inner)))
+    fc2 = _tiles(F.pad(weights["fc2_weight"], (0, missing, 0, missing_inner)).transpose(1, 2))
+    norms = torch.stack([rows("norm_gamma"), rows("norm_beta")], 2).flatten(0, 1)  # [3 L, 2, 1024]
+    first = torch.stack([torch.ones_like(norms[0, 0]), torch.zeros_like(norms[0, 0])])
+    if config["embedding_norm"]:
+        first = torch.stack([rows("embedding_norm_gamma"), rows("embedding_norm_beta")])
+    head = rows("head_weight")
     return {
-        "self": _blobs(
-            3,
-            qkv_bias.permute(0, 2, 3, 1, 4),
-            self_out_bias,
-            qkv.permute(0, 2, 3, 5, 1, 4, 6),
-            self_out,
-        ),
-        "cross": _blobs(3, query_bias, cross_out_bias, query.permute(0, 1, 2, 4, 3, 5), cross_out),
-        "feed_forward": _blobs(
+        "layers": _blobs(
             2,
-            weights["fc1_bias"].view(layers, -1, CHUNK),
-            fc1.permute(0, 1, 3, 2, 4),
-            fc2.permute(0, 1, 3, 2),
+            product("self_qkv_weight", 3),
+            output("self_out_weight"),
+            product("cross_query_weight"),
+            output("cross_out_weight"),
+            fc1.unflatten(1, (shares, -1)),
+            fc2,
         ),
-        "feed_forward_bias": weights["fc2_bias"].contiguous(),
-        "head": head.permute(0, 2, 1, 3).contiguous(),
-        "norms": torch.cat([torch.stack(first)[None], norms]).contiguous(),
-        "embedding": weights["token_embedding"].contiguous(),
-        "position_embedding": weights["position_embedding"].contiguous(),
+        "constants": _blobs(
+            2,
+            bias("self_qkv_bias", 3),
+            bias("self_out_bias"),
+            bias("cross_query_bias"),
+            bias("cross_out_bias"),
+            F.pad(weights["fc1_bias"], (0, missing_inner)).view(layers, shares, -1),
+            bias("fc2_bias"),
+        ),
+        "head": _tiles(F.pad(head, (0, 0, 0, -len(head) % TILE))).contiguous(),
+        "norms": torch.cat([first[None], norms]).contiguous(),
+        "embedding": rows("token_embedding").contiguous(),
+        "position_embedding": rows("position_embedding").contiguous(),
     }
 
 

@@ -246,53 +246,48 @@ def test_pieces_have_the_size_that_the_kernel_reads(kernels, name):
     assert pieces == sizes
 
 
-def test_the_chains_pieces_hold_every_weight():
-    config = settings("base", torch.float16) | {"vocab_size": 51}
+@pytest.mark.parametrize("name", ("base", "wide-heads"))
+def test_a_share_of_the_wide_decoder_is_what_its_block_multiplies(name):
+    """Layer 1, share 19: columns 152 to 159 of every product; narrower decoders are padded with zeros."""
+    config = settings(name, torch.float16) | {"vocab_size": 51}
+    width, inner = config["hidden_size"], config["ffn_size"]
     weights = random_weights(config, torch.float16, "cpu")
     blobs = pack_blobs(weights, config)
+    layer, share = 1, 19
+    columns = torch.arange(8) + 8 * share
 
-    def same(part: str, floats: int, *names: str) -> None:
-        pieces = blobs[part].flatten(0, -2)
-        stored = pieces[:, 4 * floats :].contiguous().view(torch.float16).flatten()
-        expected = torch.cat([weights[name].flatten() for name in names])
-        assert torch.equal(stored.sort().values, expected.sort().values)
+    def padded(weight: torch.Tensor, inputs: int) -> torch.Tensor:
+        return torch.nn.functional.pad(weight, (0, inputs - weight.shape[1]))
 
-    columns = 1024 * 8 // 64
-    same("self", 24 + columns, "self_qkv_weight", "self_out_weight")
-    same("cross", 8 + columns, "cross_query_weight", "cross_out_weight")
-    same("feed_forward", 32, "fc1_weight", "fc2_weight")
-    assert blobs["head"].shape == (7, 32, 8, 32)
-    assert not blobs["head"][6, :, 3:].any()  # rows behind the vocabulary
-    assert blobs["norms"].shape == (1 + 3 * config["num_layers"], 2, 1024)
-
-
-def test_a_piece_of_the_chain_is_what_its_block_reads():
-    """By the definition: layer 1, block 2 of head 3; inner columns 64 to 95."""
-    config = settings("base", torch.float16) | {"vocab_size": 51}
-    weights = random_weights(config, torch.float16, "cpu")
-    blobs = pack_blobs(weights, config)
-    width, columns = 1024, 128
-    rows = 3 * 64 + 2 * 8 + torch.arange(8)  # of the head's query, key or value
-
-    piece = blobs["self"][1, 3, 2]
-    floats = piece[: 4 * (24 + columns)].view(torch.float32)
-    halves = piece[4 * (24 + columns) :].view(torch.float16)
-    qkv = halves[: 24 * width].view(width // 32, 3, 8, 32)
-    out = halves[24 * width :].view(2, columns, 32)
+    tiles = blobs["layers"][layer, share].view(torch.float16).view(-1, 1024 // 32, 8, 32).transpose(1, 2)
+    slots = iter(tiles.flatten(2))  # [8 outputs, 1024 inputs] each
     for part in range(3):
-        expected = weights["self_qkv_weight"][1, part * width + rows]  # [8, inputs]
-        assert torch.equal(qkv[:, part].transpose(0, 1).flatten(1), expected)
-        assert torch.equal(floats[8 * part : 8 * part + 8], weights["self_qkv_bias"][1, part * width + rows])
-    # out[in, out] of inputs 192 to 255 (the head) and outputs 256 to 383 (block 2 of 8)
-    assert torch.equal(out.transpose(0, 1).flatten(1), weights["self_out_weight"][1, 192:256, 256:384].T)
-    assert torch.equal(floats[24:], weights["self_out_bias"][1, 256:384])
+        rows = columns + part * width
+        assert torch.equal(next(slots), padded(weights["self_qkv_weight"][layer, rows], 1024))
+    assert torch.equal(next(slots), padded(weights["self_out_weight"][layer][:, columns].T, 1024))
+    assert torch.equal(next(slots), padded(weights["cross_query_weight"][layer, columns], 1024))
+    assert torch.equal(next(slots), padded(weights["cross_out_weight"][layer][:, columns].T, 1024))
+    first = torch.arange(32) + 32 * share
+    expected = padded(weights["fc1_weight"][layer, first[first < inner]], 1024)
+    expanded = torch.cat([next(slots) for _ in range(4)])
+    assert torch.equal(expanded[: len(expected)], expected)
+    assert not expanded[len(expected) :].any()
+    second = torch.cat([next(slots) for _ in range(4)], 1)
+    assert torch.equal(second, padded(weights["fc2_weight"][layer][:, columns].T, 4096))
+    assert next(slots, None) is None
 
-    piece = blobs["feed_forward"][1, 2]
-    assert torch.equal(piece[:128].view(torch.float32), weights["fc1_bias"][1, 64:96])
-    halves = piece[128:].view(torch.float16)
-    first = halves[: 32 * width].view(width // 32, 32, 32)
-    assert torch.equal(first.transpose(0, 1).flatten(1), weights["fc1_weight"][1, 64:96])
-    assert torch.equal(halves[32 * width :].view(width, 32), weights["fc2_weight"][1, 64:96].T)
+    floats = blobs["constants"][layer, share].view(torch.float32)
+    qkv = weights["self_qkv_bias"][layer].view(3, width)[:, columns]
+    biases = [weights[f"{part}_bias"][layer, columns] for part in ("self_out", "cross_query", "cross_out")]
+    assert torch.equal(floats[:48], torch.cat([qkv.flatten(), *biases]))
+    first = first[first < inner]
+    assert torch.equal(floats[48 : 48 + len(first)], weights["fc1_bias"][layer, first])
+    assert torch.equal(floats[80:], weights["fc2_bias"][layer, columns])
+
+    head = blobs["head"].transpose(1, 2).flatten(2).flatten(0, 1)
+    assert torch.equal(head[:51], padded(weights["head_weight"], 1024))
+    assert not head[51:].any()
+    assert torch.equal(blobs["norms"][1 + 3 * layer + 2, 1, :width], weights["norm_beta"][layer, 2])
 
 
 def product(units: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

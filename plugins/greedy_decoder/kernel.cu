@@ -1,6 +1,6 @@
 #include "common/launch.h"
 #include "greedy_decoder/kernel.h"
-#include "greedy_decoder/team_layout.h"
+#include "greedy_decoder/wide_layout.h"
 
 namespace trocr
 {
@@ -30,15 +30,25 @@ bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason)
     {
         return refuse(reason, "the head size is neither 32 nor 64");
     }
-    if (decodesInTeams(config) && config.layers > kMAX_LAYERS)
+    if (config.layers > kMAX_LAYERS)
     {
-        return refuse(reason, "there are more than 16 layers with heads of 32");
+        return refuse(reason, "there are more than 16 layers");
     }
     if (decodesInTeams(config) && config.ffnWidth > config.heads * kINNER)
     {
         return refuse(reason, "the feed-forward width is more than 128 times the heads, with heads of 32");
     }
-    if (config.width > (decodesInTeams(config) ? kWIDTH : 1024))
+    int blocks{};
+    if (!decodesInTeams(config) &&
+        (deviceAttribute(cudaDevAttrMultiProcessorCount, blocks) != cudaSuccess || blocks < wide::kMIN_BLOCKS))
+    {
+        return refuse(reason, "the GPU has fewer than 64 multiprocessors");
+    }
+    if (!decodesInTeams(config) && config.ffnWidth > wide::kINNER)
+    {
+        return refuse(reason, "the feed-forward width is above 4096, with heads of 64");
+    }
+    if (config.width > (decodesInTeams(config) ? kWIDTH : wide::kWIDTH))
     {
         return refuse(reason, "the width is above 256 with heads of 32, or above 1024");
     }

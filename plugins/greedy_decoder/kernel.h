@@ -67,6 +67,17 @@ struct TeamWeights
     void const* positionEmbedding;  //!< T [positions, D]
 };
 
+//! The same of the wide decoder.
+struct WideWeights
+{
+    void const* layers;             //!< [L, 128] pieces of slots
+    void const* constants;          //!< [L, 128] pieces of biases, float32
+    void const* head;               //!< [ceil(V / 8)] slots, rows from V on are zero
+    void const* norms;              //!< T [1 + 3 L, 2, 1024]: gamma and beta of the embedding and, a layer, of its three
+    void const* embedding;          //!< T [V, 1024]
+    void const* positionEmbedding;  //!< T [positions, 1024]
+};
+
 //! One batch: `lines` lines decoded in `slots` rows. Buffers must stay where they are: the graph is kept a request.
 struct GreedyRequest
 {
@@ -109,6 +120,16 @@ struct TeamBytes
 };
 
 TeamBytes teamBytes();
+
+//! Bytes of a piece of the wide decoder's packed weights.
+struct WideBytes
+{
+    size_t layer;
+    size_t constants;
+    size_t head;
+};
+
+WideBytes wideBytes();
 
 //! Owns the workspace: caches for `maxSlots` rows of `capacity` tokens. Check `status()` before use.
 class GreedyDecoder
@@ -168,6 +189,10 @@ std::unique_ptr<GreedyDecoder> makeChainDecoder(GreedyDecoderConfig config, Chai
 
 //! One persistent kernel, in which a cluster decodes up to eight rows.
 std::unique_ptr<GreedyDecoder> makeTeamDecoder(GreedyDecoderConfig config, TeamWeights const& weights, int32_t maxSlots,
+                                               int32_t capacity);
+
+//! One persistent kernel, in which every block has its columns of every product.
+std::unique_ptr<GreedyDecoder> makeWideDecoder(GreedyDecoderConfig config, WideWeights const& weights, int32_t maxSlots,
                                                int32_t capacity);
 
 }  // namespace trocr
