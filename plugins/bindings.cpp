@@ -1,5 +1,8 @@
 // Python module `trocr_kernels`: the kernels on raw device pointers, without TensorRT.
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -8,9 +11,6 @@
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "bias_activation/kernel.h"
 #include "cache_reorder/kernel.h"
@@ -79,10 +79,8 @@ Activation parseActivation(std::string const& op, std::string const& name)
 EncoderAttentionPath parsePath(std::string const& op, std::string const& name)
 {
     constexpr std::pair<char const*, EncoderAttentionPath> kPATHS[] = {
-        {"auto", EncoderAttentionPath::kAUTO},
-        {"mma", EncoderAttentionPath::kGENERAL},
-        {"hopper", EncoderAttentionPath::kHOPPER},
-        {"hopper2", EncoderAttentionPath::kHOPPER_2},
+        {"auto", EncoderAttentionPath::kAUTO},        {"mma", EncoderAttentionPath::kGENERAL},
+        {"hopper", EncoderAttentionPath::kHOPPER},    {"hopper2", EncoderAttentionPath::kHOPPER_2},
         {"hopper3", EncoderAttentionPath::kHOPPER_3},
     };
     std::string known;
@@ -108,7 +106,8 @@ struct Pointer
 //! Checks, in this order, what the op can implement and the pointers; enqueues.
 template <typename Params>
 void enqueue(std::string const& op, Params const& params, bool (*canImplement)(Params const&, char const**),
-    cudaError_t (*launcher)(Params const&, cudaStream_t), std::initializer_list<Pointer> pointers, uintptr_t stream)
+             cudaError_t (*launcher)(Params const&, cudaStream_t), std::initializer_list<Pointer> pointers,
+             uintptr_t stream)
 {
     char const* reason = nullptr;
     if (!canImplement(params, &reason))
@@ -123,8 +122,8 @@ void enqueue(std::string const& op, Params const& params, bool (*canImplement)(P
         }
         if (pointer.address % pointer.alignment != 0)
         {
-            fail(op, "pointer '" + std::string(pointer.name) + "' is not a multiple of "
-                    + std::to_string(pointer.alignment) + " bytes");
+            fail(op, "pointer '" + std::string(pointer.name) + "' is not a multiple of " +
+                         std::to_string(pointer.alignment) + " bytes");
         }
     }
     cudaError_t const status = launcher(params, reinterpret_cast<cudaStream_t>(stream));
@@ -145,83 +144,115 @@ void* output(uintptr_t address)
 }
 
 void bindEncoderAttention(uintptr_t qkv, uintptr_t context, int32_t batch, int32_t sequenceLength, int32_t numHeads,
-    int32_t headDim, std::string const& dtype, uintptr_t stream, std::string const& path)
+                          int32_t headDim, std::string const& dtype, uintptr_t stream, std::string const& path)
 {
     std::string const op = "encoder_attention";
-    EncoderAttentionParams const params{input(qkv), output(context), batch, sequenceLength, numHeads, headDim,
-        parseDataType(op, dtype), parsePath(op, path)};
-    enqueue(op, params, canImplementEncoderAttention, encoderAttention, {{"qkv", qkv}, {"context", context}},
-        stream);
+    EncoderAttentionParams const params{
+        input(qkv),         output(context), batch, sequenceLength, numHeads, headDim, parseDataType(op, dtype),
+        parsePath(op, path)};
+    enqueue(op, params, canImplementEncoderAttention, encoderAttention, {{"qkv", qkv}, {"context", context}}, stream);
 }
 
 void bindDecoderSelfAttention(uintptr_t qkv, uintptr_t pastKey, uintptr_t pastValue, uintptr_t positionIds,
-    uintptr_t context, uintptr_t presentKey, uintptr_t presentValue, int32_t batch, int32_t capacity, int32_t numHeads,
-    int32_t headDim, std::string const& dtype, uintptr_t stream)
+                              uintptr_t context, uintptr_t presentKey, uintptr_t presentValue, int32_t batch,
+                              int32_t capacity, int32_t numHeads, int32_t headDim, std::string const& dtype,
+                              uintptr_t stream)
 {
     std::string const op = "decoder_self_attention";
-    DecoderSelfAttentionParams const params{input(qkv), input(pastKey), input(pastValue),
-        reinterpret_cast<int64_t const*>(positionIds), output(context), output(presentKey), output(presentValue), batch,
-        capacity, numHeads, headDim, parseDataType(op, dtype)};
+    DecoderSelfAttentionParams const params{input(qkv),
+                                            input(pastKey),
+                                            input(pastValue),
+                                            reinterpret_cast<int64_t const*>(positionIds),
+                                            output(context),
+                                            output(presentKey),
+                                            output(presentValue),
+                                            batch,
+                                            capacity,
+                                            numHeads,
+                                            headDim,
+                                            parseDataType(op, dtype)};
     enqueue(op, params, canImplementDecoderSelfAttention, decoderSelfAttention,
-        {{"qkv", qkv}, {"past_key", pastKey}, {"past_value", pastValue},
-            {"position_ids", positionIds, sizeof(int64_t)}, {"context", context}, {"present_key", presentKey},
-            {"present_value", presentValue}},
-        stream);
+            {{"qkv", qkv},
+             {"past_key", pastKey},
+             {"past_value", pastValue},
+             {"position_ids", positionIds, sizeof(int64_t)},
+             {"context", context},
+             {"present_key", presentKey},
+             {"present_value", presentValue}},
+            stream);
 }
 
 void bindCrossAttention(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t context, int32_t batch,
-    int32_t images, int32_t sequenceLength, int32_t numHeads, int32_t headDim, std::string const& dtype, uintptr_t stream)
+                        int32_t images, int32_t sequenceLength, int32_t numHeads, int32_t headDim,
+                        std::string const& dtype, uintptr_t stream)
 {
     std::string const op = "cross_attention";
-    CrossAttentionParams const params{input(query), input(key), input(value), output(context), batch,
-        images == 0 ? batch : images, sequenceLength, numHeads, headDim, parseDataType(op, dtype)};
+    CrossAttentionParams const params{
+        input(query),   input(key), input(value), output(context),         batch, images == 0 ? batch : images,
+        sequenceLength, numHeads,   headDim,      parseDataType(op, dtype)};
     enqueue(op, params, canImplementCrossAttention, crossAttention,
-        {{"query", query}, {"key", key}, {"value", value}, {"context", context}}, stream);
+            {{"query", query}, {"key", key}, {"value", value}, {"context", context}}, stream);
 }
 
 void bindReorderCache(uintptr_t cache, uintptr_t rows, uintptr_t positionIds, int64_t tensorBytes, int32_t tensors,
-    int32_t batch, int32_t beams, int32_t numHeads, int32_t capacity, int32_t rowBytes, uintptr_t stream)
+                      int32_t batch, int32_t beams, int32_t numHeads, int32_t capacity, int32_t rowBytes,
+                      uintptr_t stream)
 {
-    CacheReorderParams const params{output(cache), reinterpret_cast<int64_t const*>(rows),
-        reinterpret_cast<int64_t const*>(positionIds), tensorBytes, tensors, batch, beams, numHeads, capacity, rowBytes};
+    CacheReorderParams const params{output(cache),
+                                    reinterpret_cast<int64_t const*>(rows),
+                                    reinterpret_cast<int64_t const*>(positionIds),
+                                    tensorBytes,
+                                    tensors,
+                                    batch,
+                                    beams,
+                                    numHeads,
+                                    capacity,
+                                    rowBytes};
     enqueue("reorder_cache", params, canImplementCacheReorder, cacheReorder,
-        {{"cache", cache}, {"rows", rows, sizeof(int64_t)}, {"position_ids", positionIds, sizeof(int64_t)}}, stream);
+            {{"cache", cache}, {"rows", rows, sizeof(int64_t)}, {"position_ids", positionIds, sizeof(int64_t)}},
+            stream);
 }
 
 void bindResidualLayerNorm(uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t normed,
-    uintptr_t sum, int64_t rows, int32_t width, float epsilon, std::string const& dtype, bool overlapPredecessor,
-    uintptr_t stream)
+                           uintptr_t sum, int64_t rows, int32_t width, float epsilon, std::string const& dtype,
+                           bool overlapPredecessor, uintptr_t stream)
 {
     std::string const op = "residual_layernorm";
-    ResidualLayerNormParams const params{input(x), input(residual), input(gamma), input(beta), output(normed),
-        output(sum), rows, width, epsilon, parseDataType(op, dtype), overlapPredecessor};
+    ResidualLayerNormParams const params{
+        input(x), input(residual),          input(gamma),      input(beta), output(normed), output(sum), rows, width,
+        epsilon,  parseDataType(op, dtype), overlapPredecessor};
     size_t const size = sizeOf(params.dataType);
     enqueue(op, params, canImplementResidualLayerNorm, residualLayerNorm,
-        {{"x", x, size}, {"residual", residual, size}, {"gamma", gamma, size}, {"beta", beta, size},
-            {"normed", normed, size}},
-        stream);
+            {{"x", x, size},
+             {"residual", residual, size},
+             {"gamma", gamma, size},
+             {"beta", beta, size},
+             {"normed", normed, size}},
+            stream);
 }
 
 void bindLayerNorm(uintptr_t x, uintptr_t gamma, uintptr_t beta, uintptr_t normed, int64_t rows, int32_t width,
-    float epsilon, std::string const& dtype, bool overlapPredecessor, uintptr_t stream)
+                   float epsilon, std::string const& dtype, bool overlapPredecessor, uintptr_t stream)
 {
     std::string const op = "layernorm";
-    ResidualLayerNormParams const params{input(x), nullptr, input(gamma), input(beta), output(normed), nullptr, rows,
-        width, epsilon, parseDataType(op, dtype), overlapPredecessor};
+    ResidualLayerNormParams const params{
+        input(x),          nullptr, input(gamma), input(beta), output(normed),
+        nullptr,           rows,    width,        epsilon,     parseDataType(op, dtype),
+        overlapPredecessor};
     size_t const size = sizeOf(params.dataType);
     enqueue(op, params, canImplementResidualLayerNorm, residualLayerNorm,
-        {{"x", x, size}, {"gamma", gamma, size}, {"beta", beta, size}, {"normed", normed, size}}, stream);
+            {{"x", x, size}, {"gamma", gamma, size}, {"beta", beta, size}, {"normed", normed, size}}, stream);
 }
 
 void bindBiasActivation(uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows, int32_t width,
-    std::string const& activation, std::string const& dtype, uintptr_t stream)
+                        std::string const& activation, std::string const& dtype, uintptr_t stream)
 {
     std::string const op = "bias_activation";
     BiasActivationParams const params{
         input(x), input(bias), output(y), rows, width, parseActivation(op, activation), parseDataType(op, dtype)};
     size_t const size = sizeOf(params.dataType);
     enqueue(op, params, canImplementBiasActivation, biasActivation,
-        {{"x", x, size}, {"bias", bias, size}, {"y", y, size}}, stream);
+            {{"x", x, size}, {"bias", bias, size}, {"y", y, size}}, stream);
 }
 
 LinearActivation parseLinearActivation(std::string const& op, std::string const& name)
@@ -242,26 +273,42 @@ LinearActivation parseLinearActivation(std::string const& op, std::string const&
 }
 
 void bindLinear(uintptr_t x, uintptr_t weight, uintptr_t y, uintptr_t bias, uintptr_t residual,
-    uintptr_t inputStatistics, uintptr_t weightSum, uintptr_t outputStatistics, uintptr_t values, int64_t rows,
-    int32_t outputs, int32_t inputs, std::string const& dtype, float epsilon, std::string const& activation,
-    int32_t tokens, int32_t headDim, int32_t tactic, bool overlapPredecessor, uintptr_t stream)
+                uintptr_t inputStatistics, uintptr_t weightSum, uintptr_t outputStatistics, uintptr_t values,
+                int64_t rows, int32_t outputs, int32_t inputs, std::string const& dtype, float epsilon,
+                std::string const& activation, int32_t tokens, int32_t headDim, int32_t tactic, bool overlapPredecessor,
+                uintptr_t stream)
 {
     std::string const op = "linear";
-    LinearParams const params{input(x), input(weight), reinterpret_cast<float const*>(bias), input(residual), output(y),
-        reinterpret_cast<float const*>(inputStatistics), reinterpret_cast<float const*>(weightSum),
-        reinterpret_cast<float*>(outputStatistics), output(values), tokens, headDim, epsilon, rows, outputs, inputs,
-        parseLinearActivation(op, activation), parseDataType(op, dtype), tactic, overlapPredecessor};
+    LinearParams const params{input(x),
+                              input(weight),
+                              reinterpret_cast<float const*>(bias),
+                              input(residual),
+                              output(y),
+                              reinterpret_cast<float const*>(inputStatistics),
+                              reinterpret_cast<float const*>(weightSum),
+                              reinterpret_cast<float*>(outputStatistics),
+                              output(values),
+                              tokens,
+                              headDim,
+                              epsilon,
+                              rows,
+                              outputs,
+                              inputs,
+                              parseLinearActivation(op, activation),
+                              parseDataType(op, dtype),
+                              tactic,
+                              overlapPredecessor};
     enqueue(op, params, canImplementLinear, linear, {{"x", x}, {"weight", weight}, {"y", y}}, stream);
 }
 
-void bindRowStatistics(
-    uintptr_t x, uintptr_t statistics, int64_t rows, int32_t width, std::string const& dtype, uintptr_t stream)
+void bindRowStatistics(uintptr_t x, uintptr_t statistics, int64_t rows, int32_t width, std::string const& dtype,
+                       uintptr_t stream)
 {
     std::string const op = "row_statistics";
-    RowStatisticsParams const params{
-        input(x), reinterpret_cast<float*>(statistics), rows, width, parseDataType(op, dtype)};
+    RowStatisticsParams const params{input(x), reinterpret_cast<float*>(statistics), rows, width,
+                                     parseDataType(op, dtype)};
     enqueue(op, params, canImplementRowStatistics, rowStatistics,
-        {{"x", x, 2 * sizeOf(params.dataType)}, {"statistics", statistics, 8}}, stream);
+            {{"x", x, 2 * sizeOf(params.dataType)}, {"statistics", statistics, 8}}, stream);
 }
 
 GreedyDecoderConfig parseGreedyConfig(py::dict const& config)
@@ -288,8 +335,8 @@ GreedyDecoderConfig parseGreedyConfig(py::dict const& config)
     return parsed;
 }
 
-std::unique_ptr<GreedyDecoder> makeGreedyDecoder(
-    py::dict const& config, py::dict const& weights, int32_t maxSlots, int32_t capacity)
+std::unique_ptr<GreedyDecoder> makeGreedyDecoder(py::dict const& config, py::dict const& weights, int32_t maxSlots,
+                                                 int32_t capacity)
 {
     std::string const op = "greedy_decoder";
     GreedyDecoderConfig const parsed = parseGreedyConfig(config);
@@ -302,7 +349,8 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(
     {
         fail(op, "max_slots and capacity must be at least 1");
     }
-    auto const pointer = [&](char const* name) {
+    auto const pointer = [&](char const* name)
+    {
         auto const address = py::cast<uintptr_t>(weights[name]);
         if (address == 0 || address % 16 != 0)
         {
@@ -310,16 +358,18 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(
         }
         return input(address);
     };
-    auto const make = [&]() {
+    auto const make = [&]()
+    {
         if (decodesInTeams(parsed))
         {
-            TeamWeights const packed{pointer("layers"), pointer("constants"), pointer("head"),
-                pointer("embedding_norm"), pointer("embedding"), pointer("position_embedding")};
+            TeamWeights const packed{pointer("layers"),         pointer("constants"), pointer("head"),
+                                     pointer("embedding_norm"), pointer("embedding"), pointer("position_embedding")};
             return makeTeamDecoder(parsed, packed, maxSlots, capacity);
         }
-        ChainWeights const packed{pointer("self"), pointer("cross"), pointer("feed_forward"),
-            static_cast<float const*>(pointer("feed_forward_bias")), pointer("head"), pointer("norms"),
-            pointer("embedding"), pointer("position_embedding")};
+        ChainWeights const packed{pointer("self"),         pointer("cross"),
+                                  pointer("feed_forward"), static_cast<float const*>(pointer("feed_forward_bias")),
+                                  pointer("head"),         pointer("norms"),
+                                  pointer("embedding"),    pointer("position_embedding")};
         return makeChainDecoder(parsed, packed, maxSlots, capacity);
     };
     std::unique_ptr<GreedyDecoder> decoder = make();
@@ -331,8 +381,8 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(
 }
 
 void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std::vector<uintptr_t> const& crossKeys,
-    std::vector<uintptr_t> const& crossValues, uintptr_t tokens, uintptr_t logProbs, uintptr_t lengths,
-    int32_t maxNewTokens, bool stops, uintptr_t stream)
+                      std::vector<uintptr_t> const& crossValues, uintptr_t tokens, uintptr_t logProbs,
+                      uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
 {
     std::string const op = "greedy_decoder";
     auto const layers = static_cast<size_t>(decoder.config().layers);
@@ -348,8 +398,15 @@ void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std:
     {
         fail(op, "there is not one tensor of cross keys and of cross values a layer");
     }
-    GreedyRequest request{lines, slots, maxNewTokens, stops, {}, {}, static_cast<int32_t*>(output(tokens)),
-        static_cast<float*>(output(logProbs)), static_cast<int32_t*>(output(lengths))};
+    GreedyRequest request{lines,
+                          slots,
+                          maxNewTokens,
+                          stops,
+                          {},
+                          {},
+                          static_cast<int32_t*>(output(tokens)),
+                          static_cast<float*>(output(logProbs)),
+                          static_cast<int32_t*>(output(lengths))};
     bool right = areAligned(4, request.tokens, request.logProbs, request.lengths);
     for (size_t layer = 0; layer < layers; ++layer)
     {
@@ -386,19 +443,33 @@ PatchEmbeddingPath parsePatchEmbeddingPath(std::string const& op, std::string co
 }
 
 void bindPatchEmbedding(uintptr_t pixels, uintptr_t weight, uintptr_t bias, uintptr_t positions, uintptr_t y,
-    uintptr_t statistics, float scale, int32_t batch, int32_t height, int32_t width, int32_t specialTokens,
-    int32_t outputs, std::string const& dtype, bool overlapPredecessor, std::string const& path, uintptr_t stream)
+                        uintptr_t statistics, float scale, int32_t batch, int32_t height, int32_t width,
+                        int32_t specialTokens, int32_t outputs, std::string const& dtype, bool overlapPredecessor,
+                        std::string const& path, uintptr_t stream)
 {
     std::string const op = "patch_embedding";
-    PatchEmbeddingParams const params{input(pixels), input(weight), reinterpret_cast<float const*>(bias),
-        input(positions), output(y), reinterpret_cast<float*>(statistics), scale, batch, height, width, specialTokens,
-        outputs, parseDataType(op, dtype), parsePatchEmbeddingPath(op, path), overlapPredecessor};
+    PatchEmbeddingParams const params{input(pixels),
+                                      input(weight),
+                                      reinterpret_cast<float const*>(bias),
+                                      input(positions),
+                                      output(y),
+                                      reinterpret_cast<float*>(statistics),
+                                      scale,
+                                      batch,
+                                      height,
+                                      width,
+                                      specialTokens,
+                                      outputs,
+                                      parseDataType(op, dtype),
+                                      parsePatchEmbeddingPath(op, path),
+                                      overlapPredecessor};
     enqueue(op, params, canImplementPatchEmbedding, patchEmbedding,
-        {{"pixels", pixels}, {"weight", weight}, {"bias", bias, 8}, {"positions", positions}, {"y", y}}, stream);
+            {{"pixels", pixels}, {"weight", weight}, {"bias", bias, 8}, {"positions", positions}, {"y", y}}, stream);
 }
 
 void bindImageResize(uintptr_t sources, uintptr_t images, uintptr_t weights, uintptr_t intermediate, uintptr_t out,
-    int32_t count, int32_t maxHeight, int32_t outHeight, int32_t outWidth, std::string const& filter, uintptr_t stream)
+                     int32_t count, int32_t maxHeight, int32_t outHeight, int32_t outWidth, std::string const& filter,
+                     uintptr_t stream)
 {
     std::string const op = "image_resize";
     if (filter != "bilinear" && filter != "bicubic")
@@ -406,61 +477,76 @@ void bindImageResize(uintptr_t sources, uintptr_t images, uintptr_t weights, uin
         fail(op, "filter '" + filter + "' is neither 'bilinear' nor 'bicubic'");
     }
     ImageResizeParams const params{static_cast<uint8_t const*>(input(sources)),
-        static_cast<ResizeSource const*>(input(images)), count, maxHeight, outHeight, outWidth,
-        filter == "bilinear" ? ResizeFilter::kBILINEAR : ResizeFilter::kBICUBIC,
-        static_cast<int32_t*>(output(weights)), static_cast<uint8_t*>(output(intermediate)),
-        static_cast<uint8_t*>(output(out))};
+                                   static_cast<ResizeSource const*>(input(images)),
+                                   count,
+                                   maxHeight,
+                                   outHeight,
+                                   outWidth,
+                                   filter == "bilinear" ? ResizeFilter::kBILINEAR : ResizeFilter::kBICUBIC,
+                                   static_cast<int32_t*>(output(weights)),
+                                   static_cast<uint8_t*>(output(intermediate)),
+                                   static_cast<uint8_t*>(output(out))};
     enqueue(op, params, canImplementImageResize, imageResize,
-        {{"sources", sources, 1}, {"images", images, 8}, {"weights", weights, 4}, {"intermediate", intermediate, 4},
-            {"out", out, 4}},
-        stream);
+            {{"sources", sources, 1},
+             {"images", images, 8},
+             {"weights", weights, 4},
+             {"intermediate", intermediate, 4},
+             {"out", out, 4}},
+            stream);
 }
 
-} // namespace
+}  // namespace
 
 PYBIND11_MODULE(trocr_kernels, module)
 {
     module.doc() = kMODULE_DOC;
 
     module.def("encoder_attention", bindEncoderAttention, "qkv"_a, "context"_a, py::kw_only(), "batch"_a,
-        "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0, "path"_a = "auto",
-        "context [B, S, H*d] = softmax(q k^T / sqrt(d)) v of the packed qkv [B, S, 3, H, d]. path forces an implementation: "
-        "'mma' (mma.sync, any GPU), 'hopper' (wgmma; compute capability 9.0, d = 64, 16-bit types) or one of its variants "
-        "(kernel.h).");
+               "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0, "path"_a = "auto",
+               "context [B, S, H*d] = softmax(q k^T / sqrt(d)) v of the packed qkv [B, S, 3, H, d]. path forces an "
+               "implementation: "
+               "'mma' (mma.sync, any GPU), 'hopper' (wgmma; compute capability 9.0, d = 64, 16-bit types) or one of "
+               "its variants "
+               "(kernel.h).");
 
-    module.def("decoder_self_attention", bindDecoderSelfAttention, "qkv"_a, "past_key"_a, "past_value"_a,
-        "position_ids"_a, "context"_a, "present_key"_a, "present_value"_a, py::kw_only(), "batch"_a, "capacity"_a,
-        "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,
+    module.def(
+        "decoder_self_attention", bindDecoderSelfAttention, "qkv"_a, "past_key"_a, "past_value"_a, "position_ids"_a,
+        "context"_a, "present_key"_a, "present_value"_a, py::kw_only(), "batch"_a, "capacity"_a, "num_heads"_a,
+        "head_dim"_a, "dtype"_a, "stream"_a = 0,
         "One decoding step: the key and value of qkv [B, 1, 3, H, d] go to row position_ids[b] (int64 [B, 1]) of the "
         "cache [B, H, C, d]; context [B, 1, H*d] attends to rows 0 to position_ids[b]. present_* is past_* (only the "
         "new row is written) or apart from it (the whole cache is copied). A position outside [0, C) writes no row and "
         "a zero context.");
 
-    module.def("cross_attention", bindCrossAttention, "query"_a, "key"_a, "value"_a, "context"_a, py::kw_only(),
-        "batch"_a, "images"_a = 0, "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,
+    module.def(
+        "cross_attention", bindCrossAttention, "query"_a, "key"_a, "value"_a, "context"_a, py::kw_only(), "batch"_a,
+        "images"_a = 0, "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0,
         "context [B, 1, H*d] of one query [B, 1, H*d] a row over key and value [I, H, S, d]; B / I neighbouring rows "
         "share an image; images 0: one a row.");
 
     module.def("reorder_cache", bindReorderCache, "cache"_a, "rows"_a, "position_ids"_a, py::kw_only(),
-        "tensor_bytes"_a, "tensors"_a, "batch"_a, "beams"_a, "num_heads"_a, "capacity"_a, "row_bytes"_a, "stream"_a = 0,
-        "In place, in each of the tensors [B, H, C, row_bytes]: row r becomes row rows[r] (int64 [B], of the same image's "
-        "beams) up to position_ids[r] (int64 [B]).");
+               "tensor_bytes"_a, "tensors"_a, "batch"_a, "beams"_a, "num_heads"_a, "capacity"_a, "row_bytes"_a,
+               "stream"_a = 0,
+               "In place, in each of the tensors [B, H, C, row_bytes]: row r becomes row rows[r] (int64 [B], of the "
+               "same image's "
+               "beams) up to position_ids[r] (int64 [B]).");
 
-    module.def("residual_layernorm", bindResidualLayerNorm, "x"_a, "residual"_a, "gamma"_a, "beta"_a, "normed"_a,
-        "sum"_a, py::kw_only(), "rows"_a, "width"_a, "epsilon"_a, "dtype"_a, "overlap_predecessor"_a = false,
-        "stream"_a = 0,
+    module.def(
+        "residual_layernorm", bindResidualLayerNorm, "x"_a, "residual"_a, "gamma"_a, "beta"_a, "normed"_a, "sum"_a,
+        py::kw_only(), "rows"_a, "width"_a, "epsilon"_a, "dtype"_a, "overlap_predecessor"_a = false, "stream"_a = 0,
         "sum [R, N] = x + residual, rounded to dtype (0 for sum: not wanted); normed [R, N] = LayerNorm(sum) * gamma + "
         "beta.");
 
     module.def("layernorm", bindLayerNorm, "x"_a, "gamma"_a, "beta"_a, "normed"_a, py::kw_only(), "rows"_a, "width"_a,
-        "epsilon"_a, "dtype"_a, "overlap_predecessor"_a = false, "stream"_a = 0,
-        "normed [R, N] = LayerNorm(x [R, N]) * gamma + beta.");
+               "epsilon"_a, "dtype"_a, "overlap_predecessor"_a = false, "stream"_a = 0,
+               "normed [R, N] = LayerNorm(x [R, N]) * gamma + beta.");
 
     module.def("bias_activation", bindBiasActivation, "x"_a, "bias"_a, "y"_a, py::kw_only(), "rows"_a, "width"_a,
-        "activation"_a, "dtype"_a, "stream"_a = 0,
-        "y [R, N] = activation(x [R, N] + bias [N]); activation 'gelu' (exact, erf) or 'relu'.");
+               "activation"_a, "dtype"_a, "stream"_a = 0,
+               "y [R, N] = activation(x [R, N] + bias [N]); activation 'gelu' (exact, erf) or 'relu'.");
 
-    module.def("linear", bindLinear, "x"_a, "weight"_a, "y"_a, py::kw_only(), "bias"_a = 0, "residual"_a = 0,
+    module.def(
+        "linear", bindLinear, "x"_a, "weight"_a, "y"_a, py::kw_only(), "bias"_a = 0, "residual"_a = 0,
         "input_statistics"_a = 0, "weight_sum"_a = 0, "output_statistics"_a = 0, "values"_a = 0, "rows"_a, "outputs"_a,
         "inputs"_a, "dtype"_a, "epsilon"_a = 0.0F, "activation"_a = "none", "tokens"_a = 0, "head_dim"_a = 0,
         "tactic"_a = 0, "overlap_predecessor"_a = false, "stream"_a = 0,
@@ -471,33 +557,42 @@ PYBIND11_MODULE(trocr_kernels, module)
         "head_dim], of the first N / 2 columns and of the others.");
     module.def("linear_tactic_count", &linearTacticCount);
     module.def("linear_tactic_on_hopper", &linearTacticOnHopper, py::kw_only(), "rows"_a, "outputs"_a, "inputs"_a,
-        "residual"_a, "multiprocessors"_a, "What tactic 0 takes on Hopper; needs no GPU.");
+               "residual"_a, "multiprocessors"_a, "What tactic 0 takes on Hopper; needs no GPU.");
 
     module.def("row_statistics", bindRowStatistics, "x"_a, "statistics"_a, py::kw_only(), "rows"_a, "width"_a,
-        "dtype"_a, "stream"_a = 0,
-        "statistics float32 [R, K / 64, 2]: mean, and sum of squared distances from it, of each 64 columns of x "
-        "[R, K].");
+               "dtype"_a, "stream"_a = 0,
+               "statistics float32 [R, K / 64, 2]: mean, and sum of squared distances from it, of each 64 columns of x "
+               "[R, K].");
 
     module.def("image_resize", bindImageResize, "sources"_a, "images"_a, "weights"_a, "intermediate"_a, "out"_a,
-        py::kw_only(), "count"_a, "max_height"_a, "out_height"_a, "out_width"_a, "filter"_a, "stream"_a = 0,
-        "out uint8 [images, 3, out_height, out_width] of images uint8 [height, width, 3] of different sizes in one buffer. "
-        "`images` is, for each, int64 offset in sources, int64 offset in intermediate (uint8 [3, height, out_width]), int64 "
-        "offset in weights (int32, see kernel.h), int32 height, int32 width; on the device. filter 'bilinear' or 'bicubic', "
-        "antialiased.");
+               py::kw_only(), "count"_a, "max_height"_a, "out_height"_a, "out_width"_a, "filter"_a, "stream"_a = 0,
+               "out uint8 [images, 3, out_height, out_width] of images uint8 [height, width, 3] of different sizes in "
+               "one buffer. "
+               "`images` is, for each, int64 offset in sources, int64 offset in intermediate (uint8 [3, height, "
+               "out_width]), int64 "
+               "offset in weights (int32, see kernel.h), int32 height, int32 width; on the device. filter 'bilinear' "
+               "or 'bicubic', "
+               "antialiased.");
 
-    py::class_<GreedyDecoder>(module, "GreedyDecoder",
-        "Greedy decoding of a whole batch in one launch: config as runtime.greedy_weights.decoder_config makes it, weights: "
+    py::class_<GreedyDecoder>(
+        module, "GreedyDecoder",
+        "Greedy decoding of a whole batch in one launch: config as runtime.greedy_weights.decoder_config makes it, "
+        "weights: "
         "addresses of what runtime.greedy_decoder.pack_blobs makes. Owns its caches: one run at a time.")
         .def(py::init(&makeGreedyDecoder), "config"_a, "weights"_a, py::kw_only(), "max_slots"_a, "capacity"_a)
-        .def("run", &runGreedyDecoder, py::kw_only(), "lines"_a, "slots"_a, "cross_keys"_a, "cross_values"_a, "tokens"_a,
-            "log_probs"_a, "lengths"_a, "max_new_tokens"_a, "stops"_a = true, "stream"_a,
-            "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, d]; "
-            "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. Unless "
-            "it `stops`, every line gets max_new_tokens. With heads of 64, a call with other addresses or sizes than earlier "
-            "ones captures a graph first.");
+        .def("run", &runGreedyDecoder, py::kw_only(), "lines"_a, "slots"_a, "cross_keys"_a, "cross_values"_a,
+             "tokens"_a, "log_probs"_a, "lengths"_a, "max_new_tokens"_a, "stops"_a = true, "stream"_a,
+             "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, "
+             "d]; "
+             "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. "
+             "Unless "
+             "it `stops`, every line gets max_new_tokens. With heads of 64, a call with other addresses or sizes than "
+             "earlier "
+             "ones captures a graph first.");
     module.def(
         "greedy_decoder_obstacle",
-        [](py::dict const& config) -> py::object {
+        [](py::dict const& config) -> py::object
+        {
             char const* reason = nullptr;
             bool const possible = canDecodeGreedily(parseGreedyConfig(config), &reason);
             return possible ? py::object(py::none()) : py::object(py::str(reason));
@@ -505,7 +600,8 @@ PYBIND11_MODULE(trocr_kernels, module)
         "config"_a, "Why this GPU or these sizes are not served; None where they are.");
     module.def(
         "greedy_blob_bytes",
-        [](py::dict const& config) {
+        [](py::dict const& config)
+        {
             GreedyDecoderConfig const parsed = parseGreedyConfig(config);
             py::dict sizes;
             if (decodesInTeams(parsed))
@@ -526,13 +622,14 @@ PYBIND11_MODULE(trocr_kernels, module)
         },
         "config"_a, "Bytes of the pieces of packed weights, by name.");
 
-    module.def("patch_embedding", bindPatchEmbedding, "pixels"_a, "weight"_a, "bias"_a, "positions"_a, "y"_a,
-        py::kw_only(), "statistics"_a = 0, "scale"_a, "batch"_a, "height"_a, "width"_a, "special_tokens"_a, "outputs"_a,
-        "dtype"_a, "overlap_predecessor"_a = false, "path"_a = "auto", "stream"_a = 0,
+    module.def(
+        "patch_embedding", bindPatchEmbedding, "pixels"_a, "weight"_a, "bias"_a, "positions"_a, "y"_a, py::kw_only(),
+        "statistics"_a = 0, "scale"_a, "batch"_a, "height"_a, "width"_a, "special_tokens"_a, "outputs"_a, "dtype"_a,
+        "overlap_predecessor"_a = false, "path"_a = "auto", "stream"_a = 0,
         "y [B, S, N]: the special tokens, which are the first rows of positions [S, N], then scale * (pixels - 128) "
         "weight^T + bias + positions for each patch of 16 x 16 of pixels uint8 [B, 3, height, width]. weight [N, 768] "
         "in the order of channel, y / 4, x / 4, x / 2 % 2, y % 4, x % 2; bias float32 [N]; statistics of y as in "
         "row_statistics (0: not wanted). path 'mma' (mma.sync) or 'hopper' (wgmma) forces an implementation.");
 }
 
-} // namespace trocr
+}  // namespace trocr

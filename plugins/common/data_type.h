@@ -19,13 +19,13 @@ constexpr size_t sizeOf(DataType type)
 {
     switch (type)
     {
-    case DataType::kFLOAT:
-        return 4;
-    case DataType::kHALF:
-    case DataType::kBF16:
-        return 2;
+        case DataType::kFLOAT:
+            return 4;
+        case DataType::kHALF:
+        case DataType::kBF16:
+            return 2;
     }
     return 0;
 }
 
-} // namespace trocr
+}  // namespace trocr

@@ -129,12 +129,12 @@ struct Pack
         if constexpr (sizeof(T) == 4)
         {
             return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
-                __float_as_uint(values[3])};
+                    __float_as_uint(values[3])};
         }
         else
         {
             return {packPair<T>(values[0], values[1]), packPair<T>(values[2], values[3]),
-                packPair<T>(values[4], values[5]), packPair<T>(values[6], values[7])};
+                    packPair<T>(values[4], values[5]), packPair<T>(values[6], values[7])};
         }
     }
 };
@@ -170,4 +170,4 @@ __device__ __forceinline__ float exp2Approx(float x)
     return result;
 }
 
-} // namespace trocr
+}  // namespace trocr

@@ -1,12 +1,12 @@
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-#include <utility>
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
 
 #include "common/data_type.h"
 
@@ -26,8 +26,8 @@ inline bool refuse(char const** reason, char const* why)
 }
 
 //! What every attention kernel asks of its sizes; `length` counts the keys.
-inline bool canImplementAttention(
-    DataType dataType, int headDim, int batch, int numHeads, int length, char const** reason)
+inline bool canImplementAttention(DataType dataType, int headDim, int batch, int numHeads, int length,
+                                  char const** reason)
 {
     if (sizeOf(dataType) == 0)
     {
@@ -54,12 +54,12 @@ cudaError_t dispatchType(DataType dataType, LaunchTyped const& launchTyped)
 {
     switch (dataType)
     {
-    case DataType::kFLOAT:
-        return launchTyped(float{});
-    case DataType::kHALF:
-        return launchTyped(__half{});
-    case DataType::kBF16:
-        return launchTyped(__nv_bfloat16{});
+        case DataType::kFLOAT:
+            return launchTyped(float{});
+        case DataType::kHALF:
+            return launchTyped(__half{});
+        case DataType::kBF16:
+            return launchTyped(__nv_bfloat16{});
     }
     return cudaErrorInvalidValue;
 }
@@ -106,7 +106,7 @@ inline cudaLaunchAttribute clusterOf(unsigned blocks)
 //! `clusterX` above 1, that many blocks along x share their memory (compute capability 9.0 and above only).
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned clusterX, cudaStream_t stream,
-    Arguments... arguments)
+                   Arguments... arguments)
 {
     cudaLaunchAttribute cluster = clusterOf(clusterX);
 
@@ -125,4 +125,4 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
     return launch(kernel, grid, block, 1U, stream, arguments...);
 }
 
-} // namespace trocr
+}  // namespace trocr

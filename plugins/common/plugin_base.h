@@ -23,9 +23,9 @@ inline constexpr char const* kPLUGIN_NAMESPACE = "trocr";
 inline constexpr char const* kPLUGIN_VERSION = "1";
 
 //! What TensorRT asks of every plugin of this library: stateless ops on linear tensors, most of them of one type T,
-//! that of the first input unless told otherwise, whose kernels need no workspace. A plugin is defined by its attributes
-//! alone, and all sizes are read from the descriptions of each call: so a clone is complete when it has the attributes,
-//! and there is nothing to configure.
+//! that of the first input unless told otherwise, whose kernels need no workspace. A plugin is defined by its
+//! attributes alone, and all sizes are read from the descriptions of each call: so a clone is complete when it has the
+//! attributes, and there is nothing to configure.
 //!
 //! An op derives from PluginBase<Op, Attributes> and adds
 //!

@@ -18,9 +18,9 @@ namespace trocr
 template <int kSIZE>
 struct PartialSoftmax
 {
-    float maximum = -FLT_MAX; // finite: an empty part then merges without inf - inf
+    float maximum = -FLT_MAX;  // finite: an empty part then merges without inf - inf
     float sum = 0.0F;
-    float values[kSIZE] = {}; // sum of 2^(score - maximum) * value
+    float values[kSIZE] = {};  // sum of 2^(score - maximum) * value
 
     __device__ __forceinline__ void rescale(float newMaximum)
     {
@@ -49,9 +49,9 @@ struct SingleQueryAttention
 {
     static constexpr int kHEAD_DIM = kHEAD_DIM_;
     static constexpr int kWARPS = kWARPS_;
-    static constexpr int kUNROLL = kUNROLL_; //!< keys a group loads at once: 2 * kUNROLL loads in flight a lane
+    static constexpr int kUNROLL = kUNROLL_;  //!< keys a group loads at once: 2 * kUNROLL loads in flight a lane
     static constexpr int kSIZE = 16 / sizeof(T);
-    static constexpr int kLANES = kHEAD_DIM / kSIZE; //!< lanes a key
+    static constexpr int kLANES = kHEAD_DIM / kSIZE;  //!< lanes a key
     static constexpr int kGROUPS = kWARPS * kWARP_SIZE / kLANES;
     static constexpr int kKEYS_A_PASS = kGROUPS * kUNROLL;
     static constexpr int kTHREADS = kWARPS * kWARP_SIZE;
@@ -62,8 +62,8 @@ struct SingleQueryAttention
     //! Attends from `query` [d] to keys [begin, end). `keyRow(i)` and `valueRow(i)` are the addresses of row i [d].
     //! Leaves one partial a warp in `partials`; the caller synchronises before reading them.
     template <typename KeyRow, typename ValueRow>
-    static __device__ __forceinline__ void attend(
-        T const* query, KeyRow const& keyRow, ValueRow const& valueRow, int begin, int end, Partials& partials)
+    static __device__ __forceinline__ void attend(T const* query, KeyRow const& keyRow, ValueRow const& valueRow,
+                                                  int begin, int end, Partials& partials)
     {
         int const lane = threadIdx.x % kWARP_SIZE;
         int const warp = threadIdx.x / kWARP_SIZE;
@@ -87,7 +87,7 @@ struct SingleQueryAttention
 #pragma unroll
             for (int u = 0; u < kUNROLL; ++u)
             {
-                int const index = min(first + u * kGROUPS + group, end - 1); // beyond the end: weight 0 below
+                int const index = min(first + u * kGROUPS + group, end - 1);  // beyond the end: weight 0 below
                 keys[u] = __ldg(reinterpret_cast<uint4 const*>(keyRow(index) + column));
                 values[u] = __ldg(reinterpret_cast<uint4 const*>(valueRow(index) + column));
             }
@@ -190,4 +190,4 @@ struct SingleQueryAttention
     }
 };
 
-} // namespace trocr
+}  // namespace trocr

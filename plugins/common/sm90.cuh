@@ -127,8 +127,8 @@ __device__ __forceinline__ void prefetchTensorMap(CUtensorMap const* map)
 }
 
 //! cp.async.bulk.tensor.2d global -> shared: the box at (column, row) to `destination`; its bytes count on `barrier`.
-__device__ __forceinline__ void loadBox(
-    uint32_t destination, CUtensorMap const* map, int32_t column, int32_t row, uint32_t barrier)
+__device__ __forceinline__ void loadBox(uint32_t destination, CUtensorMap const* map, int32_t column, int32_t row,
+                                        uint32_t barrier)
 {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -138,8 +138,8 @@ __device__ __forceinline__ void loadBox(
 }
 
 //! The same, delivered to the same addresses (data and barrier) of every block of the cluster whose bit is in `blocks`.
-__device__ __forceinline__ void loadBoxMulticast(
-    uint32_t destination, CUtensorMap const* map, int32_t column, int32_t row, uint32_t barrier, uint16_t blocks)
+__device__ __forceinline__ void loadBoxMulticast(uint32_t destination, CUtensorMap const* map, int32_t column,
+                                                 int32_t row, uint32_t barrier, uint16_t blocks)
 {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
@@ -239,8 +239,8 @@ __device__ __forceinline__ void shrinkRegisters()
 //!   bits 62-63  1: 128-byte swizzle
 __device__ __forceinline__ uint64_t operandDescriptor(uint32_t address)
 {
-    return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (uint64_t{1} << 16) | (uint64_t{1024 >> 4} << 32)
-        | (uint64_t{1} << 62);
+    return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (uint64_t{1} << 16) | (uint64_t{1024 >> 4} << 32) |
+           (uint64_t{1} << 62);
 }
 
 //! wgmma.fence: before the first wgmma, and where registers it uses were touched.
@@ -265,42 +265,44 @@ __device__ __forceinline__ void wgmmaWait()
 template <typename T, int N>
 struct Wgmma;
 
-#define TROCR_D8(i)                                                                                                    \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
+#define TROCR_D8(i)                                                                                             \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define TROCR_D32(i) TROCR_D8(i), TROCR_D8(i + 8), TROCR_D8(i + 16), TROCR_D8(i + 24)
 
 // Places of the accumulators in the instruction's text: 0 to 31, 32 to 63, 64 to 95.
-#define TROCR_P0                                                                                                       \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"                                                            \
+#define TROCR_P0                                            \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15" \
     ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define TROCR_P32                                                                                                      \
-    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"                                                 \
+#define TROCR_P32                                                      \
+    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
     ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define TROCR_P64                                                                                                      \
-    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"                                                 \
+#define TROCR_P64                                                      \
+    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
     ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 
-#define TROCR_WGMMA(T, TYPES, N, PLACES, A, B, ACCUMULATE, ...)                                                        \
-    template <>                                                                                                        \
-    struct Wgmma<T, N>                                                                                                 \
-    {                                                                                                                  \
-        static __device__ __forceinline__ void run(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate)          \
-        {                                                                                                              \
-            asm volatile("{\n"                                                                                         \
-                         ".reg .pred p;\n"                                                                             \
-                         "setp.ne.b32 p, " ACCUMULATE ", 0;\n"                                                         \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" PLACES "}, " A ", " B            \
-                         ", p, 1, 1, 0, 0;\n"                                                                          \
-                         "}\n"                                                                                         \
-                         : __VA_ARGS__                                                                                 \
-                         : "l"(a), "l"(b), "r"(accumulate));                                                           \
-        }                                                                                                              \
+#define TROCR_WGMMA(T, TYPES, N, PLACES, A, B, ACCUMULATE, ...)                                               \
+    template <>                                                                                               \
+    struct Wgmma<T, N>                                                                                        \
+    {                                                                                                         \
+        static __device__ __forceinline__ void run(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) \
+        {                                                                                                     \
+            asm volatile(                                                                                     \
+                "{\n"                                                                                         \
+                ".reg .pred p;\n"                                                                             \
+                "setp.ne.b32 p, " ACCUMULATE                                                                  \
+                ", 0;\n"                                                                                      \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" PLACES "}, " A ", " B            \
+                ", p, 1, 1, 0, 0;\n"                                                                          \
+                "}\n"                                                                                         \
+                : __VA_ARGS__                                                                                 \
+                : "l"(a), "l"(b), "r"(accumulate));                                                           \
+        }                                                                                                     \
     };
-#define TROCR_WGMMAS(T, TYPES)                                                                                         \
-    TROCR_WGMMA(T, TYPES, 64, TROCR_P0, "%32", "%33", "%34", TROCR_D32(0))                                             \
-    TROCR_WGMMA(T, TYPES, 128, TROCR_P0 TROCR_P32, "%64", "%65", "%66", TROCR_D32(0), TROCR_D32(32))                   \
-    TROCR_WGMMA(T, TYPES, 192, TROCR_P0 TROCR_P32 TROCR_P64, "%96", "%97", "%98", TROCR_D32(0), TROCR_D32(32),         \
+#define TROCR_WGMMAS(T, TYPES)                                                                                 \
+    TROCR_WGMMA(T, TYPES, 64, TROCR_P0, "%32", "%33", "%34", TROCR_D32(0))                                     \
+    TROCR_WGMMA(T, TYPES, 128, TROCR_P0 TROCR_P32, "%64", "%65", "%66", TROCR_D32(0), TROCR_D32(32))           \
+    TROCR_WGMMA(T, TYPES, 192, TROCR_P0 TROCR_P32 TROCR_P64, "%96", "%97", "%98", TROCR_D32(0), TROCR_D32(32), \
                 TROCR_D32(64))
 TROCR_WGMMAS(__half, "f16.f16")
 TROCR_WGMMAS(__nv_bfloat16, "bf16.bf16")
@@ -324,4 +326,4 @@ __device__ __forceinline__ void wgmmaResult(float (&d)[N])
     }
 }
 
-} // namespace trocr::sm90
+}  // namespace trocr::sm90

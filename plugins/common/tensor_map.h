@@ -18,8 +18,8 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensorMapEncoder()
     {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found{};
-        cudaError_t const status = cudaGetDriverEntryPointByVersion(
-            "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+        cudaError_t const status =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
         bool const ok = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
         return ok ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function) : nullptr;
     }();
@@ -35,9 +35,8 @@ inline bool encodeMap(CUtensorMap& map, DataType type, void const* data, int row
     cuuint32_t const box[2] = {64, static_cast<cuuint32_t>(boxRows)};
     cuuint32_t const steps[2] = {1, 1};
     return tensorMapEncoder()(&map, format, 2, const_cast<void*>(data), sizes, strides, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
-        == CUDA_SUCCESS;
+                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-} // namespace trocr
+}  // namespace trocr

@@ -52,9 +52,10 @@ struct RegisterProduct;
 #define TROCR_P8(t) TROCR_P6(t) ",%" #t "6,%" #t "7"
 #define TROCR_P10(t) TROCR_P8(t) ",%" #t "8,%" #t "9"
 
-#define TROCR_STEP(N, TYPES, PLACES, A, B, ACCUMULATE)                                                               \
-    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" PLACES "}, " A ", " B ", " ACCUMULATE ", 1, 1, 0, " \
-                                                                                                       "0;\n"
+#define TROCR_STEP(N, TYPES, PLACES, A, B, ACCUMULATE)                                                 \
+    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" PLACES "}, " A ", " B ", " ACCUMULATE \
+    ", 1, 1, 0, "                                                                                      \
+    "0;\n"
 // In a descriptor, + 2 is the next 16 elements of K.
 #define TROCR_SHARED_PRODUCT(T, TYPES, N, PLACES, A, B, ...)                                                        \
     template <>                                                                                                     \
