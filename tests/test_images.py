@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor
 
 from runtime import images
 from runtime.generation import Generation
-from runtime.images import ImageError, load_image
+from runtime.images import ImageError, load_image, load_pixels
 from runtime.recognizer import Recognizer
 from tests.conftest import BUNDLED_MODEL
 
@@ -163,6 +163,38 @@ def test_exif_orientation(tmp_path: Path, orientation: int, transpose: Image.Tra
     file = tmp_path / f"line.{suffix}"
     text_line().transpose(transpose).save(file, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
     np.testing.assert_array_equal(pixels(load_image(file)), pixels(text_line()))
+
+
+@pytest.mark.parametrize(("orientation", "transpose"), STORED.items())
+def test_exif_orientation_of_a_crop(tmp_path: Path, orientation: int, transpose: Image.Transpose):
+    """An image that is no file any more, but was: what it knows of its orientation still counts."""
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    text_line().transpose(transpose).save(tmp_path / "line.png", exif=exif)
+    with Image.open(tmp_path / "line.png") as stored:
+        crop = stored.crop((0, 0, *stored.size))
+    assert type(crop) is Image.Image and crop.mode == "RGB"
+    assert np.array_equal(pixels(load_image(crop)), pixels(text_line()))
+
+
+def test_a_transparent_colour_of_an_image_that_is_no_file():
+    image = text_line()
+    image.info["transparency"] = background = (250, 245, 200)
+    found = load_pixels(image)
+    assert (found == 255).all(axis=2).any() and not (found == background).all(axis=2).any()
+
+
+def test_pixels():
+    """An array of the right kind is not copied; all else is what `load_image` makes of it."""
+    array = pixels(text_line())
+    assert load_pixels(array) is array
+    assert np.array_equal(load_pixels(text_line()), array)
+    for other in (text_line("L"), np.asarray(text_line("RGBA")), np.asarray(text_line("L"))[:, :, None]):
+        assert np.array_equal(load_pixels(other), pixels(load_image(other)))
+    with pytest.raises(ImageError, match="image 3: 0x32 pixels"):
+        load_pixels(array[:, :0], "image 3")
+    with pytest.raises(ImageError, match="image 3: an array of shape"):
+        load_pixels(array.astype(np.float32), "image 3")
 
 
 def test_first_page_of_a_tiff(tmp_path: Path):
