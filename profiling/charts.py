@@ -219,7 +219,7 @@ def speedup_chart(records: Sequence[Record]) -> Figure:
 
 def headline_chart(models: Sequence[Sequence[Record]]) -> Figure:
     """Lines a second of every variant: a row a model; encoder and end to end, smallest and largest batch."""
-    figure = Figure(figsize=(13, 0.8 + 1.5 * len(models)), layout="constrained")
+    figure = Figure(figsize=(13, 0.8 + 1.7 * len(models)), layout="constrained")
     grid = figure.subplots(len(models), 4, squeeze=False)
     for row, records in zip(grid, models, strict=True):
         row[0].set_ylabel(f"{records[0].model}\n{records[0].gpu.removeprefix('NVIDIA ')}", fontsize=8)
@@ -242,7 +242,7 @@ def _headline_panel(axes, records: Sequence[Record]) -> None:
     labels = [NAMES[record.variant] for record in bars]
     drawn = axes.barh(labels, [r.lines_per_s for r in bars], color=[COLOURS[r.variant] for r in bars])
     axes.bar_label(drawn, [f"{record.lines_per_s:,.0f}" for record in bars], padding=3, fontsize=8)
-    axes.set_title(f"{PARTS[bars[0].part]}, batch {bars[0].batch}", fontsize=9)
+    axes.set_title(f"{PARTS[bars[0].part]},\nbatch {bars[0].batch}", fontsize=9)
     axes.margins(x=0.3)
     axes.grid(visible=False)
     axes.tick_params(labelsize=8)
