@@ -218,31 +218,37 @@ def speedup_chart(records: Sequence[Record]) -> Figure:
 
 
 def headline_chart(models: Sequence[Sequence[Record]]) -> Figure:
-    """Lines a second of every variant: a row a model; encoder and end to end, smallest and largest batch."""
-    figure = Figure(figsize=(13, 0.8 + 1.7 * len(models)), layout="constrained")
-    grid = figure.subplots(len(models), 4, squeeze=False)
+    """Lines a second, a row a model: encoder and end to end at the smallest and largest batch, and a page.
+
+    A page is each variant's at the batch size that suits it best.
+    """
+    figure = Figure(figsize=(15, 0.8 + 1.7 * len(models)), layout="constrained")
+    grid = figure.subplots(len(models), 5, squeeze=False)
     for row, records in zip(grid, models, strict=True):
         row[0].set_ylabel(f"{records[0].model}\n{records[0].gpu.removeprefix('NVIDIA ')}", fontsize=8)
-        for axes, part in zip((row[:2], row[2:]), ("encoder", "end_to_end"), strict=True):
+        for axes, part in zip((row[:2], row[2:4]), ("encoder", "end_to_end"), strict=True):
             found = [record for record in records if record.part == part]
             found = [record for record in found if record.tokens == usual_tokens(found)]
             batches = sorted({record.batch for record in found})
             for panel, batch in zip(axes, (batches[:1] + batches[1:][-1:]), strict=False):
-                _headline_panel(panel, [record for record in found if record.batch == batch])
+                of_batch = [record for record in found if record.batch == batch]
+                _headline_panel(panel, of_batch, f"{PARTS[part]},\nbatch {batch}")
+        if pages := [record for record in records if record.part == "page"]:
+            _headline_panel(row[4], pages, f"A page of {pages[0].lines} lines,\nimages to texts")
     for axes in grid.flat:
         axes.set_visible(axes.has_data())
     figure.suptitle("Lines a second")
     return figure
 
 
-def _headline_panel(axes, records: Sequence[Record]) -> None:
-    """One part at one batch: a bar a variant, in its fastest precision."""
+def _headline_panel(axes, records: Sequence[Record], title: str) -> None:
+    """A bar a variant, of its fastest record."""
     fastest = {record.variant: record for record in sorted(records, key=lambda record: record.lines_per_s)}
     bars = [fastest[variant] for variant in reversed(VARIANTS) if variant in fastest]
     labels = [NAMES[record.variant] for record in bars]
     drawn = axes.barh(labels, [r.lines_per_s for r in bars], color=[COLOURS[r.variant] for r in bars])
     axes.bar_label(drawn, [f"{record.lines_per_s:,.0f}" for record in bars], padding=3, fontsize=8)
-    axes.set_title(f"{PARTS[bars[0].part]},\nbatch {bars[0].batch}", fontsize=9)
+    axes.set_title(title, fontsize=9)
     axes.margins(x=0.3)
     axes.grid(visible=False)
     axes.tick_params(labelsize=8)
