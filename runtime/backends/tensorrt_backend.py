@@ -164,8 +164,9 @@ class TensorRTBackend(Backend):
         self._kernels = optional_kernels()
         self._greedy = None
         if greedy_kernels and self._kernels is not None:
+            slots = min(self.max_batch, GREEDY_MOST_WIDE) if self._head_dim == 64 else GREEDY_SLOTS
             self._greedy = GreedyKernels.load(
-                self._kernels, folder, self.manifest, self.device, GREEDY_SLOTS, self.max_steps
+                self._kernels, folder, self.manifest, self.device, slots, self.max_steps
             )
         _, _, pixels_shape = self.encoder.profile("pixel_values")
         cross_shape = (self._heads, encoder.num_tokens, self._head_dim)
