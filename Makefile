@@ -3,7 +3,7 @@
 #   make run         recognise the bundled sample lines (builds plugins and engines first where there is an NVIDIA GPU)
 #   make test        build the plugin library and run every test that this machine can run
 #   make gpu-check   on a GPU machine: tests, stock and fused engines, accuracy, benches -> results/<gpu>/
-#   make gpu-sweep   there: more batches and tokens, TensorRT-RTX, errors tensor by tensor; after gpu-check
+#   make gpu-sweep   there, after gpu-check: more batches, tokens and peers, single kernels, errors tensor by tensor
 #   make family      there: every published configuration at full size, with random weights
 #   make sanitize    there: every kernel under compute-sanitizer
 #
