@@ -1,0 +1,2 @@
+# seconds: 8
+timeout 8 ./v4
