@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graph_surgery.passes.base import NewNode, sibling_name
+from graph_surgery.passes.base import NewNode, named_after, sibling_name
 from graph_surgery.passes.matching import (
     Mismatch,
+    bias_or_zeros,
     close,
     describe,
     last_axis,
@@ -222,22 +223,16 @@ def pack_projections(
     def rows(name: str) -> gs.Variable:
         return gs.Variable(f"{sibling_name(softmax, name)}_output_0", dtype, [*shape(x)[:-1], 3 * width])
 
-    def weights(name: str) -> str:
-        return sibling_name(softmax, name).strip("/").replace("/", ".")
-
-    packed = gs.Constant(
-        weights("qkv_proj.weight"),
-        np.concatenate([projection.weight.values for projection in projections], axis=1),
+    module = sibling_name(softmax, "qkv_proj")
+    packed = named_after(
+        module, "weight", np.concatenate([projection.weight.values for projection in projections], axis=1)
     )
     matmuls = [projection.nodes[-1] for projection in projections]
     qkv = rows("qkv_proj/MatMul")
     new_nodes = [NewNode("MatMul", sibling_name(softmax, "qkv_proj/MatMul"), [x, packed], [qkv], matmuls)]
     if any(projection.bias is not None for projection in projections):
-        biases = [
-            np.zeros(width, packed.values.dtype) if projection.bias is None else projection.bias.values
-            for projection in projections
-        ]
-        bias = gs.Constant(weights("qkv_proj.bias"), np.concatenate(biases))
+        biases = [bias_or_zeros(projection.bias, projection.weight) for projection in projections]
+        bias = named_after(module, "bias", np.concatenate(biases))
         adds = [node for projection in projections for node in projection.nodes[:-1]]
         biased = rows("qkv_proj/Add")
         new_nodes.append(NewNode("Add", sibling_name(softmax, "qkv_proj/Add"), [qkv, bias], [biased], adds))

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from graph_surgery.checkpoint import ModelSpec
@@ -123,6 +124,11 @@ class FusionPass(ABC):
 def sibling_name(node: gs.Node, name: str) -> str:
     """A name beside `node` in the module tree of the exporter's node names."""
     return posixpath.join(posixpath.dirname(node.name), name)
+
+
+def named_after(node_name: str, name: str, values: np.ndarray) -> gs.Constant:
+    """A constant named as PyTorch names weights: layers.3.attention.o_proj.MatMul.weight."""
+    return gs.Constant(f"{node_name.strip('/').replace('/', '.')}.{name}", values)
 
 
 def _exchange(graph: gs.Graph, new: NewNode) -> None:

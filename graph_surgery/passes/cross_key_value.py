@@ -8,8 +8,8 @@ import onnx_graphsurgeon as gs
 from graph_surgery.checkpoint import ModelSpec
 from graph_surgery.fused_ops import CROSS_KEY_VALUE
 from graph_surgery.passes.attention import Heads, trace_heads, trace_projection
-from graph_surgery.passes.base import FusionPass, NewNode
-from graph_surgery.passes.matching import Mismatch
+from graph_surgery.passes.base import FusionPass, NewNode, named_after
+from graph_surgery.passes.matching import Mismatch, bias_or_zeros
 
 KEY, VALUE = ".key", ".value"  # how the names of the graph's outputs end
 HEAD_STEP = 8  # the kernels move eight elements of a head at once
@@ -42,19 +42,15 @@ class CrossKeyValuePass(FusionPass):
         if projections[0].x is not projections[1].x:
             raise Mismatch("keys and values are projections of different tensors")
         weights = [projection.weight.values.T for projection in projections]
-        biases = [
-            np.zeros(len(weight)) if projection.bias is None else projection.bias.values
-            for weight, projection in zip(weights, projections, strict=True)
-        ]
+        biases = [bias_or_zeros(projection.bias, projection.weight) for projection in projections]
         if weights[0].shape[1] % HEAD_STEP:
             raise Mismatch(f"the products are of {weights[0].shape[1]} inputs, not a multiple of {HEAD_STEP}")
-        stem = anchor.name.strip("/").replace("/", ".")
         fused = self.fused_node(
             anchor,
             [
                 projections[0].x,
-                gs.Constant(f"{stem}.weight", np.ascontiguousarray(np.concatenate(weights))),
-                gs.Constant(f"{stem}.bias", np.concatenate(biases).astype(np.float32)),
+                named_after(anchor.name, "weight", np.ascontiguousarray(np.concatenate(weights))),
+                named_after(anchor.name, "bias", np.concatenate(biases).astype(np.float32)),
             ],
             [key, value],
             [*keys.nodes, *values.nodes, *projections[0].nodes, *projections[1].nodes],

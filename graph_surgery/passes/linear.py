@@ -14,11 +14,12 @@ from graph_surgery.fused_ops import (
     STATISTICS_WIDTH,
 )
 from graph_surgery.passes.attention import Projection, trace_projection
-from graph_surgery.passes.base import FusionPass, NewNode
+from graph_surgery.passes.base import FusionPass, NewNode, named_after
 from graph_surgery.passes.bias_activation import match_erf_gelu
 from graph_surgery.passes.layernorm import ONNX_DEFAULT_EPSILON
 from graph_surgery.passes.matching import (
     Mismatch,
+    bias_or_zeros,
     describe,
     last_axis,
     producer,
@@ -100,13 +101,13 @@ class LinearPass(FusionPass):
         weight = product.weight.values.T
         outputs, inputs = weight.shape
         _require_sizes(matmul, inputs, outputs)
-        bias = np.zeros(outputs) if product.bias is None else product.bias.values
+        bias = bias_or_zeros(product.bias, product.weight)
         return self.fused_node(
             matmul,
             [
                 product.x,
-                _constant(matmul, "weight", np.ascontiguousarray(weight)),
-                _constant(matmul, "bias", bias.astype(np.float32)),
+                named_after(matmul.name, "weight", np.ascontiguousarray(weight)),
+                named_after(matmul.name, "bias", bias.astype(np.float32)),
                 residual,
             ],
             [y, statistics],
@@ -132,7 +133,7 @@ class LinearPass(FusionPass):
         weight_sum = weight.astype(np.float64).sum(axis=1)
         if not np.isfinite(weight_sum).all():
             raise Mismatch(f"gamma times the weight of {describe(product.matmul)} overflows {weight.dtype}")
-        bias = np.zeros(outputs) if product.bias is None else product.bias.values.astype(np.float64)
+        bias = bias_or_zeros(product.bias, product.weight).astype(np.float64)
         if beta is not None:
             bias = bias + beta.values.astype(np.float64) @ wide_weight
         return self.fused_node(
@@ -140,9 +141,9 @@ class LinearPass(FusionPass):
             [
                 x,
                 statistics,
-                _constant(product.matmul, "weight", weight),
-                _constant(product.matmul, "weight_sum", weight_sum.astype(np.float32)),
-                _constant(product.matmul, "bias", bias.astype(np.float32)),
+                named_after(product.matmul.name, "weight", weight),
+                named_after(product.matmul.name, "weight_sum", weight_sum.astype(np.float32)),
+                named_after(product.matmul.name, "bias", bias.astype(np.float32)),
             ],
             [product.y],
             replaces,
@@ -209,7 +210,3 @@ def _require_sizes(matmul: gs.Node, inputs: int, outputs: int) -> None:
             f"{describe(matmul)} has a weight [{inputs}, {outputs}], "
             f"sizes that are not both multiples of {STATISTICS_WIDTH}"
         )
-
-
-def _constant(matmul: gs.Node, name: str, values: np.ndarray) -> gs.Constant:
-    return gs.Constant(f"{matmul.name.strip('/').replace('/', '.')}.{name}", values)

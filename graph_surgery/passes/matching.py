@@ -76,6 +76,11 @@ def split_bias(node: gs.Node | None) -> tuple[gs.Tensor, gs.Constant] | None:
     return None
 
 
+def bias_or_zeros(bias: gs.Constant | None, weight: gs.Constant) -> np.ndarray:
+    """The bias [out] of a product with a weight [in, out]; zeros of the weight's type where it has none."""
+    return np.zeros(weight.shape[1], weight.values.dtype) if bias is None else bias.values
+
+
 def close(value: float, expected: float, dtype: np.dtype | int) -> bool:
     """Whether `value`, read from a graph of this type, is `expected` up to the roundings of two factors."""
     # graphsurgeon names the types that NumPy lacks by ONNX's number.
