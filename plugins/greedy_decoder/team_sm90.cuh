@@ -244,16 +244,6 @@ struct Ring
 // the right operand. An input's place in a step is free as long as both operands agree, so lane (g, t) = (lane / 4,
 // lane % 4) takes inputs 8 t to 8 t + 7 of row g with one 16-byte read.
 
-__device__ __forceinline__ uint4 readShared(uint32_t address)
-{
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
-
 //! c [16 outputs, 8 rows] = kUNITS units at `weights` times as many chunks of 32 inputs of the rows at `rows`; both
 //! shared addresses, of this lane.
 template <typename T, int kUNITS>
@@ -264,9 +254,9 @@ __device__ __forceinline__ void multiply(float (&c)[4], uint32_t weights, uint32
 #pragma unroll
     for (int unit = 0; unit < kUNITS; ++unit)
     {
-        uint4 const first = readShared(weights + unit * kUNIT_BYTES);
-        uint4 const second = readShared(weights + unit * kUNIT_BYTES + kUNIT_BYTES / 2);
-        uint4 const x = readShared(rows + unit * 64);
+        uint4 const first = sm90::loadShared(weights + unit * kUNIT_BYTES);
+        uint4 const second = sm90::loadShared(weights + unit * kUNIT_BYTES + kUNIT_BYTES / 2);
+        uint4 const x = sm90::loadShared(rows + unit * 64);
         multiplyAdd<T>(c, {first.x, first.y, first.z, first.w}, x.x, x.y);
         multiplyAdd<T>(odd, {second.x, second.y, second.z, second.w}, x.z, x.w);
     }
@@ -311,7 +301,7 @@ struct Attention
 #pragma unroll
         for (int half = 0; half < 2; ++half)
         {
-            uint4 const key = readShared(keys + half * 8 * kHEAD * 2);
+            uint4 const key = sm90::loadShared(keys + half * 8 * kHEAD * 2);
             float c[4] = {};
             multiplyAdd<T>(c, {query.x, query.x, query.y, query.y}, key.x, key.y);
             multiplyAdd<T>(c, {query.z, query.z, query.w, query.w}, key.z, key.w);
@@ -785,7 +775,7 @@ struct Block
         int const newest = positions()[row];
         size_t const cache = inCache(layer, row);
         int const scratch = Layout::scratch + warp() * (2 * 16 * kHEAD * 2);
-        uint4 const query = readShared(base() + Layout::qkv + row * 3 * kHEAD * 2 + lane() % 4 * 16);
+        uint4 const query = sm90::loadShared(base() + Layout::qkv + row * 3 * kHEAD * 2 + lane() % 4 * 16);
         Attention<T> attention;
         attention.begin();
 #pragma unroll 1
@@ -837,7 +827,7 @@ struct Block
             {
                 continue;
             }
-            uint4 const query = readShared(base() + Layout::qkv + row * kHEAD * 2 + lane() % 4 * 16);
+            uint4 const query = sm90::loadShared(base() + Layout::qkv + row * kHEAD * 2 + lane() % 4 * 16);
             Attention<T> attention;
             attention.begin();
 #pragma unroll 1
@@ -1084,7 +1074,7 @@ struct Block
 #pragma unroll
         for (int chunk = 0; chunk < kWIDTH / 32; ++chunk)
         {
-            x[chunk] = readShared(row + chunk * 64);
+            x[chunk] = sm90::loadShared(row + chunk * 64);
         }
         Choice best[2] = {{kNO_SCORE, 0, 0.0F}, {kNO_SCORE, 0, 0.0F}};
         int turn = part / 2;  // this warp's, when it is 0
@@ -1111,8 +1101,8 @@ struct Block
 #pragma unroll
                 for (int chunk = 0; chunk < kWIDTH / 32; ++chunk)
                 {
-                    uint4 const first = readShared(weights + chunk * kUNIT_BYTES);
-                    uint4 const second = readShared(weights + chunk * kUNIT_BYTES + kUNIT_BYTES / 2);
+                    uint4 const first = sm90::loadShared(weights + chunk * kUNIT_BYTES);
+                    uint4 const second = sm90::loadShared(weights + chunk * kUNIT_BYTES + kUNIT_BYTES / 2);
                     multiplyAdd<T>(c, {first.x, first.y, first.z, first.w}, x[chunk].x, x[chunk].y);
                     multiplyAdd<T>(odd, {second.x, second.y, second.z, second.w}, x[chunk].z, x[chunk].w);
                 }
