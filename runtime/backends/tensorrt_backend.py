@@ -164,13 +164,12 @@ class TensorRTBackend(Backend):
         self._kernels = optional_kernels()
         self._greedy = None
         if greedy_kernels and self._kernels is not None:
-            slots = min(self.max_batch, GREEDY_MOST_WIDE) if self._head_dim == 64 else GREEDY_SLOTS
             self._greedy = GreedyKernels.load(
-                self._kernels, folder, self.manifest, self.device, slots, self.max_steps
+                self._kernels, folder, self.manifest, self.device, self.max_batch, self.max_steps
             )
         _, _, pixels_shape = self.encoder.profile("pixel_values")
-        cross_shape = (self._heads, encoder.num_tokens, self._head_dim)
-        self._max_lines = self._most_lines(pixels_shape[1:], cross_shape)
+        self._cross_shape = (self._heads, encoder.num_tokens, self._head_dim)
+        self._max_lines = self._most_lines(pixels_shape[1:])
 
         def buffer(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -202,18 +201,19 @@ class TensorRTBackend(Backend):
         self._encode_pool = torch.cuda.graph_pool_handle()
         self._step_pool = torch.cuda.graph_pool_handle()
 
-    def _most_lines(self, pixels: Sequence[int], cross: Sequence[int]) -> int:
+    def _most_lines(self, pixels: Sequence[int]) -> int:
         """The most lines that are encoded for one search.
 
         More than the engines' largest batch where the greedy decoder takes them and TensorRT can begin at any
         image's pixels, keys and values.
         """
         types = (self.encoder.dtypes[name] for name in ("pixel_values", "last_hidden_state"))
-        sizes = [math.prod(s) * t.itemsize for s, t in zip((pixels, cross), types, strict=True)]
+        shapes = (pixels, self._cross_shape)
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, types, strict=True)]
         divisible = (
             all(size % ALIGNMENT == 0 for size in sizes) and 2 * self.encoder.min_batch <= self.max_batch
         )
-        if self._greedy is None or self._head_dim == 64 or not divisible:
+        if self._greedy is None or self._greedy.most_images is not None or not divisible:
             return self.max_batch
         return max(self.max_batch, GREEDY_LINES)
 
@@ -221,10 +221,9 @@ class TensorRTBackend(Backend):
         return self._max_lines if whole and beams == 1 else super().largest_batch(beams)
 
     def _cross_buffers(self, rows: int) -> dict[str, torch.Tensor]:
-        shape = (rows, self._heads, self.spec.encoder.num_tokens, self._head_dim)
         dtype = self.encoder.dtypes["last_hidden_state"]
         return {
-            f"{layer}.encoder.{kind}": torch.zeros(shape, dtype=dtype, device=self.device)
+            f"{layer}.encoder.{kind}": torch.zeros(rows, *self._cross_shape, dtype=dtype, device=self.device)
             for layer, kind in self._tensors
         }
 
@@ -331,7 +330,7 @@ class TensorRTBackend(Backend):
         return selected
 
     def greedy(self, encoding: Encoding, max_new_tokens: int, stop: bool = True) -> GreedyResult | None:
-        if self._greedy is None or (self._head_dim == 64 and encoding.images > GREEDY_MOST_WIDE):
+        if self._greedy is None or not self._greedy.takes(encoding.images):
             return None
         torch.cuda.current_stream().wait_event(encoding.ready)
         with stage("greedy search", (encoding.images, max_new_tokens)):
@@ -423,11 +422,15 @@ class GreedyKernels:
     """The CUDA greedy decoder with one folder's weights.
 
     Its outputs are one set of tensors for each number of images: addresses are part of the decoder's graphs.
+
+    Attributes:
+        most_images: that it is given at a time; None: any number.
     """
 
-    def __init__(self, decoder: GreedyDecoder, layers: int):
+    def __init__(self, decoder: GreedyDecoder, layers: int, most_images: int | None):
         self._decoder = decoder
         self._layers = layers
+        self.most_images = most_images
         self._outputs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     @classmethod
@@ -437,7 +440,7 @@ class GreedyKernels:
         folder: Path | str,
         manifest: Manifest,
         device: torch.device,
-        slots: int,
+        max_batch: int,
         max_new_tokens: int,
     ) -> GreedyKernels | None:
         """None where the folder has no weights for it, or the GPU or the decoder's sizes are not served.
@@ -453,7 +456,14 @@ class GreedyKernels:
             raise EngineError(str(error)) from error
         if kernels.greedy_decoder_obstacle(config) is not None:
             return None
-        return cls(GreedyDecoder(kernels, weights, config, slots, max_new_tokens), config["num_layers"])
+        wide = config["hidden_size"] == 64 * config["num_heads"]
+        most_images = min(GREEDY_MOST_WIDE, max_batch) if wide else None
+        decoder = GreedyDecoder(kernels, weights, config, most_images or GREEDY_SLOTS, max_new_tokens)
+        return cls(decoder, config["num_layers"], most_images)
+
+    def takes(self, images: int) -> bool:
+        """Whether one search of so many images is faster here than step by step."""
+        return self.most_images is None or images <= self.most_images
 
     def __call__(
         self, cross: dict[str, torch.Tensor], images: int, max_new_tokens: int, stop: bool
