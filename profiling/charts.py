@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from profiling.records import ROOT, VARIANTS, Record, RecordError, latest, read, usual_tokens
+from profiling.records import ROOT, VARIANTS, Record, RecordError, latest, read_all, usual_tokens
 
 STYLE = {
     "svg.hashsalt": "trocr",
@@ -65,10 +65,12 @@ def charts(results: Path) -> dict[str, Figure]:
     Raises RecordError for a file that holds something else.
     """
     figures: dict[str, Figure] = {}
-    for file in sorted(results.glob("*/*/bench.json")):
-        records = [record for record in read(file) if record.num_beams == 1]
-        if not records:
-            continue
+    greedy = {
+        file: [record for record in records if record.num_beams == 1]
+        for file, records in read_all(results).items()
+    }
+    measured = {file: records for file, records in greedy.items() if records}
+    for file, records in measured.items():
         folder = file.parent.relative_to(results).as_posix()
         for part in PARTS:
             of_part = [record for record in records if record.part == part]
@@ -85,9 +87,8 @@ def charts(results: Path) -> dict[str, Figure]:
     for file in sorted(results.glob("*/*/tensors/tensors.json")):
         folder = file.parent.parent.relative_to(results).as_posix()
         figures[f"{folder}/tensors.svg"] = tensors_chart(_read(file))
-    models = [[record for record in read(file) if record.num_beams == 1] for file in latest(results)]
-    if any(models):
-        figures["headline.svg"] = headline_chart([records for records in models if records])
+    if measured:
+        figures["headline.svg"] = headline_chart([measured[file] for file in latest(measured)])
     return figures
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,11 +118,16 @@ def merged(old: Sequence[Record], new: Sequence[Record]) -> list[Record]:
     return sorted(by_case.values(), key=lambda record: PARTS.index(record.part))
 
 
-def latest(results: Path) -> list[Path]:
-    """Of each model the bench.json, results/<gpu>/<model>/bench.json, of the GPU it was measured on last."""
+def read_all(results: Path) -> dict[Path, list[Record]]:
+    """The records of every results/<gpu>/<model>/bench.json; raises RecordError as `read` does."""
+    return {bench: read(bench) for bench in sorted(results.glob("*/*/bench.json"))}
+
+
+def latest(measured: Mapping[Path, Sequence[Record]]) -> list[Path]:
+    """Of each model's bench.json, as `read_all` gives them, that of the GPU it was measured on last."""
     found: dict[str, tuple[str, Path]] = {}
-    for bench in sorted(results.glob("*/*/bench.json")):
-        date = max((record.date for record in read(bench)), default="")
+    for bench, records in measured.items():
+        date = max((record.date for record in records), default="")
         found[bench.parent.name] = max(found.get(bench.parent.name, ("", bench)), (date, bench))
     return [bench for _, bench in found.values()]
 

@@ -29,7 +29,7 @@ from typing import Any
 import tabulate as tabulate_module
 from tabulate import tabulate
 
-from profiling.records import PARTS, ROOT, VARIANTS, Record, RecordError, latest, read, usual_tokens
+from profiling.records import PARTS, ROOT, VARIANTS, Record, RecordError, latest, read, read_all, usual_tokens
 
 README_BEGIN = "<!-- results: written by python -m profiling.summary --readme -->"
 README_END = "<!-- end of results -->"
@@ -277,9 +277,10 @@ def summarize(folder: Path) -> str:
 def headline(results: Path) -> str:
     """The tables for README.md: of every model, where it was measured last."""
     lines = []
-    newest = latest(results)
+    measured = read_all(results)
+    newest = latest(measured)
     for bench in newest:
-        folder, records = bench.parent, read(bench)
+        folder, records = bench.parent, measured[bench]
         link = folder.relative_to(results.parent).as_posix()
         lines += [f"### {records[0].model} on {records[0].gpu}", ""]
         for part, unit in (("encoder", "ms a batch"), ("end_to_end", "ms a batch"), ("page", "s a page")):
@@ -291,7 +292,7 @@ def headline(results: Path) -> str:
         if load := _content(folder / "load.json"):
             lines += ["Lines that arrive at random moments, from arrival to text:", "", load_table(load), ""]
         lines += [f"All parts, versions and the command of each figure: [{link}]({link}/summary.md).", ""]
-    others = [bench.parent for bench in sorted(results.glob("*/*/bench.json")) if bench not in newest]
+    others = [bench.parent for bench in measured if bench not in newest]
     if others:
         links = [folder.relative_to(results.parent).as_posix() for folder in others]
         lines += [

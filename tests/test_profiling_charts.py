@@ -110,7 +110,7 @@ def test_the_headline_has_each_model_where_it_was_measured_last(tmp_path: Path):
     ):
         dated = dataclasses.replace(record(), model=model, gpu=gpu, date=date)
         records.write([dated], tmp_path / gpu / model / "bench.json")
-    assert [file.relative_to(tmp_path).parts[:2] for file in records.latest(tmp_path)] == [
+    assert [file.relative_to(tmp_path).parts[:2] for file in records.latest(records.read_all(tmp_path))] == [
         ("new", "m"),
         ("old", "n"),
     ]
