@@ -1,6 +1,6 @@
 """Every kernel of `trocr_kernels` under compute-sanitizer: memcheck, racecheck, initcheck and synccheck.
 
-    python -m profiling.sanitize --out results/nvidia-h200/sanitizer.json
+    python -m profiling.sanitize                       into results/<gpu>/sanitizer.json
     python -m profiling.sanitize --kernels linear,patch_embedding --tools memcheck
 
 Every kernel and tool is a process of its own, several at a time: one that hangs, or that the tool cannot
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -418,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tools", type=choice(TOOLS), default=list(TOOLS), help="default: all")
     parser.add_argument("--seconds", type=float, default=90, help="of one process (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=6, help="processes at a time (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="write the findings to this JSON file")
+    parser.add_argument("--out", type=Path, help="default: results/<gpu>/sanitizer.json")
     parser.add_argument("--call", choices=KERNELS, help=argparse.SUPPRESS)  # in the child
     options = parser.parse_args(arguments)
     if options.call:
@@ -431,24 +432,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if shutil.which("compute-sanitizer") is None:
             raise RuntimeError("no compute-sanitizer on PATH; it comes with the CUDA toolkit")
-        if current_gpu() is None:
+        gpu = current_gpu()
+        if gpu is None:
             raise RuntimeError("no NVIDIA GPU can be used here, and the kernels run on one only")
         load_kernels()
     except (ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
+    out = options.out or ROOT / "results" / gpu.slug / "sanitizer.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    here = asdict(
+        environment(shlex.join(["python", "-m", "profiling.sanitize", *(arguments or sys.argv[1:])]))
+    )
     places = [(kernel, tool) for kernel in options.kernels for tool in options.tools]
     findings = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for finding in pool.map(lambda place: check(*place, options.seconds), places):
             findings.append(finding)
             print(f"{finding.kernel} {finding.tool}: {finding.status}, {finding.seconds:.0f} s", flush=True)
-            if options.out:  # anew after each, so that a run that is stopped leaves what it found
-                here = environment("python -m profiling.sanitize")
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                content = asdict(here) | {"findings": [asdict(found) for found in findings]}
-                options.out.write_text(json.dumps(content, indent=1) + "\n")
+            # Anew after each, so that a run that is stopped leaves what it found.
+            content = here | {"findings": [asdict(found) for found in findings]}
+            out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(table(findings))
     for finding in findings:
         if finding.status != "clean":

@@ -20,6 +20,7 @@ from profiling.sanitize import (
     sanitizer_command,
     table,
 )
+from runtime.gpu import Gpu
 
 CLEAN = f"========= COMPUTE-SANITIZER\n{DONE}\n========= ERROR SUMMARY: 0 errors\n"
 RACES = f"""========= COMPUTE-SANITIZER
@@ -99,7 +100,7 @@ def test_only_our_kernels_are_checked():
 
 def test_every_finding_is_written(on_path: Path, tmp_path: Path, monkeypatch, capsys):
     fake(on_path, f"sys.stdout.write({CLEAN!r} if 'memcheck' in sys.argv else {RACES!r})")
-    monkeypatch.setattr("runtime.gpu.current_gpu", lambda: object())
+    monkeypatch.setattr("runtime.gpu.current_gpu", lambda: Gpu("NVIDIA H200", "9.0", "13.0"))
     monkeypatch.setattr("runtime.kernels.load_kernels", lambda: None)
     monkeypatch.setattr(sanitize, "environment", lambda command: Finding("", "", command, 0, 0, []))
     out = tmp_path / "out" / "sanitizer.json"
@@ -113,7 +114,9 @@ def test_every_finding_is_written(on_path: Path, tmp_path: Path, monkeypatch, ca
         ("layernorm", "racecheck", "found"),
     ]
     assert "Race reported" in capsys.readouterr().out
+    monkeypatch.setattr(sanitize, "ROOT", tmp_path)
     assert main([*options[:2], "--tools", "memcheck"]) == 0
+    assert (tmp_path / "results" / "nvidia-h200" / "sanitizer.json").is_file()
 
 
 def test_table():
