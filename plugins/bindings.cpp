@@ -323,6 +323,7 @@ GreedyDecoderConfig parseGreedyConfig(py::dict const& config)
     parsed.ffnWidth = integer("ffn_size");
     parsed.vocabulary = integer("vocab_size");
     parsed.sourceLength = integer("source_length");
+    parsed.encoderWidth = config.contains("encoder_size") ? integer("encoder_size") : 0;
     parsed.positions = integer("max_positions");
     parsed.gelu = parseActivation(op, py::cast<std::string>(config["activation"])) == Activation::kGELU;
     parsed.embeddingNorm = integer("embedding_norm") != 0;
@@ -339,11 +340,20 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(py::dict const& config, py::dic
                                                  int32_t capacity)
 {
     std::string const op = "greedy_decoder";
-    GreedyDecoderConfig const parsed = parseGreedyConfig(config);
+    GreedyDecoderConfig parsed = parseGreedyConfig(config);
     char const* reason = nullptr;
     if (!canDecodeGreedily(parsed, &reason))
     {
         fail(op, reason);
+    }
+    bool const statesToo = weights.contains("cross_keys");
+    if (!statesToo)
+    {
+        parsed.encoderWidth = 0;
+    }
+    else if (!canAttendToStates(parsed, &reason))
+    {
+        fail(op, "cannot attend to the encoder's states because " + std::string(reason));
     }
     if (maxSlots < 1 || capacity < 1)
     {
@@ -366,10 +376,18 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(py::dict const& config, py::dic
                                      pointer("embedding_norm"), pointer("embedding"), pointer("position_embedding")};
             return makeTeamDecoder(parsed, packed, maxSlots, capacity);
         }
-        ChainWeights const packed{pointer("self"),         pointer("cross"),
-                                  pointer("feed_forward"), static_cast<float const*>(pointer("feed_forward_bias")),
-                                  pointer("head"),         pointer("norms"),
-                                  pointer("embedding"),    pointer("position_embedding")};
+        auto const forStates = [&](char const* name) { return statesToo ? pointer(name) : nullptr; };
+        ChainWeights const packed{pointer("self"),
+                                  pointer("cross"),
+                                  pointer("feed_forward"),
+                                  static_cast<float const*>(pointer("feed_forward_bias")),
+                                  forStates("cross_keys"),
+                                  forStates("cross_values"),
+                                  static_cast<float const*>(forStates("cross_value_bias")),
+                                  pointer("head"),
+                                  pointer("norms"),
+                                  pointer("embedding"),
+                                  pointer("position_embedding")};
         return makeChainDecoder(parsed, packed, maxSlots, capacity);
     };
     std::unique_ptr<GreedyDecoder> decoder = make();
@@ -381,8 +399,8 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(py::dict const& config, py::dic
 }
 
 void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std::vector<uintptr_t> const& crossKeys,
-                      std::vector<uintptr_t> const& crossValues, uintptr_t tokens, uintptr_t logProbs,
-                      uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
+                      std::vector<uintptr_t> const& crossValues, uintptr_t states, uintptr_t tokens,
+                      uintptr_t logProbs, uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
 {
     std::string const op = "greedy_decoder";
     auto const layers = static_cast<size_t>(decoder.config().layers);
@@ -394,9 +412,18 @@ void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std:
     {
         fail(op, "max_new_tokens is not in 1 to the capacity and the number of positions");
     }
-    if (crossKeys.size() != layers || crossValues.size() != layers)
+    if (states == 0 && (crossKeys.size() != layers || crossValues.size() != layers))
     {
         fail(op, "there is not one tensor of cross keys and of cross values a layer");
+    }
+    if (states != 0 && (!crossKeys.empty() || !crossValues.empty()))
+    {
+        fail(op, "there are both cross keys and values and the encoder's states");
+    }
+    if (states != 0 && (decoder.config().encoderWidth == 0 || slots > kMOST_STATE_ROWS))
+    {
+        fail(op, "the encoder's states want a decoder made with their weights, and slots 1 to " +
+                     std::to_string(kMOST_STATE_ROWS));
     }
     GreedyRequest request{lines,
                           slots,
@@ -404,11 +431,13 @@ void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std:
                           stops,
                           {},
                           {},
+                          input(states),
                           static_cast<int32_t*>(output(tokens)),
                           static_cast<float*>(output(logProbs)),
                           static_cast<int32_t*>(output(lengths))};
     bool right = areAligned(4, request.tokens, request.logProbs, request.lengths);
-    for (size_t layer = 0; layer < layers; ++layer)
+    right = right && (states == 0 || areAligned(16, request.states));
+    for (size_t layer = 0; layer < crossKeys.size(); ++layer)
     {
         request.crossKeys.push_back(input(crossKeys[layer]));
         request.crossValues.push_back(input(crossValues[layer]));
@@ -580,10 +609,11 @@ PYBIND11_MODULE(trocr_kernels, module)
         "weights: "
         "addresses of what runtime.greedy_decoder.pack_blobs makes. Owns its caches: one run at a time.")
         .def(py::init(&makeGreedyDecoder), "config"_a, "weights"_a, py::kw_only(), "max_slots"_a, "capacity"_a)
-        .def("run", &runGreedyDecoder, py::kw_only(), "lines"_a, "slots"_a, "cross_keys"_a, "cross_values"_a,
+        .def("run", &runGreedyDecoder, py::kw_only(), "lines"_a, "slots"_a,
+             "cross_keys"_a = std::vector<uintptr_t>{}, "cross_values"_a = std::vector<uintptr_t>{}, "states"_a = 0,
              "tokens"_a, "log_probs"_a, "lengths"_a, "max_new_tokens"_a, "stops"_a = true, "stream"_a,
              "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, "
-             "d]; "
+             "d]; or the encoder's states [lines, S, E], where the weights have cross_keys; "
              "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. "
              "Unless "
              "it `stops`, every line gets max_new_tokens. With heads of 64, a call with other addresses or sizes than "
@@ -598,6 +628,15 @@ PYBIND11_MODULE(trocr_kernels, module)
             return possible ? py::object(py::none()) : py::object(py::str(reason));
         },
         "config"_a, "Why this GPU or these sizes are not served; None where they are.");
+    module.def(
+        "greedy_states_obstacle",
+        [](py::dict const& config) -> py::object
+        {
+            char const* reason = nullptr;
+            bool const possible = canAttendToStates(parseGreedyConfig(config), &reason);
+            return possible ? py::object(py::none()) : py::object(py::str(reason));
+        },
+        "config"_a, "Why the decoder cannot attend to the encoder's states themselves; None where it can.");
     module.def(
         "greedy_blob_bytes",
         [](py::dict const& config)

@@ -18,11 +18,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
 from profiling.greedy_reference import forced_logits
-from runtime.greedy_decoder import GreedyDecoder
+from runtime.greedy_decoder import STATE_ROWS, GreedyDecoder
 from runtime.kernels import load_kernels
 
 BANDWIDTH = 4.5e12  # bytes a second
@@ -55,6 +56,7 @@ DECODERS = {
         "ffn_size": 4096,
         "vocab_size": 50265,
         "source_length": 577,
+        "encoder_size": 768,
         "activation": "gelu",
         "embed_scale": 1.0,
     },
@@ -92,6 +94,10 @@ def random_weights(config: Mapping, dtype: torch.dtype, device: str, seed: int =
         "norm_beta": normal(layers, 3, width, scale=0.1),
         "head_weight": normal(config["vocab_size"], width, scale=4 * wide),
     }
+    if encoded := config.get("encoder_size"):
+        weights["cross_key_weight"] = normal(layers, width, encoded, scale=encoded**-0.5)
+        weights["cross_value_weight"] = normal(layers, width, encoded, scale=encoded**-0.5)
+        weights["cross_value_bias"] = bias(layers, width)
     if config["embedding_norm"]:
         weights["embedding_norm_gamma"] = 1 + normal(width, scale=0.1)
         weights["embedding_norm_beta"] = normal(width, scale=0.1)
@@ -112,6 +118,33 @@ def random_cross(
         ]
         for _ in range(2)
     )
+    return keys, values
+
+
+def random_states(config: Mapping, lines: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    """States of the encoder, T [lines, S, E]."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = lines, config["source_length"], config["encoder_size"]
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def cross_of_states(
+    weights: Mapping[str, Tensor], config: Mapping, states: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of every layer, as `random_cross` makes them, of the encoder's states; in float32."""
+
+    def by_heads(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (
+            F.linear(states.float(), weight.float(), bias)
+            .unflatten(-1, (config["num_heads"], -1))
+            .transpose(1, 2)
+        )
+
+    keys = [by_heads(weight) for weight in weights["cross_key_weight"]]
+    values = [
+        by_heads(weight, bias)
+        for weight, bias in zip(weights["cross_value_weight"], weights["cross_value_bias"], strict=True)
+    ]
     return keys, values
 
 
@@ -190,26 +223,34 @@ def main() -> int:
         batches = [int(batch) for batch in options.batches.split(",")]
         decoder = GreedyDecoder(kernels, weights, config, max(batches), options.tokens)
         for batch in batches:
-            cross = random_cross(config, batch, dtype, "cuda", seed=batch)
-            outputs = decoder.outputs(batch, options.tokens)
-            time = search_microseconds(partial(decoder.run, *cross, outputs)) / options.tokens
-            found, error = differences(weights, config, cross, outputs)
-            floor = floor_microseconds(config, batch, options.tokens)
-            wrong += [f"{name}, batch {batch}: {text}" for text in found]
-            rows.append(
-                {
-                    "decoder": name,
-                    "batch": batch,
-                    "tokens": options.tokens,
-                    "dtype": options.dtype,
-                    "us_per_token": round(time, 1),
-                    "floor_us": round(floor, 1),
-                    "of_floor": round(floor / time, 3),
-                    "log_prob_error": float(f"{error:.2g}"),
-                    "right": not found,
-                }
-            )
-            print(rows[-1], flush=True)
+            for attends_to in ("states", "keys and values"):
+                outputs = decoder.outputs(batch, options.tokens)
+                if attends_to == "keys and values":
+                    attended = cross = random_cross(config, batch, dtype, "cuda", seed=batch)
+                elif decoder.attends_to_states and batch <= STATE_ROWS:
+                    attended = random_states(config, batch, dtype, "cuda", seed=batch)
+                    cross = cross_of_states(weights, config, attended)
+                else:
+                    continue
+                time = search_microseconds(partial(decoder.run, attended, outputs)) / options.tokens
+                found, error = differences(weights, config, cross, outputs)
+                floor = floor_microseconds(config, batch, options.tokens)
+                wrong += [f"{name}, batch {batch}, {attends_to}: {text}" for text in found]
+                rows.append(
+                    {
+                        "decoder": name,
+                        "attends_to": attends_to,
+                        "batch": batch,
+                        "tokens": options.tokens,
+                        "dtype": options.dtype,
+                        "us_per_token": round(time, 1),
+                        "floor_us": round(floor, 1),
+                        "of_floor": round(floor / time, 3),
+                        "log_prob_error": float(f"{error:.2g}"),
+                        "right": not found,
+                    }
+                )
+                print(rows[-1], flush=True)
     print(f"{torch.cuda.get_device_name()}, no early end")
     print(tabulate(rows, headers="keys", tablefmt="github"))
     if options.out:

@@ -298,7 +298,7 @@ def greedy_decoder(ops, *names: str) -> None:
         decoder = GreedyDecoder(ops.kernels, weights, config, 3, 32)
         cross = random_cross(config, 5, torch.float16, "cpu")
         outputs = decoder.outputs(5, 4)
-        decoder.run(*(list(map(_on_gpu, tensors)) for tensors in cross), outputs, 3)
+        decoder.run(tuple(list(map(_on_gpu, tensors)) for tensors in cross), outputs, 3)
         torch.cuda.synchronize()
 
 

@@ -13,6 +13,8 @@ CHUNK = 32  # inputs of a product that a lane of the kernel reads at once, times
 TILE = 8  # outputs of a tile
 TEAM_HEADS = 8  # of the team decoder, and its feed-forward columns a head
 TEAM_INNER = 128
+STATE_ROWS = 64  # the most slots of a search that attends to the encoder's states
+STATE_WEIGHTS = ("cross_key_weight", "cross_value_weight", "cross_value_bias")
 
 
 def pack_blobs(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tensor]:
@@ -115,7 +117,9 @@ def _pack_for_chain(weights: Mapping[str, Tensor], config: Mapping) -> dict[str,
     Returns:
         "self" and "cross" uint8 [L, H, C, bytes], "feed_forward" uint8 [L, F / 32, bytes],
         "feed_forward_bias" float32 [L, D], "head" T [ceil(V / 8), D / 32, 8, 32], "norms" T [1 + 3 L, 2, D],
-        "embedding" T [V, D], "position_embedding" T [positions, D]; plugins/greedy_decoder/README.md.
+        "embedding" T [V, D], "position_embedding" T [positions, D]; and where there are weights of
+        cross-attention's keys and values, "cross_keys" T [L, H, 8, d / 32, E / 64, 8, 32], "cross_values"
+        T [L, H, C, E / 32, 8, 32], "cross_value_bias" float32 [L, D]. See plugins/greedy_decoder/README.md.
     """
     layers, width, heads = config["num_layers"], config["hidden_size"], config["num_heads"]
     size = width // heads
@@ -139,6 +143,17 @@ def _pack_for_chain(weights: Mapping[str, Tensor], config: Mapping) -> dict[str,
     head = F.pad(head, (0, 0, 0, -len(head) % TILE)).view(-1, TILE, inputs, CHUNK)
 
     norms = torch.stack([weights["norm_gamma"], weights["norm_beta"]], 2).flatten(0, 1)  # [3 L, 2, D]
+    states = {}
+    if "cross_key_weight" in weights and "encoder_size" in config:
+        encoded = config["encoder_size"]
+        # A head's part of the query, d inputs, becomes a query of the encoder's states, E outputs; and back.
+        keys = weights["cross_key_weight"].view(layers, heads, size // CHUNK, CHUNK, 8, encoded // 64, TILE)
+        values = weights["cross_value_weight"].view(layers, heads, blocks, TILE, encoded // CHUNK, CHUNK)
+        states = {
+            "cross_keys": keys.permute(0, 1, 4, 2, 5, 6, 3).contiguous(),
+            "cross_values": values.permute(0, 1, 2, 4, 3, 5).contiguous(),
+            "cross_value_bias": weights["cross_value_bias"].contiguous(),
+        }
     first = [
         weights.get(f"embedding_norm_{name}", torch.zeros_like(norms[0, 0])) for name in ("gamma", "beta")
     ]
@@ -162,7 +177,7 @@ def _pack_for_chain(weights: Mapping[str, Tensor], config: Mapping) -> dict[str,
         "norms": torch.cat([torch.stack(first)[None], norms]).contiguous(),
         "embedding": weights["token_embedding"].contiguous(),
         "position_embedding": weights["position_embedding"].contiguous(),
-    }
+    } | states
 
 
 def _blobs(dims: int, *parts: Tensor) -> Tensor:
@@ -176,6 +191,7 @@ class GreedyDecoder:
     Attributes:
         max_slots: the most rows at a time.
         max_new_tokens: the most tokens a line.
+        attends_to_states: whether it takes the encoder's states in place of keys and values.
     """
 
     def __init__(
@@ -199,7 +215,10 @@ class GreedyDecoder:
         if obstacle is not None:
             raise RuntimeError(f"cannot decode on the GPU because {obstacle}")
         self.max_slots, self.max_new_tokens = max_slots, max_new_tokens
+        if kernels.greedy_states_obstacle(dict(config)) is not None:
+            weights = {name: weight for name, weight in weights.items() if name not in STATE_WEIGHTS}
         self._blobs = pack_blobs(weights, config)
+        self.attends_to_states = "cross_keys" in self._blobs
         self._device = self._blobs["head"].device
         self._decoder = kernels.GreedyDecoder(
             dict(config),
@@ -215,8 +234,7 @@ class GreedyDecoder:
 
     def run(
         self,
-        cross_keys: Sequence[Tensor],
-        cross_values: Sequence[Tensor],
+        attended: Tensor | tuple[Sequence[Tensor], Sequence[Tensor]],
         outputs: tuple[Tensor, Tensor, Tensor],
         slots: int | None = None,
         stop: bool = True,
@@ -224,7 +242,8 @@ class GreedyDecoder:
         """Enqueue the search on torch's current stream.
 
         Args:
-            cross_keys, cross_values: a layer's T [lines, H, S, d], contiguous.
+            attended: what cross-attention reads: keys and values, a layer's T [lines, H, S, d] each; or, where
+                `attends_to_states`, the encoder's states T [lines, S, E], for at most STATE_ROWS slots. Contiguous.
             outputs: from `outputs`, or contiguous tensors like them. Tokens are padded behind a line's end;
                 log_probs are sums over a line's tokens, the end of text included, as lengths count it.
             slots: lines at a time; a finished line's row takes the next one. Default: as many as there are.
@@ -232,11 +251,15 @@ class GreedyDecoder:
         """
         tokens, log_probs, lengths = outputs
         lines, max_new_tokens = tokens.shape
+        if isinstance(attended, Tensor):
+            sources = {"states": attended.data_ptr()}
+        else:
+            keys, values = ([tensor.data_ptr() for tensor in tensors] for tensors in attended)
+            sources = {"cross_keys": keys, "cross_values": values}
         self._decoder.run(
             lines=lines,
             slots=min(lines, slots or self.max_slots, self.max_slots),
-            cross_keys=[tensor.data_ptr() for tensor in cross_keys],
-            cross_values=[tensor.data_ptr() for tensor in cross_values],
+            **sources,
             tokens=tokens.data_ptr(),
             log_probs=log_probs.data_ptr(),
             lengths=lengths.data_ptr(),

@@ -8,6 +8,8 @@ is float16 or bfloat16; L layers of width d, feed-forward width f, V tokens:
     self_qkv_weight [L, 3 d, d] T         self_qkv_bias [L, 3 d] float32         query, key, value
     self_out_weight [L, d, d] T           self_out_bias [L, d] float32
     cross_query_weight [L, d, d] T        cross_query_bias [L, d] float32
+    cross_key_weight [L, d, e] T          of keys and values that are not computed ahead; e: the encoder's width.
+    cross_value_weight [L, d, e] T        cross_value_bias [L, d] float32        The keys' bias changes no softmax.
     cross_out_weight [L, d, d] T          cross_out_bias [L, d] float32
     fc1_weight [L, f, d] T                fc1_bias [L, f] float32
     fc2_weight [L, f, d] T                fc2_bias [L, d] float32
@@ -64,6 +66,7 @@ def decoder_config(spec: ModelSpec, model: VisionEncoderDecoderModel) -> Config:
         "ffn_size": spec.decoder.decoder_ffn_dim,
         "vocab_size": spec.decoder.vocab_size,
         "source_length": spec.encoder.num_tokens,
+        "encoder_size": spec.encoder.hidden_size,
         "max_positions": spec.decoder.max_position_embeddings,
         "activation": spec.decoder.activation_function,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -107,6 +110,9 @@ def pack_decoder(model: VisionEncoderDecoderModel) -> dict[str, Tensor]:
             "self_out_bias": biases(outs[0]),
             "cross_query_weight": weights(queries),
             "cross_query_bias": biases(queries),
+            "cross_key_weight": weights([a.k_proj for a in cross_attention]),
+            "cross_value_weight": weights([a.v_proj for a in cross_attention]),
+            "cross_value_bias": biases([a.v_proj for a in cross_attention]),
             "cross_out_weight": weights(outs[1], transposed=True),
             "cross_out_bias": biases(outs[1]),
             "fc1_weight": weights(fc1),

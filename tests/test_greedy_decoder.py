@@ -68,7 +68,7 @@ def search(kernels, name, dtype, lines, steps, slots=None, cross=None, **changes
     outputs[0].fill_(-7)
     outputs[1].fill_(torch.nan)
     outputs[2].fill_(-7)
-    decoder.run(*cross, outputs, slots)
+    decoder.run(cross, outputs, slots)
     torch.cuda.synchronize()
     return outputs, cross, config, decoder
 
@@ -151,7 +151,7 @@ def test_without_an_end_every_line_has_its_full_length(hopper):
     ends = free[0][:, 2].unique().tolist()
     _, _, _, decoder = search(hopper, "bundled", torch.float16, 5, 8, cross=cross, eos_ids=ends)
     found = decoder.outputs(5, 8)
-    decoder.run(*cross, found, stop=False)
+    decoder.run(cross, found, stop=False)
     torch.cuda.synchronize()
     assert all(torch.equal(got, wanted) for got, wanted in zip(found, free, strict=True))
 
@@ -166,7 +166,7 @@ def test_repeats_are_equal_on_any_stream(hopper):
             tensor.fill_(-1)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            decoder.run(*cross, outputs)
+            decoder.run(cross, outputs)
         stream.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(first, outputs, strict=True))
 
@@ -178,12 +178,12 @@ def test_requests_of_other_sizes_on_one_decoder(hopper):
     outputs, cross, _, decoder = search(hopper, name, dtype, 20, 12)
     few = tuple([part[:3].contiguous() for part in parts] for parts in cross)
     short = decoder.outputs(3, 5)
-    decoder.run(*few, short, slots=2)
+    decoder.run(few, short, slots=2)
     torch.cuda.synchronize()
     assert torch.equal(short[0], outputs[0][:3, :5])
     expected = outputs[0].clone()
     outputs[0].zero_()
-    decoder.run(*cross, outputs)
+    decoder.run(cross, outputs)
     torch.cuda.synchronize()
     assert torch.equal(outputs[0], expected)
 

@@ -1,9 +1,12 @@
 #include <algorithm>
+#include <cmath>
 #include <map>
+#include <type_traits>
 #include <utility>
 
 #include "common/launch.h"
 #include "greedy_decoder/chain_kernels_sm90.cuh"
+#include "greedy_decoder/chain_rows_sm90.cuh"
 #include "greedy_decoder/kernel.h"
 
 namespace trocr
@@ -22,8 +25,12 @@ constexpr size_t kMAX_GRAPHS = 64;
 //! Where things lie in the workspace.
 struct Workspace
 {
-    size_t sums[3], choices, states, scalars, keys, values, bytes;
+    size_t sums[3], choices, states, scalars, keys, values;
     size_t layerCache;  //!< bytes of a layer's keys
+    //! Of a step of many rows: hidden states; queries, keys and values, or inner columns; contexts; cross-attention's
+    //! queries; these, and contexts, in terms of the encoder's states.
+    size_t hidden, inner, context, query, stateQuery, stateContext;
+    size_t bytes;
 
     Workspace(GreedyDecoderConfig const& config, int32_t slots, int32_t capacity, int32_t blocks)
     {
@@ -39,6 +46,13 @@ struct Workspace
         layerCache = align256(static_cast<size_t>(slots) * config.width * capacity * kELEMENT);
         keys = take(layerCache * config.layers);
         values = take(layerCache * config.layers);
+        auto const rows = [&](size_t columns) { return take(config.encoderWidth > 0 ? slots * columns * kELEMENT : 0); };
+        hidden = rows(config.width);
+        inner = rows(std::max(3 * config.width, config.ffnWidth));
+        context = rows(config.width);
+        query = rows(config.width);
+        stateQuery = rows(static_cast<size_t>(config.heads) * config.encoderWidth);
+        stateContext = rows(static_cast<size_t>(config.heads) * config.encoderWidth);
         bytes = at;
     }
 };
@@ -165,6 +179,14 @@ private:
     template <typename T, int kHEAD_DIM>
     cudaError_t enqueueRows(GreedyRequest const& request, unsigned long long conditional, bool last,
                             cudaStream_t stream);
+    template <typename T, int kROW_TILES>
+    cudaError_t enqueueRowsToken(GreedyRequest const& request, unsigned long long conditional, bool last,
+                                 cudaStream_t stream);
+    template <typename T>
+    cudaError_t enqueueAttendStates(StatesParams const& params, int rows, cudaStream_t stream);
+    template <typename T>
+    cudaError_t enqueueHead(GreedyRequest const& request, Link const& link, cudaStream_t stream);
+    Link linkAt(GreedyRequest const& request, int index) const;
     template <typename T, int kHEAD_DIM, int kROWS>
     cudaError_t enqueueToken(GreedyRequest const& request, unsigned long long conditional, bool last,
                              cudaStream_t stream);
@@ -241,12 +263,243 @@ cudaError_t ChainDecoder::enqueueNext(GreedyRequest const& request, bool first, 
     return launchLink(first ? begin<T> : next<T>, dim3(request.slots), 1, 0, stream, params);
 }
 
+//! Link `index` of a token's chain; also the number of its norm.
+Link ChainDecoder::linkAt(GreedyRequest const& request, int index) const
+{
+    Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
+    auto const sums = [&](int i) { return reinterpret_cast<SumPair*>(mWorkspace + at.sums[i % 3]); };
+    bool const identity = index == 0 && !mConfig.embeddingNorm;
+    Link link{};
+    link.rows = request.slots;
+    link.width = mConfig.width;
+    link.input = sums(index);
+    link.output = sums(index + 1);
+    link.cleared = sums(index + 2);
+    link.norm = identity ? nullptr
+                         : static_cast<uint8_t const*>(mWeights.norms) +
+                               static_cast<size_t>(index) * 2 * mConfig.width * kELEMENT;
+    link.epsilon = mConfig.epsilon;
+    link.inverseWidth = 1.0F / static_cast<float>(mConfig.width);
+    link.states = reinterpret_cast<RowState const*>(mWorkspace + at.states);
+    return link;
+}
+
+template <typename T>
+cudaError_t ChainDecoder::enqueueHead(GreedyRequest const& request, Link const& link, cudaStream_t stream)
+{
+    Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
+    HeadParams const params{link, mWeights.head, mConfig.vocabulary,
+                            reinterpret_cast<float4*>(mWorkspace + at.choices)};
+    // Weights are read once for so many rows.
+    constexpr int kHEAD_DIM = 64;
+    int const rows = request.slots <= 1 ? 1 : std::min(ceilDiv(request.slots, 16), 4) * 16;
+    void (*const kernel)(HeadParams) = rows == 1    ? head<T, kHEAD_DIM, 1>
+                                       : rows == 16 ? head<T, kHEAD_DIM, 16>
+                                       : rows == 32 ? head<T, kHEAD_DIM, 32>
+                                                    : head<T, kHEAD_DIM, 64>;
+    return launchLink(kernel, dim3(mMultiprocessors), 1,
+                      HeadLayout(mConfig.width, std::min(request.slots, rows)).bytes, stream, params);
+}
+
+//! As many blocks a row as take the least time: best are those of all rows at once, if they find room.
+template <typename T>
+cudaError_t ChainDecoder::enqueueAttendStates(StatesParams const& params, int rows, cudaStream_t stream)
+{
+    constexpr int kMOST_BLOCKS = 8;
+    auto const launch = [&](void (*kernel)(StatesParams), int bytes)
+    {
+        cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel),
+                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        unsigned blocks = 1;
+        int least = ceilDiv(rows, mMultiprocessors) * ceilDiv(params.length, 32);
+        for (int of = 2; of <= kMOST_BLOCKS && status == cudaSuccess; ++of)
+        {
+            cudaLaunchAttribute cluster = clusterOf(of);
+            cudaLaunchConfig_t config{};
+            config.gridDim = dim3(of);
+            config.blockDim = dim3(kTHREADS);
+            config.dynamicSmemBytes = bytes;
+            config.attrs = &cluster;
+            config.numAttrs = 1;
+            int fit = 0;
+            status = cudaOccupancyMaxActiveClusters(&fit, reinterpret_cast<void const*>(kernel), &config);
+            // A stage of 32 states is a unit; what a cluster adds up at its end costs about one.
+            int const time = fit < 1 ? least : ceilDiv(rows, fit) * (ceilDiv(ceilDiv(params.length, of), 32) + 1);
+            if (time < least)
+            {
+                least = time;
+                blocks = of;
+            }
+        }
+        return status != cudaSuccess ? status : launchLink(kernel, dim3(blocks, rows), blocks, bytes, stream, params);
+    };
+    switch (mConfig.encoderWidth)
+    {
+    case 384:
+        return launch(attendStates<T, 3>, StatesLayout<3>::kBYTES);
+    case 768:
+        return launch(attendStates<T, 6>, StatesLayout<6>::kBYTES);
+    default:
+        return launch(attendStates<T, 8>, StatesLayout<8>::kBYTES);
+    }
+}
+
+//! A step of many rows: chain_rows_sm90.cuh.
+template <typename T, int kROW_TILES>
+cudaError_t ChainDecoder::enqueueRowsToken(GreedyRequest const& request, unsigned long long conditional, bool last,
+                                           cudaStream_t stream)
+{
+    constexpr int kHEAD_DIM = 64;
+    constexpr int kCLUSTER = kHEAD_DIM / 8;  // blocks that share a head in the packed weights
+    Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
+    ChainBytes const blob = chainBytes(mConfig);
+    int const width = mConfig.width;
+    int const heads = mConfig.heads;
+    int const inner = mConfig.ffnWidth;
+    int const encoded = mConfig.encoderWidth;
+    int const columns = width / kCLUSTER;
+    int const rows = request.slots;
+    auto const* const states = reinterpret_cast<RowState const*>(mWorkspace + at.states);
+    auto* const hidden = mWorkspace + at.hidden;
+    auto* const wide = mWorkspace + at.inner;
+    auto* const context = mWorkspace + at.context;
+
+    cudaError_t status = cudaSuccess;
+    auto const launch = [&](auto kernel, dim3 grid, size_t bytes, auto const& params)
+    {
+        if (status == cudaSuccess)
+        {
+            status = launchLink(kernel, grid, 1, bytes, stream, params);
+        }
+    };
+    int index = 0;
+    Link link{};
+    auto const normalizeSums = [&]()
+    {
+        link = linkAt(request, index++);
+        launch(normalize<T>, dim3(rows), 0,
+               NormalizeParams{link.input, link.output, link.norm, hidden, states, width, link.epsilon});
+    };
+    // Of `pieces`, one a block, that begin with the bias; the tiles of a chunk of inputs are chunkBytes apart.
+    auto const productOf = [&](void const* input, int inputs, uint8_t const* pieces, size_t pieceBytes, size_t tilesAt,
+                               int chunkBytes)
+    {
+        ProductParams p{};
+        p.rows = rows;
+        p.states = states;
+        p.input = input;
+        p.inputPitch = inputs;
+        p.inputGroup = 1;
+        p.chunks = p.blockChunks = p.inner = inputs / kCHUNK;
+        p.group = 1;
+        p.weights = {pieces + tilesAt, pieceBytes, 0};
+        p.innerStride = chunkBytes;
+        p.bias = {pieces, pieceBytes, 0};
+        p.tileColumns = 8;
+        return p;
+    };
+    auto const store = [&](auto tiles, ProductParams p, int blocks, void* output, int outputs)
+    {
+        constexpr int kTILES = decltype(tiles)::value;
+        p.output = output;
+        p.outputPitch = outputs;
+        launch(product<T, kROW_TILES, kTILES, false>, dim3(blocks), productBytes<kROW_TILES, kTILES>(p.blockChunks), p);
+    };
+    auto const addToSums = [&](ProductParams p, int blockChunks)
+    {
+        p.blockChunks = std::min(p.chunks, blockChunks);
+        p.outputPitch = width;
+        p.blockColumns = 32;
+        p.weights.stride = 4 * kTILE_BYTES;
+        p.bias.stride = 32 * 4;
+        p.sums = link.output;
+        p.hidden = hidden;
+        launch(product<T, kROW_TILES, 4, true>, dim3(width / 32, ceilDiv(p.chunks, p.blockChunks)),
+               productBytes<kROW_TILES, 4>(p.blockChunks), p);
+    };
+    // Its inputs, contexts, lie in the pieces of their heads, and of those in the piece of its columns.
+    auto const addOutput = [&](uint8_t const* pieces, size_t pieceBytes, size_t tilesAt, int biasAt)
+    {
+        ProductParams p = productOf(context, width, pieces, pieceBytes, tilesAt, columns / 8 * kTILE_BYTES);
+        p.group = columns / 32;
+        p.inner = kHEAD_DIM / kCHUNK;
+        p.outerStride = kCLUSTER * pieceBytes;
+        p.bias.base += biasAt;
+        addToSums(p, 8);
+    };
+    using One = std::integral_constant<int, 1>;
+    using Three = std::integral_constant<int, 3>;
+    using Four = std::integral_constant<int, 4>;
+    auto const bytesOf = [](void const* pointer) { return static_cast<uint8_t const*>(pointer); };
+    for (size_t layer = 0; layer < static_cast<size_t>(mConfig.layers); ++layer)
+    {
+        auto const* const self = bytesOf(mWeights.selfBlobs) + layer * heads * kCLUSTER * blob.self;
+        auto const* const cross = bytesOf(mWeights.crossBlobs) + layer * heads * kCLUSTER * blob.cross;
+        auto const* const ffn = bytesOf(mWeights.feedForwardBlobs) + layer * (inner / kCHUNK) * blob.feedForward;
+        size_t const stateBytes = layer * width * encoded * kELEMENT;
+        size_t const selfTiles = (24 + columns) * 4;
+        size_t const crossTiles = (8 + columns) * 4;
+        size_t const layerBias = layer * width * 4;
+
+        normalizeSums();
+        ProductParams p = productOf(hidden, width, self, blob.self, selfTiles, 3 * kTILE_BYTES);
+        p.blockColumns = 8;
+        p.tileColumns = width;  // eight columns each of query, key and value
+        store(Three{}, p, heads * kCLUSTER, wide, 3 * width);
+        launch(attendSelf<T, kHEAD_DIM>, dim3(rows, ceilDiv(heads, kWARPS)), 0,
+               AttendParams{rows, states, wide, mWorkspace + at.keys + layer * at.layerCache,
+                            mWorkspace + at.values + layer * at.layerCache, context, heads, mCapacity});
+        addOutput(self, blob.self, selfTiles + 24 * width * kELEMENT, 24 * 4);
+
+        normalizeSums();
+        p = productOf(hidden, width, cross, blob.cross, crossTiles, kTILE_BYTES);
+        p.blockColumns = 8;
+        store(One{}, p, heads * kCLUSTER, mWorkspace + at.query, width);
+        launch(expandQuery<T, kHEAD_DIM, kROW_TILES>, dim3(heads * 8), 0,
+               ExpandParams{rows, states, mWorkspace + at.query, bytesOf(mWeights.crossKeys) + stateBytes,
+                            mWorkspace + at.stateQuery, heads, encoded});
+        if (status == cudaSuccess)
+        {
+            float const scale = 1.44269504F / std::sqrt(static_cast<float>(kHEAD_DIM));
+            status = enqueueAttendStates<T>({states, mWorkspace + at.stateQuery, request.states,
+                                             mWorkspace + at.stateContext, heads, mConfig.sourceLength, scale},
+                                            rows, stream);
+        }
+        // A head's values: its context in terms of the states, times its own weights.
+        p = productOf(mWorkspace + at.stateContext, encoded, bytesOf(mWeights.crossValues) + stateBytes,
+                      8 * encoded * kELEMENT, 0, kTILE_BYTES);
+        p.inputPitch = heads * encoded;
+        p.inputGroup = kCLUSTER;
+        p.inputStride = encoded;
+        p.bias = {bytesOf(mWeights.crossValueBias) + layerBias, 8 * 4, 0};
+        p.blockColumns = 8;
+        store(One{}, p, heads * kCLUSTER, context, width);
+        addOutput(cross, blob.cross, crossTiles + 8 * width * kELEMENT, 8 * 4);
+
+        normalizeSums();
+        p = productOf(hidden, width, ffn, blob.feedForward, 32 * 4, 4 * kTILE_BYTES);
+        p.blockColumns = 32;
+        p.outcome = mConfig.gelu ? Outcome::kGELU : Outcome::kRELU;
+        store(Four{}, p, inner / 32, wide, inner);
+        p = productOf(wide, inner, ffn, 0, 32 * 4 + 32 * width * kELEMENT, 0);
+        p.group = width / 32;
+        p.inner = 1;
+        p.outerStride = blob.feedForward;
+        p.bias.base = bytesOf(mWeights.feedForwardBias) + layerBias;
+        addToSums(p, 32);
+    }
+    if (status == cudaSuccess)
+    {
+        status = enqueueHead<T>(request, linkAt(request, index), stream);
+    }
+    return status != cudaSuccess ? status : enqueueNext<T>(request, false, conditional, last, stream);
+}
+
 template <typename T, int kHEAD_DIM, int kROWS>
 cudaError_t ChainDecoder::enqueueToken(GreedyRequest const& request, unsigned long long conditional, bool last,
                                        cudaStream_t stream)
 {
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
-    auto const sums = [&](int i) { return reinterpret_cast<SumPair*>(mWorkspace + at.sums[i % 3]); };
     int const width = mConfig.width;
     int const heads = mConfig.heads;
     int const passes = ceilDiv(request.slots, kROWS);
@@ -260,24 +513,7 @@ cudaError_t ChainDecoder::enqueueToken(GreedyRequest const& request, unsigned lo
     ChainBytes const blob = chainBytes(mConfig);
 
     int index = 0;  // in the chain; also of the norm
-    auto const link = [&]()
-    {
-        Link l{};
-        l.rows = request.slots;
-        l.width = width;
-        l.input = sums(index);
-        l.output = sums(index + 1);
-        l.cleared = sums(index + 2);
-        bool const identity = index == 0 && !mConfig.embeddingNorm;
-        l.norm = identity
-                     ? nullptr
-                     : static_cast<uint8_t const*>(mWeights.norms) + static_cast<size_t>(index) * 2 * width * kELEMENT;
-        l.epsilon = mConfig.epsilon;
-        l.inverseWidth = 1.0F / static_cast<float>(width);
-        l.states = reinterpret_cast<RowState const*>(mWorkspace + at.states);
-        ++index;
-        return l;
-    };
+    auto const link = [&]() { return linkAt(request, index++); };
 
     cudaError_t status = cudaSuccess;
     for (int layer = 0; layer < mConfig.layers && status == cudaSuccess; ++layer)
@@ -317,16 +553,7 @@ cudaError_t ChainDecoder::enqueueToken(GreedyRequest const& request, unsigned lo
     }
     if (status == cudaSuccess)
     {
-        HeadParams const params{link(), mWeights.head, mConfig.vocabulary,
-                                reinterpret_cast<float4*>(mWorkspace + at.choices)};
-        // Weights are read once for so many rows.
-        int const headRows = request.slots <= 1 ? 1 : std::min(ceilDiv(request.slots, 16), 4) * 16;
-        void (*const kernel)(HeadParams) = headRows == 1    ? head<T, kHEAD_DIM, 1>
-                                           : headRows == 16 ? head<T, kHEAD_DIM, 16>
-                                           : headRows == 32 ? head<T, kHEAD_DIM, 32>
-                                                            : head<T, kHEAD_DIM, 64>;
-        status = launchLink(kernel, dim3(mMultiprocessors), 1,
-                            HeadLayout(width, std::min(request.slots, headRows)).bytes, stream, params);
+        status = enqueueHead<T>(request, link(), stream);
     }
     return status != cudaSuccess ? status : enqueueNext<T>(request, false, conditional, last, stream);
 }
@@ -335,6 +562,12 @@ template <typename T, int kHEAD_DIM>
 cudaError_t ChainDecoder::enqueueRows(GreedyRequest const& request, unsigned long long conditional, bool last,
                                       cudaStream_t stream)
 {
+    if (request.states != nullptr)
+    {
+        return request.slots <= 16   ? enqueueRowsToken<T, 1>(request, conditional, last, stream)
+               : request.slots <= 32 ? enqueueRowsToken<T, 2>(request, conditional, last, stream)
+                                     : enqueueRowsToken<T, 4>(request, conditional, last, stream);
+    }
     // As few rows a block as still make one wave of blocks, at most 8: with 16, a block takes more than
     // half of a multiprocessor's shared memory, and with one block on each only 15 of base's 16 clusters find room.
     constexpr int kMOST = 8;
@@ -408,7 +641,7 @@ cudaError_t ChainDecoder::run(GreedyRequest const& request, cudaStream_t stream)
         static_cast<uintptr_t>(request.lines),        static_cast<uintptr_t>(request.slots),
         static_cast<uintptr_t>(request.maxNewTokens), static_cast<uintptr_t>(request.stops),
         reinterpret_cast<uintptr_t>(request.tokens),  reinterpret_cast<uintptr_t>(request.logProbs),
-        reinterpret_cast<uintptr_t>(request.lengths)};
+        reinterpret_cast<uintptr_t>(request.lengths), reinterpret_cast<uintptr_t>(request.states)};
     for (auto const* pointers : {&request.crossKeys, &request.crossValues})
     {
         for (void const* pointer : *pointers)

@@ -53,4 +53,17 @@ bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason)
     return true;
 }
 
+bool canAttendToStates(GreedyDecoderConfig const& config, char const** reason)
+{
+    if (config.width != config.heads * 64 || config.heads > 16 || config.width % 256 != 0)
+    {
+        return refuse(reason, "heads are not 4, 8, 12 or 16 of 64");
+    }
+    if (config.encoderWidth != 384 && config.encoderWidth != 768 && config.encoderWidth != 1024)
+    {
+        return refuse(reason, "the encoder's width is not 384, 768 or 1024");
+    }
+    return true;
+}
+
 }  // namespace trocr

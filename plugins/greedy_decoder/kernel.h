@@ -31,6 +31,7 @@ struct GreedyDecoderConfig
     int32_t ffnWidth;      //!< F, a multiple of 32
     int32_t vocabulary;    //!< V
     int32_t sourceLength;  //!< S, encoder states a line
+    int32_t encoderWidth;  //!< E, of these states; 0: they are not attended to themselves
     int32_t positions;     //!< rows of the position embedding
     bool gelu;             //!< activation: GELU (exact), else ReLU
     bool embeddingNorm;    //!< LayerNorm after the embedding
@@ -50,6 +51,9 @@ struct ChainWeights
     void const* crossBlobs;        //!< [L, H, C] pieces of crossBlobBytes
     void const* feedForwardBlobs;  //!< [L, F / 32] pieces of feedForwardBlobBytes
     float const* feedForwardBias;  //!< [L, D], of the second product
+    void const* crossKeys;         //!< T [L, H, 8, d / 32, E / 64, 8, 32]; with encoderWidth, like the next two
+    void const* crossValues;       //!< T [L, H, C, E / 32, 8, 32]
+    float const* crossValueBias;   //!< [L, D]
     void const* head;              //!< T [ceil(V / 8), D / 32, 8, 32], rows from V on are zero
     void const* norms;      //!< T [1 + 3 L, 2, D]: gamma and beta of the embedding and, a layer, self, cross, final
     void const* embedding;  //!< T [V, D]
@@ -76,6 +80,7 @@ struct GreedyRequest
     bool stops;                          //!< false: no id ends a text, every line gets maxNewTokens (for measurements)
     std::vector<void const*> crossKeys;  //!< a layer: T [lines, H, S, D / H]
     std::vector<void const*> crossValues;  //!< likewise
+    void const* states;                    //!< T [lines, S, E], instead of keys and values; else nullptr
     int32_t* tokens;                       //!< [lines, maxNewTokens], padded with padId
     float* logProbs;                       //!< [lines]: sum over the line's tokens of log softmax(logits)[token]
     int32_t* lengths;                      //!< [lines]: tokens, the end of text included
@@ -83,6 +88,12 @@ struct GreedyRequest
 
 //! Whether the current device and these sizes are served; the reason where not.
 bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason);
+
+//! The most rows at a time of a request with `states`.
+constexpr int32_t kMOST_STATE_ROWS = 64;
+
+//! Whether requests may have `states` in place of keys and values, where canDecodeGreedily; the reason where not.
+bool canAttendToStates(GreedyDecoderConfig const& config, char const** reason);
 
 //! Which of the two decoders serves these sizes: the team decoder takes heads of 32.
 inline bool decodesInTeams(GreedyDecoderConfig const& config)
@@ -150,9 +161,11 @@ protected:
     bool isPossible(GreedyRequest const& request) const
     {
         auto const layers = static_cast<size_t>(mConfig.layers);
+        bool const attends = request.states != nullptr
+                                 ? mConfig.encoderWidth > 0 && request.slots <= kMOST_STATE_ROWS
+                                 : request.crossKeys.size() == layers && request.crossValues.size() == layers;
         return request.lines >= 1 && request.slots >= 1 && request.slots <= mMaxSlots && request.maxNewTokens >= 1 &&
-               request.maxNewTokens <= mCapacity && request.maxNewTokens <= mConfig.positions &&
-               request.crossKeys.size() == layers && request.crossValues.size() == layers;
+               request.maxNewTokens <= mCapacity && request.maxNewTokens <= mConfig.positions && attends;
     }
 
     GreedyDecoderConfig mConfig;

@@ -474,7 +474,7 @@ class GreedyKernels:
         keys, values = (
             [cross[f"{layer}.encoder.{kind}"] for layer in range(self._layers)] for kind in ("key", "value")
         )
-        self._decoder.run(keys, values, outputs, stop=stop)
+        self._decoder.run((keys, values), outputs, stop=stop)
         return GreedyResult(*outputs)
 
 

@@ -1,0 +1,831 @@
+#pragma once
+
+// The links of a decoder step of many rows, 16, 32 or 64 at once. Other than in chain_kernels_sm90.cuh a link is one
+// operation, weights are read once for all rows, and cross-attention reads the encoder's states themselves: the weights
+// of keys and values are multiplied with the query and the context instead (README.md, "Many rows").
+
+#include "greedy_decoder/chain_blocks_sm90.cuh"
+
+namespace trocr::greedy
+{
+
+constexpr int kROWS_A_TILE = 16;
+constexpr int kTILE_BYTES = 8 * kCHUNK * 2;  //!< of weights: 8 outputs, 32 inputs
+
+//! Which rows have a line, of up to 64.
+struct ActiveRows
+{
+    uint64_t mask;
+
+    __device__ __forceinline__ static ActiveRows load(RowState const* states, int rows)
+    {
+        int const lane = threadIdx.x % kWARP_SIZE;
+        auto const half = [&](int row)
+        { return __ballot_sync(kFULL_WARP, row < rows && __ldcg(&states[row].line) >= 0); };
+        uint64_t const low = half(lane);
+        return {low | static_cast<uint64_t>(half(kWARP_SIZE + lane)) << kWARP_SIZE};
+    }
+
+    __device__ __forceinline__ bool has(int row) const
+    {
+        return (mask >> row & 1) != 0;
+    }
+};
+
+// ---- LayerNorm ----
+
+struct NormalizeParams
+{
+    SumPair const* sums;     //!< [rows, D / 2]
+    SumPair* cleared;        //!< [rows, D / 2]: what the next product adds to
+    void const* norm;        //!< T [2, D], gamma and beta; nullptr: rows are only rounded
+    void* hidden;            //!< T [rows, D]
+    RowState const* states;  //!< [rows]
+    int width;
+    float epsilon;
+};
+
+//! hidden = LayerNorm(sums). A block a row.
+template <typename T>
+__global__ void __launch_bounds__(kTHREADS) normalize(NormalizeParams p)
+{
+    constexpr int kPAIRS = kMAX_WIDTH / 2 / kTHREADS;  // of a thread
+    __shared__ float2 parts[kWARPS];
+    int const row = blockIdx.x;
+    int const pairs = p.width / 2;
+    sm90::launchDependents();
+    float2 gamma[kPAIRS];
+    float2 beta[kPAIRS];
+#pragma unroll
+    for (int i = 0; i < kPAIRS; ++i)
+    {
+        int const pair = i * kTHREADS + threadIdx.x;
+        gamma[i] = beta[i] = {};
+        if (p.norm != nullptr && pair < pairs)
+        {
+            gamma[i] = unpackPair<T>(static_cast<unsigned const*>(p.norm)[pair]);
+            beta[i] = unpackPair<T>(static_cast<unsigned const*>(p.norm)[pairs + pair]);
+        }
+    }
+    sm90::waitForPriorGrids();
+
+    size_t const offset = static_cast<size_t>(row) * pairs;
+    float2 values[kPAIRS];
+    float2 sum{};
+#pragma unroll
+    for (int i = 0; i < kPAIRS; ++i)
+    {
+        int const pair = i * kTHREADS + threadIdx.x;
+        values[i] = {};
+        if (pair < pairs)
+        {
+            values[i] = fromSum(loadEarly(reinterpret_cast<int2 const*>(p.sums) + offset + pair));
+            p.cleared[offset + pair] = 0;
+        }
+        sum.x += values[i].x + values[i].y;
+        sum.y += values[i].x * values[i].x + values[i].y * values[i].y;
+    }
+    if (__ldcg(&p.states[row].line) < 0)
+    {
+        return;
+    }
+    float scale = 1.0F;
+    float shift = 0.0F;
+    if (p.norm != nullptr)
+    {
+        sum = {groupSum(sum.x), groupSum(sum.y)};
+        if (threadIdx.x % kWARP_SIZE == 0)
+        {
+            parts[threadIdx.x / kWARP_SIZE] = sum;
+        }
+        __syncthreads();
+        sum = {};
+#pragma unroll
+        for (int warp = 0; warp < kWARPS; ++warp)
+        {
+            sum.x += parts[warp].x;
+            sum.y += parts[warp].y;
+        }
+        float const inverse = 1.0F / static_cast<float>(p.width);
+        float const mean = sum.x * inverse;
+        scale = rsqrtf(fmaxf(sum.y * inverse - mean * mean, 0.0F) + p.epsilon);
+        shift = -mean * scale;
+    }
+#pragma unroll
+    for (int i = 0; i < kPAIRS; ++i)
+    {
+        int const pair = i * kTHREADS + threadIdx.x;
+        if (pair < pairs)
+        {
+            float2 y = {values[i].x * scale + shift, values[i].y * scale + shift};
+            if (p.norm != nullptr)
+            {
+                y = {y.x * gamma[i].x + beta[i].x, y.y * gamma[i].y + beta[i].y};
+            }
+            static_cast<unsigned*>(p.hidden)[offset + pair] = packPair<T>(y.x, y.y);
+        }
+    }
+}
+
+// ---- products ----
+
+//! Where a block finds something: blocks of a group have it `stride` bytes apart, groups `groupStride`.
+struct BlockMap
+{
+    uint8_t const* base;
+    size_t groupStride;
+    int stride;
+
+    __device__ __forceinline__ uint8_t const* of(int block, int group) const
+    {
+        return base + block / group * groupStride + block % group * static_cast<size_t>(stride);
+    }
+};
+
+//! What a product's results go through.
+enum class Outcome
+{
+    kAS_IT_IS,
+    kRELU,
+    kGELU
+};
+
+struct ProductParams
+{
+    int rows;
+    RowState const* states;
+    void const* input;  //!< T [rows, inputPitch]
+    int inputPitch;
+    int inputGroup;   //!< blocks that read the same inputs
+    int inputStride;  //!< elements from a group's inputs to the next one's
+    int chunks;       //!< of all inputs
+    int blockChunks;  //!< that a block multiplies: the grid's y splits the inputs
+    //! Blocks of a group share a packed piece. Chunk i of a block's tiles lies at i / inner * outerStride + i % inner *
+    //! innerStride from its first.
+    int group;
+    BlockMap weights;
+    int inner;
+    size_t outerStride;
+    int innerStride;
+    BlockMap bias;  //!< float32, in the order of the block's outputs; base nullptr: none
+    //! The block's tile i gives columns block * blockColumns + i * tileColumns on.
+    int blockColumns;
+    int tileColumns;
+    int outputPitch;
+    void* output;  //!< T [rows, outputPitch]
+    Outcome outcome;
+    SumPair* sums;       //!< [rows, outputPitch / 2], instead of `output`; bias and residual are added once
+    void const* hidden;  //!< T [rows, outputPitch], the residual
+};
+
+//! Floats from one row of a block's partial sums to the next: so that eight rows meet no bank twice.
+template <int kTILES>
+constexpr int kPARTIAL_PITCH = kTILES % 4 == 0 ? 8 * kTILES + 8 : 8 * kTILES;
+
+constexpr int kADDERS = kWARPS / 2;  //!< partial sums of a block that lie in shared memory
+
+template <int kROW_TILES, int kTILES>
+constexpr int productBytes(int blockChunks)
+{
+    return 128 + blockChunks * kTILES * kTILE_BYTES + kADDERS * kROW_TILES * kROWS_A_TILE * kPARTIAL_PITCH<kTILES> * 4;
+}
+
+//! Rows g and g + 8 of a tile of 16, in global memory, past L1; rows behind the last repeat it.
+template <typename T>
+__device__ __forceinline__ Activations loadRows(T const* input, int pitch, int rows, int tile, int chunk)
+{
+    int const lane = threadIdx.x % kWARP_SIZE;
+    int const row = tile * kROWS_A_TILE + lane / 4;
+    T const* const at = input + chunk * kCHUNK + lane % 4 * 8;
+    return {__ldcg(reinterpret_cast<uint4 const*>(at + static_cast<size_t>(min(row, rows - 1)) * pitch)),
+            __ldcg(reinterpret_cast<uint4 const*>(at + static_cast<size_t>(min(row + 8, rows - 1)) * pitch))};
+}
+
+//! input weights^T of all rows for 8 kTILES columns a block: activated and written, or added to sums. The block's warps
+//! deal the inputs.
+template <typename T, int kROW_TILES, int kTILES, bool kTO_SUMS>
+__global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(ProductParams p)
+{
+    constexpr int kAHEAD = kROW_TILES < 4 ? 4 : 2;  // chunks of a warp's activations on their way at once
+    constexpr int kPITCH = kPARTIAL_PITCH<kTILES>;
+    extern __shared__ __align__(128) uint8_t shared[];
+    int const warp = threadIdx.x / kWARP_SIZE;
+    int const lane = threadIdx.x % kWARP_SIZE;
+    int const firstChunk = blockIdx.y * p.blockChunks;
+    int const chunks = min(p.blockChunks, p.chunks - firstChunk);
+    uint32_t const barrier = sm90::sharedAddress(shared);
+    auto* const weights = reinterpret_cast<T*>(shared + 128);
+    auto* const partial = reinterpret_cast<float*>(shared + 128 + p.blockChunks * kTILES * kTILE_BYTES);
+
+    sm90::launchDependents();
+    if (warp == 0)
+    {
+        if (lane == 0)
+        {
+            sm90::barrierInit(barrier, 1);
+            sm90::barrierInitFence();
+            sm90::barrierArriveExpect(barrier, chunks * kTILES * kTILE_BYTES);
+        }
+        __syncwarp();
+        uint8_t const* const tiles = p.weights.of(blockIdx.x, p.group);
+        for (int i = lane; i < chunks; i += kWARP_SIZE)
+        {
+            int const chunk = firstChunk + i;
+            copyBulk(weights + i * kTILES * kTILE_BYTES / 2,
+                     tiles + chunk / p.inner * p.outerStride + chunk % p.inner * static_cast<size_t>(p.innerStride),
+                     kTILES * kTILE_BYTES, barrier);
+        }
+    }
+    __syncthreads();
+    sm90::waitForPriorGrids();
+
+    auto const active = ActiveRows::load(p.states, p.rows);
+    auto const* const input =
+        static_cast<T const*>(p.input) + blockIdx.x / p.inputGroup * p.inputStride + firstChunk * kCHUNK;
+    float c[kROW_TILES][kTILES][4] = {};
+#pragma unroll 1
+    for (int first = warp; first < chunks; first += kWARPS * kAHEAD)
+    {
+        Activations a[kAHEAD][kROW_TILES];
+#pragma unroll
+        for (int i = 0; i < kAHEAD; ++i)
+        {
+            int const chunk = first + i * kWARPS;
+#pragma unroll
+            for (int m = 0; m < kROW_TILES; ++m)
+            {
+                a[i][m] = chunk < chunks ? loadRows(input, p.inputPitch, p.rows, m, chunk) : Activations{};
+            }
+        }
+        sm90::barrierWait(barrier, 0);
+#pragma unroll
+        for (int i = 0; i < kAHEAD; ++i)
+        {
+            int const chunk = first + i * kWARPS;
+            if (chunk < chunks)
+            {
+#pragma unroll
+                for (int tile = 0; tile < kTILES; ++tile)
+                {
+                    uint4 const w = weightsOf(weights + (chunk * kTILES + tile) * 8 * kCHUNK);
+#pragma unroll
+                    for (int m = 0; m < kROW_TILES; ++m)
+                    {
+                        multiplyChunk<T>(c[m][tile], a[i][m], w);
+                    }
+                }
+            }
+        }
+    }
+
+    // Sums over the warps, in a fixed order: the upper half's are stored, the lower half's added, the rest by columns.
+    float* const mine =
+        partial + (warp % kADDERS * kROW_TILES * kROWS_A_TILE + lane / 4) * kPITCH + lane % 4 * 2;
+#pragma unroll
+    for (int turn = 0; turn < 2; ++turn)
+    {
+        if (warp / kADDERS != turn)
+        {
+#pragma unroll
+            for (int m = 0; m < kROW_TILES; ++m)
+            {
+#pragma unroll
+                for (int tile = 0; tile < kTILES; ++tile)
+                {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+                    {
+                        auto* const at = reinterpret_cast<float2*>(mine + (m * kROWS_A_TILE + half * 8) * kPITCH +
+                                                                   tile * 8);
+                        float2 sum = {c[m][tile][2 * half], c[m][tile][2 * half + 1]};
+                        if (turn == 1)
+                        {
+                            float2 const other = *at;
+                            sum = {sum.x + other.x, sum.y + other.y};
+                        }
+                        *at = sum;
+                    }
+                }
+            }
+        }
+        __syncthreads();
+    }
+    auto const* const bias =
+        p.bias.base == nullptr ? nullptr : reinterpret_cast<float const*>(p.bias.of(blockIdx.x, p.group));
+#pragma unroll 1
+    for (int i = threadIdx.x; i < p.rows * 4 * kTILES; i += kTHREADS)
+    {
+        int const row = i / (4 * kTILES);
+        int const pair = i % (4 * kTILES);
+        if (!active.has(row))
+        {
+            continue;
+        }
+        float2 sum{};
+#pragma unroll
+        for (int adder = 0; adder < kADDERS; ++adder)
+        {
+            float2 const part = *reinterpret_cast<float2 const*>(
+                partial + (adder * kROW_TILES * kROWS_A_TILE + row) * kPITCH + pair * 2);
+            sum = {sum.x + part.x, sum.y + part.y};
+        }
+        if (bias != nullptr && (!kTO_SUMS || blockIdx.y == 0))
+        {
+            sum = {sum.x + bias[2 * pair], sum.y + bias[2 * pair + 1]};
+        }
+        int const column = blockIdx.x * p.blockColumns + pair / 4 * p.tileColumns + pair % 4 * 2;
+        size_t const index = (static_cast<size_t>(row) * p.outputPitch + column) / 2;
+        if constexpr (kTO_SUMS)
+        {
+            if (blockIdx.y == 0)
+            {
+                float2 const h = unpackPair<T>(__ldcg(static_cast<unsigned const*>(p.hidden) + index));
+                sum = {sum.x + h.x, sum.y + h.y};
+            }
+            atomicAdd(p.sums + index, toSum(sum.x, sum.y));
+        }
+        else
+        {
+            if (p.outcome != Outcome::kAS_IT_IS)
+            {
+                bool const isGelu = p.outcome == Outcome::kGELU;
+                sum = {isGelu ? gelu(sum.x) : fmaxf(sum.x, 0.0F), isGelu ? gelu(sum.y) : fmaxf(sum.y, 0.0F)};
+            }
+            static_cast<unsigned*>(p.output)[index] = packPair<T>(sum.x, sum.y);
+        }
+    }
+    sm90::barrierWait(barrier, 0);  // of a warp without inputs: no copy may be under way when the block ends
+}
+
+struct ExpandParams
+{
+    int rows;
+    RowState const* states;
+    void const* query;    //!< T [rows, H, d]
+    void const* weights;  //!< T [H, 8, d / 32, E / 64, 8, 32]
+    void* output;         //!< T [rows, H, E]
+    int heads;
+    int width;  //!< E
+};
+
+//! Queries in terms of the encoder's states: output[row, head] = W_k[head]^T query[row, head]. A block has an eighth of
+//! a head's columns, and its warps deal them.
+template <typename T, int kHEAD_DIM, int kROW_TILES>
+__global__ void __launch_bounds__(kTHREADS) expandQuery(ExpandParams p)
+{
+    constexpr int kCHUNKS = kHEAD_DIM / kCHUNK;
+    constexpr int kMOST = kMAX_WIDTH / 64 / kWARPS;  // tiles of a warp
+    int const warp = threadIdx.x / kWARP_SIZE;
+    int const lane = threadIdx.x % kWARP_SIZE;
+    int const tiles = p.width / 64;
+    sm90::launchDependents();
+    uint4 w[kMOST][kCHUNKS];
+    auto const* const weights =
+        static_cast<uint4 const*>(p.weights) + static_cast<size_t>(blockIdx.x) * kCHUNKS * tiles * kWARP_SIZE + lane;
+#pragma unroll
+    for (int i = 0; i < kMOST; ++i)
+    {
+#pragma unroll
+        for (int chunk = 0; chunk < kCHUNKS; ++chunk)
+        {
+            w[i][chunk] = __ldg(weights + (chunk * tiles + min(warp + i * kWARPS, tiles - 1)) * kWARP_SIZE);
+        }
+    }
+    sm90::waitForPriorGrids();
+
+    auto const active = ActiveRows::load(p.states, p.rows);
+    auto const* const query = static_cast<T const*>(p.query) + blockIdx.x / 8 * kHEAD_DIM;
+    Activations a[kROW_TILES][kCHUNKS];
+#pragma unroll
+    for (int m = 0; m < kROW_TILES; ++m)
+    {
+#pragma unroll
+        for (int chunk = 0; chunk < kCHUNKS; ++chunk)
+        {
+            a[m][chunk] = loadRows(query, p.heads * kHEAD_DIM, p.rows, m, chunk);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kMOST; ++i)
+    {
+        int const tile = warp + i * kWARPS;
+        if (tile >= tiles)
+        {
+            break;
+        }
+#pragma unroll
+        for (int m = 0; m < kROW_TILES; ++m)
+        {
+            float c[4] = {};
+#pragma unroll
+            for (int chunk = 0; chunk < kCHUNKS; ++chunk)
+            {
+                multiplyChunk<T>(c, a[m][chunk], w[i][chunk]);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                int const row = m * kROWS_A_TILE + half * 8 + lane / 4;
+                if (row < p.rows && active.has(row))
+                {
+                    size_t const column = blockIdx.x * (p.width / 8) + tile * 8 + lane % 4 * 2;
+                    size_t const index = (static_cast<size_t>(row) * p.heads * p.width + column) / 2;
+                    static_cast<unsigned*>(p.output)[index] = packPair<T>(c[2 * half], c[2 * half + 1]);
+                }
+            }
+        }
+    }
+}
+
+// ---- self-attention ----
+
+struct AttendParams
+{
+    int rows;
+    RowState const* states;
+    void const* qkv;  //!< T [rows, 3, H, d]
+    void* keys;       //!< T [rows, H, capacity, d]
+    void* values;
+    void* context;  //!< T [rows, H, d]
+    int heads;
+    int capacity;
+};
+
+//! A warp a row and head; the newest key and value go into the cache.
+template <typename T, int kHEAD_DIM>
+__global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
+{
+    using HeadKeys = Keys<T, kHEAD_DIM, 1, 8>;
+    __shared__ float contexts[kWARPS][kHEAD_DIM];
+    __shared__ float2 scales[kWARPS];
+    int const warp = threadIdx.x / kWARP_SIZE;
+    int const lane = threadIdx.x % kWARP_SIZE;
+    int const row = blockIdx.x;
+    int const head = blockIdx.y * kWARPS + warp;
+    sm90::launchDependents();
+    sm90::waitForPriorGrids();
+
+    int2 const words = loadEarly(reinterpret_cast<int2 const*>(p.states + row));
+    RowState const state{words.x, words.y};
+    if (state.line < 0 || head >= p.heads)
+    {
+        return;
+    }
+    size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
+    T* const allKeys = static_cast<T*>(p.keys) + cache;
+    T* const allValues = static_cast<T*>(p.values) + cache;
+    int const offset = lane % HeadKeys::kLANES * 8;
+    auto const* const newest =
+        static_cast<T const*>(p.qkv) + (static_cast<size_t>(row) * 3 * p.heads + head) * kHEAD_DIM + offset;
+    auto const part = [&](int i)
+    { return __ldcg(reinterpret_cast<uint4 const*>(newest + static_cast<size_t>(i) * p.heads * kHEAD_DIM)); };
+    uint4 const newKey = part(1);
+    uint4 const newValue = part(2);
+    Softmax<T, kHEAD_DIM> softmax;
+    softmax.begin(part(0));
+#pragma unroll 1
+    for (int key = 0; key <= state.position; key += HeadKeys::kSPAN)
+    {
+        HeadKeys held;
+        held.load(allKeys, allValues, key, state.position);
+#pragma unroll
+        for (int pass = 0; pass < 8; ++pass)
+        {
+            if (held.indexOf(key, pass) == state.position)
+            {
+                held.keys[pass] = newKey;
+                held.values[pass] = newValue;
+            }
+        }
+        softmax.add(held, key, state.position + 1);
+    }
+    if (lane < HeadKeys::kLANES)
+    {
+        size_t const at = static_cast<size_t>(state.position) * kHEAD_DIM + offset;
+        *reinterpret_cast<uint4*>(allKeys + at) = newKey;
+        *reinterpret_cast<uint4*>(allValues + at) = newValue;
+    }
+    softmax.finish(contexts[warp], &scales[warp]);
+    __syncwarp();
+    float const factor = 1.0F / scales[warp].y;
+    float2 const pair = reinterpret_cast<float2 const*>(contexts[warp])[lane];
+    static_cast<unsigned*>(p.context)[(static_cast<size_t>(row) * p.heads + head) * kHEAD_DIM / 2 + lane] =
+        packPair<T>(pair.x * factor, pair.y * factor);
+}
+
+// ---- cross-attention to the encoder's states ----
+
+struct StatesParams
+{
+    RowState const* states;  //!< [rows]
+    void const* query;       //!< T [rows, H, E]
+    void const* encoded;     //!< T [lines, S, E]
+    void* context;           //!< T [rows, H, E]
+    int heads;               //!< at most kROWS_A_TILE
+    int length;              //!< S
+    float scale;             //!< log2(e) / sqrt(d)
+};
+
+//! A block's shared memory; E = 128 kSTEPS.
+template <int kSTEPS>
+struct StatesLayout
+{
+    static constexpr int kWIDTH = 128 * kSTEPS;
+    static constexpr int kKEYS = 32;                  //!< of a stage
+    static constexpr int kPITCH = kWIDTH * 2 + 16;    //!< bytes: eight rows meet no bank twice
+    static constexpr int kSCORE_PITCH = kKEYS + 8;    //!< floats, likewise
+    static constexpr int kSTAGE = kKEYS * kPITCH;
+    static constexpr int kSCALES = 128;               //!< after the barriers: float2 [16]
+    static constexpr int kSCORES = kSCALES + 128;     //!< float [16, kSCORE_PITCH]
+    static constexpr int kPARTIAL = kSCORES + kROWS_A_TILE * kSCORE_PITCH * 4;  //!< float [kWARPS, 16, kSCORE_PITCH]
+    static constexpr int kRING = kPARTIAL + kWARPS * kROWS_A_TILE * kSCORE_PITCH * 4;
+    static constexpr int kSTAGES = (227 * 1024 - kRING) / kSTAGE < 4 ? (227 * 1024 - kRING) / kSTAGE : 4;
+    static constexpr int kBYTES = kRING + kSTAGES * kSTAGE;
+    static_assert(kSTAGES >= 2);
+};
+
+//! context[row] = softmax(scale query[row] states^T) states, all heads of a row at once: they are the 16 rows of the
+//! tensor cores' left operand. A cluster a row, whose blocks deal the states. A warp has an eighth of the states'
+//! columns: of scores it has a part of the sum, of the context those columns.
+template <typename T, int kSTEPS>
+__global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
+{
+    using Layout = StatesLayout<kSTEPS>;
+    constexpr int kTILES = Layout::kKEYS / 8;  // of scores
+    constexpr int kPITCH = Layout::kSCORE_PITCH;
+    extern __shared__ __align__(128) uint8_t shared[];
+    int const warp = threadIdx.x / kWARP_SIZE;
+    int const lane = threadIdx.x % kWARP_SIZE;
+    int const g = lane / 4;
+    int const t = lane % 4;
+    int const rank = blockIdx.x;
+    int const blocks = gridDim.x;
+    int const row = blockIdx.y;
+    uint32_t const barriers = sm90::sharedAddress(shared);
+    uint32_t const ring = sm90::sharedAddress(shared + Layout::kRING);
+    auto* const scales = reinterpret_cast<float2*>(shared + Layout::kSCALES);
+    auto* const scores = reinterpret_cast<float*>(shared + Layout::kSCORES);
+    auto* const partial = reinterpret_cast<float*>(shared + Layout::kPARTIAL);
+
+    sm90::launchDependents();
+    if (threadIdx.x == 0)
+    {
+        for (int stage = 0; stage < Layout::kSTAGES; ++stage)
+        {
+            sm90::barrierInit(barriers + stage * 8, 1);
+        }
+        sm90::barrierInitFence();
+    }
+    __syncthreads();
+    sm90::waitForPriorGrids();
+
+    int const line = __ldcg(&p.states[row].line);
+    if (line < 0)
+    {
+        return;  // with all of its cluster
+    }
+    int const first = p.length * rank / blocks;
+    int const count = p.length * (rank + 1) / blocks - first;
+    int const stages = (count + Layout::kKEYS - 1) / Layout::kKEYS;
+    auto const* const encoded =
+        static_cast<uint8_t const*>(p.encoded) + (static_cast<size_t>(line) * p.length + first) * Layout::kWIDTH * 2;
+    // By one warp, a row a lane.
+    auto const fetch = [&](int stage)
+    {
+        int const keys = min(Layout::kKEYS, count - stage * Layout::kKEYS);
+        int const slot = stage % Layout::kSTAGES;
+        if (lane == 0)
+        {
+            sm90::barrierArriveExpect(barriers + slot * 8, keys * Layout::kWIDTH * 2);
+        }
+        __syncwarp();
+        if (lane < keys)
+        {
+            copyBulk(shared + Layout::kRING + slot * Layout::kSTAGE + lane * Layout::kPITCH,
+                     encoded + (static_cast<size_t>(stage) * Layout::kKEYS + lane) * Layout::kWIDTH * 2,
+                     Layout::kWIDTH * 2, barriers + slot * 8);
+        }
+    };
+    if (warp == 0)
+    {
+        for (int stage = 0; stage < min(stages, Layout::kSTAGES); ++stage)
+        {
+            fetch(stage);
+        }
+    }
+    // The warp's columns of the query, as the left operand.
+    uint32_t q[kSTEPS][4];
+    auto const* const query = static_cast<unsigned const*>(p.query) +
+                              (static_cast<size_t>(row) * p.heads * Layout::kWIDTH + warp * 16 * kSTEPS) / 2;
+#pragma unroll
+    for (int step = 0; step < kSTEPS; ++step)
+    {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+        {
+            int const head = g + i % 2 * 8;
+            q[step][i] = head < p.heads ? __ldcg(query + head * Layout::kWIDTH / 2 + step * 8 + i / 2 * 4 + t) : 0;
+        }
+    }
+
+    float context[2 * kSTEPS][4] = {};
+    float maximum[2] = {kNO_SCORE, kNO_SCORE};
+    float total[2] = {};
+#pragma unroll 1
+    for (int stage = 0; stage < stages; ++stage)
+    {
+        int const slot = stage % Layout::kSTAGES;
+        int const keys = min(Layout::kKEYS, count - stage * Layout::kKEYS);
+        uint32_t const columns = ring + slot * Layout::kSTAGE + warp * 32 * kSTEPS;  // the warp's, of key 0
+        sm90::barrierWait(barriers + slot * 8, stage / Layout::kSTAGES & 1);
+        if (keys < Layout::kKEYS)
+        {
+            // What lies there may be no number, and 0 times that none either.
+            for (int i = lane; i < (Layout::kKEYS - keys) * 2 * kSTEPS; i += kWARP_SIZE)
+            {
+                int const key = keys + i / (2 * kSTEPS);
+                *reinterpret_cast<uint4*>(shared + Layout::kRING + slot * Layout::kSTAGE + key * Layout::kPITCH +
+                                          warp * 32 * kSTEPS + i % (2 * kSTEPS) * 16) = uint4{};
+            }
+            __syncwarp();
+        }
+        float c[kTILES][4] = {};
+#pragma unroll
+        for (int step = 0; step < kSTEPS; ++step)
+        {
+#pragma unroll
+            for (int two = 0; two < kTILES / 2; ++two)
+            {
+                uint32_t k[4];
+                int const key = two * 16 + lane / 16 * 8 + lane % 8;
+                sm90::loadMatrices(k, columns + key * Layout::kPITCH + step * 32 + lane / 8 % 2 * 16);
+                multiplyAdd<T>(c[2 * two], q[step], k[0], k[1]);
+                multiplyAdd<T>(c[2 * two + 1], q[step], k[2], k[3]);
+            }
+        }
+#pragma unroll
+        for (int tile = 0; tile < kTILES; ++tile)
+        {
+            float* const at = partial + (warp * kROWS_A_TILE + g) * kPITCH + tile * 8 + 2 * t;
+            *reinterpret_cast<float2*>(at) = {c[tile][0], c[tile][1]};
+            *reinterpret_cast<float2*>(at + 8 * kPITCH) = {c[tile][2], c[tile][3]};
+        }
+        __syncthreads();
+        // All warps are done with the stage before: its slot is free.
+        if (warp == 0 && stage >= 1 && stage - 1 + Layout::kSTAGES < stages)
+        {
+            fetch(stage - 1 + Layout::kSTAGES);
+        }
+        {
+            static_assert(kTHREADS == kROWS_A_TILE * Layout::kKEYS / 2);
+            int const at = threadIdx.x / (Layout::kKEYS / 2) * kPITCH + threadIdx.x % (Layout::kKEYS / 2) * 2;
+            int const key = threadIdx.x % (Layout::kKEYS / 2) * 2;
+            float2 sum{};
+#pragma unroll
+            for (int other = 0; other < kWARPS; ++other)
+            {
+                float2 const part = *reinterpret_cast<float2 const*>(partial + other * kROWS_A_TILE * kPITCH + at);
+                sum = {sum.x + part.x, sum.y + part.y};
+            }
+            *reinterpret_cast<float2*>(scores + at) = {key < keys ? sum.x * p.scale : kNO_SCORE,
+                                                       key + 1 < keys ? sum.y * p.scale : kNO_SCORE};
+        }
+        __syncthreads();
+        // Every warp weighs all keys for itself.
+        float most[2] = {maximum[0], maximum[1]};
+#pragma unroll
+        for (int tile = 0; tile < kTILES; ++tile)
+        {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                float2 const pair =
+                    *reinterpret_cast<float2 const*>(scores + (g + half * 8) * kPITCH + tile * 8 + 2 * t);
+                c[tile][2 * half] = pair.x;
+                c[tile][2 * half + 1] = pair.y;
+                most[half] = fmaxf(most[half], fmaxf(pair.x, pair.y));
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+        {
+            most[half] = fmaxf(most[half], __shfl_xor_sync(kFULL_WARP, most[half], 1));
+            most[half] = fmaxf(most[half], __shfl_xor_sync(kFULL_WARP, most[half], 2));
+            float const scale = exp2Approx(maximum[half] - most[half]);
+            maximum[half] = most[half];
+            total[half] *= scale;
+#pragma unroll
+            for (int tile = 0; tile < 2 * kSTEPS; ++tile)
+            {
+                context[tile][2 * half] *= scale;
+                context[tile][2 * half + 1] *= scale;
+            }
+        }
+        uint32_t weights[kTILES / 2][4];
+#pragma unroll
+        for (int tile = 0; tile < kTILES; ++tile)
+        {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                float const low = exp2Approx(c[tile][2 * half] - maximum[half]);
+                float const high = exp2Approx(c[tile][2 * half + 1] - maximum[half]);
+                total[half] += low + high;
+                weights[tile / 2][tile % 2 * 2 + half] = packPair<T>(low, high);
+            }
+        }
+#pragma unroll
+        for (int tile = 0; tile < kSTEPS; ++tile)  // of 16 columns
+        {
+#pragma unroll
+            for (int step = 0; step < kTILES / 2; ++step)  // of 16 keys
+            {
+                uint32_t v[4];
+                int const key = step * 16 + lane / 8 % 2 * 8 + lane % 8;
+                loadMatricesTransposed(v, columns + key * Layout::kPITCH + tile * 32 + lane / 16 * 16);
+                multiplyAdd<T>(context[2 * tile], weights[step], v[0], v[1]);
+                multiplyAdd<T>(context[2 * tile + 1], weights[step], v[2], v[3]);
+            }
+        }
+    }
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+    {
+        total[half] += __shfl_xor_sync(kFULL_WARP, total[half], 1);
+        total[half] += __shfl_xor_sync(kFULL_WARP, total[half], 2);
+        factor[half] = 1.0F / total[half];
+    }
+    auto* const output =
+        static_cast<unsigned*>(p.context) + static_cast<size_t>(row) * p.heads * Layout::kWIDTH / 2;
+    if (blocks == 1)
+    {
+#pragma unroll
+        for (int tile = 0; tile < 2 * kSTEPS; ++tile)
+        {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                int const head = g + half * 8;
+                if (head < p.heads)
+                {
+                    output[(head * Layout::kWIDTH + warp * 16 * kSTEPS + tile * 8) / 2 + t] = packPair<T>(
+                        context[tile][2 * half] * factor[half], context[tile][2 * half + 1] * factor[half]);
+                }
+            }
+        }
+        return;
+    }
+
+    // The cluster's blocks agree on maxima and totals, then each adds up the contexts of some heads.
+    if (warp == 0 && t == 0)
+    {
+        scales[g] = {maximum[0], total[0]};
+        scales[g + 8] = {maximum[1], total[1]};
+    }
+    sm90::clusterSync();
+    int const mostHeads = (kROWS_A_TILE + blocks - 1) / blocks;
+    auto* const parts = reinterpret_cast<float*>(shared + Layout::kRING);  // [block][mostHeads][E]
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+    {
+        int const head = g + half * 8;
+        float most = kNO_SCORE;
+        for (int other = 0; other < blocks; ++other)
+        {
+            most = fmaxf(most, atRank(scales + head, other)->x);
+        }
+        float all = 0.0F;
+        for (int other = 0; other < blocks; ++other)
+        {
+            float2 const scale = *atRank(scales + head, other);
+            all += scale.y * exp2Approx(scale.x - most);
+        }
+        factor[half] = exp2Approx(maximum[half] - most) / all;
+        int const owner = head / mostHeads;
+        float* const to =
+            atRank(parts + (rank * mostHeads + head % mostHeads) * Layout::kWIDTH + warp * 16 * kSTEPS + 2 * t, owner);
+#pragma unroll
+        for (int tile = 0; tile < 2 * kSTEPS; ++tile)
+        {
+            *reinterpret_cast<float2*>(to + tile * 8) = {context[tile][2 * half] * factor[half],
+                                                         context[tile][2 * half + 1] * factor[half]};
+        }
+    }
+    sm90::clusterSync();
+    int const firstHead = rank * mostHeads;
+    int const heads = min(mostHeads, p.heads - firstHead);
+    for (int i = threadIdx.x; i < heads * Layout::kWIDTH / 4; i += kTHREADS)
+    {
+        float4 sum{};
+        for (int other = 0; other < blocks; ++other)
+        {
+            float4 const part = *reinterpret_cast<float4 const*>(parts + other * mostHeads * Layout::kWIDTH + i * 4);
+            sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+        }
+        reinterpret_cast<uint2*>(output + firstHead * Layout::kWIDTH / 2)[i] = {packPair<T>(sum.x, sum.y),
+                                                                               packPair<T>(sum.z, sum.w)};
+    }
+}
+
+}  // namespace trocr::greedy
