@@ -242,8 +242,9 @@ class GreedyDecoder:
         """Enqueue the search on torch's current stream.
 
         Args:
-            attended: what cross-attention reads: keys and values, a layer's T [lines, H, S, d] each; or, where
-                `attends_to_states`, the encoder's states T [lines, S, E], for at most STATE_ROWS slots. Contiguous.
+            attended: what cross-attention reads: keys and values, a layer's T [lines, H, S, d] each; or,
+                where `attends_to_states`, the encoder's states T [lines, S, E], for at most STATE_ROWS
+                slots. Contiguous.
             outputs: from `outputs`, or contiguous tensors like them. Tokens are padded behind a line's end;
                 log_probs are sums over a line's tokens, the end of text included, as lengths count it.
             slots: lines at a time; a finished line's row takes the next one. Default: as many as there are.

@@ -8,8 +8,8 @@ is float16 or bfloat16; L layers of width d, feed-forward width f, V tokens:
     self_qkv_weight [L, 3 d, d] T         self_qkv_bias [L, 3 d] float32         query, key, value
     self_out_weight [L, d, d] T           self_out_bias [L, d] float32
     cross_query_weight [L, d, d] T        cross_query_bias [L, d] float32
-    cross_key_weight [L, d, e] T          of keys and values that are not computed ahead; e: the encoder's width.
-    cross_value_weight [L, d, e] T        cross_value_bias [L, d] float32        The keys' bias changes no softmax.
+    cross_key_weight [L, d, e] T          e: the encoder's width; the keys' bias changes no softmax
+    cross_value_weight [L, d, e] T        cross_value_bias [L, d] float32
     cross_out_weight [L, d, d] T          cross_out_bias [L, d] float32
     fc1_weight [L, f, d] T                fc1_bias [L, f] float32
     fc2_weight [L, f, d] T                fc2_bias [L, d] float32

@@ -10,11 +10,20 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from build import build
 from tests.checkpoints import random_checkpoint
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "trocr-tiny-printed"
+
+
+@pytest.fixture(autouse=True)
+def give_gpu_memory_back():
+    """The GPU is shared by the processes of a run: what one test's tensors took is not kept for the next."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

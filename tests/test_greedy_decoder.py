@@ -8,8 +8,16 @@ from itertools import product as cartesian
 import pytest
 import torch
 
-from profiling.greedy_decoder import DECODERS, NO_END, differences, random_cross, random_weights
-from runtime.greedy_decoder import GreedyDecoder, pack_blobs
+from profiling.greedy_decoder import (
+    DECODERS,
+    NO_END,
+    cross_of_states,
+    differences,
+    random_cross,
+    random_states,
+    random_weights,
+)
+from runtime.greedy_decoder import STATE_ROWS, GreedyDecoder, pack_blobs
 from runtime.kernels import load_kernels
 
 # name -> config: the published decoders with fewer layers, and other sizes and switches.
@@ -30,8 +38,22 @@ CASES = {
         "source_length": 8,
     },
     "wide-heads": DECODERS["small"]
-    | {"num_layers": 2, "num_heads": 4, "vocab_size": 1001, "source_length": 1025},
+    | {
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 1001,
+        "source_length": 1025,
+        "encoder_size": 384,
+    },
+    "large": BASE | {"encoder_size": 1024, "vocab_size": 1009},
 }
+STATES = (
+    "base",
+    "large",
+    "no-embedding-norm",
+    "relu",
+    "wide-heads",
+)  # that may attend to the encoder's states
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +81,15 @@ def weights_of(name: str, dtype: torch.dtype) -> dict:
     return random_weights(settings(name, dtype), dtype, "cuda")
 
 
-def search(kernels, name, dtype, lines, steps, slots=None, cross=None, **changes):
-    """The decoder's outputs (tokens, log_probs, lengths), from poisoned buffers, and what it attended to."""
+def search(kernels, name, dtype, lines, steps, slots=None, cross=None, states=False, **changes):
+    """The decoder's outputs (tokens, log_probs, lengths), from poisoned buffers, and what it attended to.
+
+    `states`: attend to the encoder's states in place of keys and values.
+    """
     config = settings(name, dtype) | changes
     decoder = GreedyDecoder(kernels, weights_of(name, dtype), config, slots or lines, steps)
-    cross = cross or random_cross(config, lines, dtype, "cuda", seed=lines)
+    if cross is None:
+        cross = (random_states if states else random_cross)(config, lines, dtype, "cuda", seed=lines)
     outputs = decoder.outputs(lines, steps)
     outputs[0].fill_(-7)
     outputs[1].fill_(torch.nan)
@@ -74,6 +100,8 @@ def search(kernels, name, dtype, lines, steps, slots=None, cross=None, **changes
 
 
 def assert_right(name, dtype, outputs, cross, config) -> None:
+    if isinstance(cross, torch.Tensor):
+        cross = cross_of_states(weights_of(name, dtype), config, cross)
     found, _ = differences(weights_of(name, dtype), config, cross, outputs)
     assert not found, "\n".join(found[:10])
 
@@ -105,9 +133,42 @@ def test_long_texts(hopper, name, lines):
     assert_right(name, torch.float16, outputs, cross, config)
 
 
-def ended(hopper, name: str, lines: int, steps: int):
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("lines", (1, 3, 16, 17, 33, 64))
+@pytest.mark.parametrize("name", STATES)
+def test_attends_to_states(hopper, name, lines, dtype):
+    outputs, states, config, decoder = search(hopper, name, dtype, lines, 12, states=True)
+    assert decoder.attends_to_states
+    assert_right(name, dtype, outputs, states, config)
+
+
+@pytest.mark.gpu
+def test_attends_to_states_in_long_texts(hopper):
+    """More keys than one turn of self-attention holds, in rows that take a second line."""
+    outputs, states, config, _ = search(hopper, "base", torch.float16, 5, 150, slots=3, states=True)
+    assert_right("base", torch.float16, outputs, states, config)
+
+
+@pytest.mark.gpu
+def test_refuses_states(hopper):
+    """More rows than one step takes; a decoder without the weights; a width that no kernel has."""
+    dtype = torch.float16
+    lines = STATE_ROWS + 1
+    with pytest.raises(RuntimeError, match="slots 1 to 64"):
+        search(hopper, "base", dtype, lines, 3, states=True)
+    config = settings("base", dtype)
+    assert "width" in hopper.greedy_states_obstacle(config | {"encoder_size": 512})
+    assert "heads" in hopper.greedy_states_obstacle(settings("small", dtype) | {"encoder_size": 384})
+    decoder = GreedyDecoder(hopper, weights_of("base", dtype), config | {"encoder_size": 512}, 4, 4)
+    assert not decoder.attends_to_states
+    with pytest.raises(RuntimeError, match="made with their weights"):
+        decoder.run(random_states(config, 4, dtype, "cuda"), decoder.outputs(4, 4))
+
+
+def ended(hopper, name: str, lines: int, steps: int, states: bool = False):
     """A search whose lines end apart: its outputs, what it attended to, its configuration."""
-    free, cross, _, _ = search(hopper, name, torch.float16, lines, steps)
+    free, cross, _, _ = search(hopper, name, torch.float16, lines, steps, states=states)
     ends = free[0][::5, 4].unique().tolist()[:8]
     outputs, _, config, _ = search(hopper, name, torch.float16, lines, steps, cross=cross, eos_ids=ends)
     assert 1 <= outputs[2].min() < outputs[2].max()
@@ -118,10 +179,10 @@ def ended(hopper, name: str, lines: int, steps: int):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("slots", (1, 2, 7, 16, 37))
-@pytest.mark.parametrize("name", ("bundled", "relu"))
-def test_finished_rows_take_the_next_line(hopper, name, slots):
+@pytest.mark.parametrize(("name", "states"), (("bundled", False), ("relu", False), ("relu", True)))
+def test_finished_rows_take_the_next_line(hopper, name, states, slots):
     lines, steps = 37, 10
-    expected, cross, config = ended(hopper, name, lines, steps)
+    expected, cross, config = ended(hopper, name, lines, steps, states)
     found, *_ = search(hopper, name, torch.float16, lines, steps, slots, cross, eos_ids=config["eos_ids"])
     assert_right(name, torch.float16, found, cross, config)
     # Few rows are spread over more warps than many, which adds in another order: near-ties may change.
@@ -132,14 +193,17 @@ def test_finished_rows_take_the_next_line(hopper, name, slots):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("lines", "slots"), ((37, 37), (37, 20), (12, 8)))
-@pytest.mark.parametrize("name", ("bundled", "relu"))
-def test_a_line_does_not_depend_on_its_neighbours(hopper, name, lines, slots):
+@pytest.mark.parametrize(("name", "states"), (("bundled", False), ("relu", False), ("relu", True)))
+def test_a_line_does_not_depend_on_its_neighbours(hopper, name, states, lines, slots):
     """In another order, beside other lines, in another row: the same bits."""
-    expected, cross, config = ended(hopper, name, lines, 10)
+    expected, cross, config = ended(hopper, name, lines, 10, states)
     ends = config["eos_ids"]
     expected, *_ = search(hopper, name, torch.float16, lines, 10, slots, cross, eos_ids=ends)
     order = torch.randperm(lines, device="cuda")
-    shuffled = tuple([part[order].contiguous() for part in parts] for parts in cross)
+    if states:
+        shuffled = cross[order].contiguous()
+    else:
+        shuffled = tuple([part[order].contiguous() for part in parts] for parts in cross)
     found, *_ = search(hopper, name, torch.float16, lines, 10, slots, shuffled, eos_ids=ends)
     for got, wanted in zip(found, expected, strict=True):
         assert torch.equal(got, wanted[order])
@@ -258,6 +322,8 @@ def test_the_chains_pieces_hold_every_weight():
         assert torch.equal(stored.sort().values, expected.sort().values)
 
     columns = 1024 * 8 // 64
+    assert blobs["cross_keys"].shape == (2, 16, 8, 2, 12, 8, 32)
+    assert blobs["cross_values"].shape == (2, 16, 8, 24, 8, 32)
     same("self", 24 + columns, "self_qkv_weight", "self_out_weight")
     same("cross", 8 + columns, "cross_query_weight", "cross_out_weight")
     same("feed_forward", 32, "fc1_weight", "fc2_weight")
@@ -293,6 +359,18 @@ def test_a_piece_of_the_chain_is_what_its_block_reads():
     first = halves[: 32 * width].view(width // 32, 32, 32)
     assert torch.equal(first.transpose(0, 1).flatten(1), weights["fc1_weight"][1, 64:96])
     assert torch.equal(halves[32 * width :].view(width, 32), weights["fc2_weight"][1, 64:96].T)
+
+
+def test_a_heads_weights_of_the_states_are_what_its_blocks_read():
+    """By the definition: layer 1, head 3, block 2: an eighth of the states' columns, eight of the head's."""
+    config = settings("base", torch.float16) | {"vocab_size": 51}
+    weights = random_weights(config, torch.float16, "cpu")
+    blobs = pack_blobs(weights, config)
+    keys = blobs["cross_keys"][1, 3, 2]  # [inputs / 32, outputs / 8, 8, 32]
+    expected = weights["cross_key_weight"][1, 192:256, 192:288].T  # [outputs, inputs]
+    assert torch.equal(keys.permute(1, 2, 0, 3).reshape(96, 64), expected)
+    values = blobs["cross_values"][1, 3, 2]  # [inputs / 32, 8, 32]
+    assert torch.equal(values.transpose(0, 1).flatten(1), weights["cross_value_weight"][1, 208:216])
 
 
 def product(units: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,8 @@ T = TypeVar("T")
 GREEDY_SLOTS = 64
 # Lines that it is given at a time: a page. One search of many lines keeps its rows busier than two of fewer.
 GREEDY_LINES = 128
-# The most images that it decodes where heads have 64 elements: its time grows with every 8 rows, the step
-# engine's hardly does. An estimate (docs/optimisation-log.md), from its own time and the engine's bytes.
+# The most images that it decodes by keys and values where heads have 64 elements: its time grows with every 8
+# rows. For more it attends to the encoder's states, or, where it cannot, leaves them to the step engine.
 GREEDY_MOST_WIDE = 8
 
 MOST_BEAMS = 16  # of the kernel reorder_cache
@@ -39,17 +39,19 @@ MOST_BEAMS = 16  # of the kernel reorder_cache
 
 @dataclass(eq=False)
 class Encoding:
-    """Encoded images: which of the buffers for cross-attention's keys and values is theirs.
+    """Encoded images: which of the buffers for states and for cross-attention's keys and values is theirs.
 
     Attributes:
         images: that the caller sees.
         slot: number of the buffers.
         ready: recorded when they are written.
+        has_keys: whether keys and values are among them; the encoder's states always are.
     """
 
     images: int
     slot: int
     ready: torch.cuda.Event
+    has_keys: bool
 
 
 @dataclass(eq=False)
@@ -169,15 +171,17 @@ class TensorRTBackend(Backend):
             )
         _, _, pixels_shape = self.encoder.profile("pixel_values")
         self._cross_shape = (self._heads, encoder.num_tokens, self._head_dim)
+        self._states_shape = (encoder.num_tokens, encoder.hidden_size)
         self._max_lines = self._most_lines(pixels_shape[1:])
 
         def buffer(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self._pixels = buffer(self._max_lines, *pixels_shape[1:]).to(self.encoder.dtypes["pixel_values"])
-        self._hidden = buffer(images, encoder.num_tokens, encoder.hidden_size)
+        self._hidden = [buffer(self._max_lines, *self._states_shape) for _ in range(self.encodings)]
         self._logits = buffer(self.max_rows, 1, decoder.vocab_size)
-        self._cross = [self._cross_buffers(self._max_lines) for _ in range(self.encodings)]
+        lines = images if self._wants_states(self._max_lines) else self._max_lines
+        self._cross = [self._cross_buffers(lines) for _ in range(self.encodings)]
         # Keys and values repeated for every row, where the engine does not share them: made when needed.
         self._repeated: dict[str, torch.Tensor] | None = None
         # Flat, because a growing cache of t tokens is [rows, heads, t, head_dim] without gaps. One memory for
@@ -193,7 +197,7 @@ class TensorRTBackend(Backend):
         self._encoder_stream = torch.cuda.Stream() if overlap else torch.cuda.current_stream()
         self._next_slot = 0
         self._states: dict[tuple[int, int, int], State] = {}
-        self._encoders: LeastRecentlyUsed[tuple[BoundEngine, BoundEngine]] = LeastRecentlyUsed(64)
+        self._bound: LeastRecentlyUsed[BoundEngine] = LeastRecentlyUsed(128)
         self._decoders: LeastRecentlyUsed[BoundEngine] = LeastRecentlyUsed(512)
         # With what a graph was captured from, which has to live as long.
         self._graphs: LeastRecentlyUsed[tuple[torch.cuda.CUDAGraph, object]] = LeastRecentlyUsed(512)
@@ -205,17 +209,21 @@ class TensorRTBackend(Backend):
         """The most lines that are encoded for one search.
 
         More than the engines' largest batch where the greedy decoder takes them and TensorRT can begin at any
-        image's pixels, keys and values.
+        image's pixels, states, keys and values.
         """
-        types = (self.encoder.dtypes[name] for name in ("pixel_values", "last_hidden_state"))
-        shapes = (pixels, self._cross_shape)
-        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, types, strict=True)]
+        pixel, state = (self.encoder.dtypes[name].itemsize for name in ("pixel_values", "last_hidden_state"))
+        sizes = [math.prod(pixels) * pixel]
+        sizes += [math.prod(shape) * state for shape in (self._states_shape, self._cross_shape)]
         divisible = (
             all(size % ALIGNMENT == 0 for size in sizes) and 2 * self.encoder.min_batch <= self.max_batch
         )
         if self._greedy is None or self._greedy.most_images is not None or not divisible:
             return self.max_batch
         return max(self.max_batch, GREEDY_LINES)
+
+    def _wants_states(self, images: int) -> bool:
+        """Whether a greedy search of so many images reads the encoder's states, and no keys and values."""
+        return self._greedy is not None and self._greedy.wants_states(images)
 
     def largest_batch(self, beams: int, whole: bool = False) -> int:
         return self._max_lines if whole and beams == 1 else super().largest_batch(beams)
@@ -232,7 +240,9 @@ class TensorRTBackend(Backend):
         batch = len(pixel_values)
         if batch > self._max_lines:
             self.encoder.check_batch(batch)
-        encoding = Encoding(batch, self._next_slot, torch.cuda.Event())
+        # Keys and values that only a search of another kind would read are left to `begin`.
+        keys = not self._wants_states(batch)
+        encoding = Encoding(batch, self._next_slot, torch.cuda.Event(), keys)
         self._next_slot = (self._next_slot + 1) % self.encodings
         rows = max(batch, self.encoder.min_batch)
         # After what made the pixels, and after the decoding that read these buffers last.
@@ -241,17 +251,31 @@ class TensorRTBackend(Backend):
             if pixel_values.is_cuda:
                 pixel_values.record_stream(self._encoder_stream)
             self._pixels[:batch].copy_(self.encoder_input(pixel_values))
-            captured = self._graphs.use(("encode", rows, encoding.slot))
-            if captured:
-                captured[0].replay()
-            else:
-                self._encode(rows, encoding.slot)
-                if self.cuda_graphs:
-                    graph = capture(lambda: self._encode(rows, encoding.slot), self._encode_pool)
-                    engines = [self._encoders[piece] for piece in self._pieces(rows, encoding.slot)]
-                    self._graphs.add(("encode", rows, encoding.slot), (graph, engines))
+            self._run(("encoder", "cross_kv") if keys else ("encoder",), rows, encoding.slot)
             encoding.ready.record()
         return encoding
+
+    def _run(self, engines: Sequence[str], rows: int, slot: int) -> None:
+        """Run these of encoder and cross_kv for `rows` images, as a CUDA graph from the second time on."""
+
+        def run() -> None:
+            for piece in self._pieces(rows):
+                for name in engines:
+                    with stage(name, (piece[1] - piece[0], *self._inputs_of(name))):
+                        self._bound_engine(name, *piece, slot)()
+
+        key = (*engines, rows, slot)
+        captured = self._graphs.use(key)
+        if captured:
+            captured[0].replay()
+            return
+        run()
+        if self.cuda_graphs:
+            graph = capture(run, self._encode_pool if "encoder" in engines else self._step_pool)
+            bound = [
+                self._bound_engine(name, *piece, slot) for piece in self._pieces(rows) for name in engines
+            ]
+            self._graphs.add(key, (graph, bound))
 
     def begin(self, encoding: Encoding, beams: int = 1) -> State:
         torch.cuda.current_stream().wait_event(encoding.ready)
@@ -263,6 +287,9 @@ class TensorRTBackend(Backend):
                 f"larger --num-beams: {self.manifest.command}"
             )
         state.length = 0
+        if not encoding.has_keys:
+            self._run(("cross_kv",), state.engine_images, state.slot)
+            encoding.has_keys = True
         if beams > 1 and not self._beams_share_images:
             if self._repeated is None:
                 self._repeated = self._cross_buffers(self.max_rows)
@@ -334,7 +361,8 @@ class TensorRTBackend(Backend):
             return None
         torch.cuda.current_stream().wait_event(encoding.ready)
         with stage("greedy search", (encoding.images, max_new_tokens)):
-            return self._greedy(self._cross[encoding.slot], encoding.images, max_new_tokens, stop)
+            states, cross = self._hidden[encoding.slot], self._cross[encoding.slot]
+            return self._greedy(states, cross, encoding.images, max_new_tokens, stop)
 
     def capture(self, state: State, step: Callable[[], None]) -> Callable[[], None]:
         """One CUDA graph a state; with a growing cache, whose shapes change, one a position.
@@ -369,26 +397,27 @@ class TensorRTBackend(Backend):
         """The length that the decoder's input shapes depend on; None where they are fixed."""
         return None if self.fixed_cache else state.length
 
-    def _pieces(self, rows: int, slot: int) -> list[tuple[int, int, int]]:
-        """First image, end and slot of each of the engines' batches that `rows` images take."""
+    def _pieces(self, rows: int) -> list[tuple[int, int]]:
+        """First image and end of each of the engines' batches that `rows` images take."""
         count = -(-rows // self.max_batch)
         edges = [rows * i // count for i in range(count + 1)]
-        return [(first, end, slot) for first, end in itertools.pairwise(edges)]
+        return list(itertools.pairwise(edges))
 
-    def _encode(self, rows: int, slot: int) -> None:
-        for piece in self._pieces(rows, slot):
-            encoder, cross_kv = self._encoders.use(piece) or self._encoders.add(piece, self._bind(*piece))
-            first, end, _ = piece
-            with stage("encoder", (end - first, *self._pixels.shape[1:])):
-                encoder()
-            with stage("cross_kv", (end - first, *self._hidden.shape[1:])):
-                cross_kv()
+    def _inputs_of(self, name: str) -> Sequence[int]:
+        """The shape of an image's inputs of the encoder or cross_kv."""
+        return self._pixels.shape[1:] if name == "encoder" else self._states_shape
 
-    def _bind(self, first: int, end: int, slot: int) -> tuple[BoundEngine, BoundEngine]:
-        hidden = self._hidden[: end - first]
+    def _bound_engine(self, name: str, first: int, end: int, slot: int) -> BoundEngine:
+        """The encoder or cross_kv on images `first` to `end` of the buffers `slot`."""
+        key = (name, first, end, slot)
+        return self._bound.use(key) or self._bound.add(key, self._bind(*key))
+
+    def _bind(self, name: str, first: int, end: int, slot: int) -> BoundEngine:
+        hidden = self._hidden[slot][first:end]
+        if name == "encoder":
+            return self.encoder.bind({"pixel_values": self._pixels[first:end], "last_hidden_state": hidden})
         cross = {f"present.{name}": tensor[first:end] for name, tensor in self._cross[slot].items()}
-        encoder = self.encoder.bind({"pixel_values": self._pixels[first:end], "last_hidden_state": hidden})
-        return encoder, self.cross_kv.bind({"encoder_hidden_states": hidden} | cross)
+        return self.cross_kv.bind({"encoder_hidden_states": hidden} | cross)
 
     def _decoder_tensors(self, state: State, past: int | None) -> dict[str, torch.Tensor]:
         """The decoder's logits, cross-attention keys and values, and its cache before and after the step."""
@@ -423,14 +452,16 @@ class GreedyKernels:
 
     Its outputs are one set of tensors for each number of images: addresses are part of the decoder's graphs.
 
-    Attributes:
-        most_images: that it is given at a time; None: any number.
     """
 
-    def __init__(self, decoder: GreedyDecoder, layers: int, most_images: int | None):
+    def __init__(self, decoder: GreedyDecoder, layers: int, most_by_keys: int | None):
+        """
+        Args:
+            most_by_keys: images a search by keys and values has at most; None: any number.
+        """
         self._decoder = decoder
         self._layers = layers
-        self.most_images = most_images
+        self._most_by_keys = most_by_keys
         self._outputs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     @classmethod
@@ -456,25 +487,45 @@ class GreedyKernels:
             raise EngineError(str(error)) from error
         if kernels.greedy_decoder_obstacle(config) is not None:
             return None
-        wide = config["hidden_size"] == 64 * config["num_heads"]
-        most_images = min(GREEDY_MOST_WIDE, max_batch) if wide else None
-        decoder = GreedyDecoder(kernels, weights, config, most_images or GREEDY_SLOTS, max_new_tokens)
-        return cls(decoder, config["num_layers"], most_images)
+        decoder = GreedyDecoder(kernels, weights, config, GREEDY_SLOTS, max_new_tokens)
+        if config["hidden_size"] == 32 * config["num_heads"]:
+            return cls(decoder, config["num_layers"], most_by_keys=None)
+        return cls(decoder, config["num_layers"], most_by_keys=min(GREEDY_MOST_WIDE, max_batch))
+
+    @property
+    def most_images(self) -> int | None:
+        """That it is given at a time; None: any number."""
+        return None if self._decoder.attends_to_states else self._most_by_keys
 
     def takes(self, images: int) -> bool:
         """Whether one search of so many images is faster here than step by step."""
         return self.most_images is None or images <= self.most_images
 
+    def wants_states(self, images: int) -> bool:
+        """Whether such a search reads the encoder's states, and no keys and values."""
+        return (
+            self._decoder.attends_to_states and self._most_by_keys is not None and images > self._most_by_keys
+        )
+
     def __call__(
-        self, cross: dict[str, torch.Tensor], images: int, max_new_tokens: int, stop: bool
+        self,
+        states: torch.Tensor,
+        cross: dict[str, torch.Tensor],
+        images: int,
+        max_new_tokens: int,
+        stop: bool,
     ) -> GreedyResult:
-        """Decode images whose keys and values are the beginning of `cross`; valid until the next call."""
+        """Decode images whose states, keys and values begin these; valid until the next call."""
         size = (images, max_new_tokens)
         outputs = self._outputs.get(size) or self._outputs.setdefault(size, self._decoder.outputs(*size))
-        keys, values = (
-            [cross[f"{layer}.encoder.{kind}"] for layer in range(self._layers)] for kind in ("key", "value")
-        )
-        self._decoder.run((keys, values), outputs, stop=stop)
+        if self.wants_states(images):
+            self._decoder.run(states, outputs, stop=stop)
+        else:
+            keys, values = (
+                [cross[f"{layer}.encoder.{kind}"] for layer in range(self._layers)]
+                for kind in ("key", "value")
+            )
+            self._decoder.run((keys, values), outputs, stop=stop)
         return GreedyResult(*outputs)
 
 
