@@ -111,6 +111,7 @@ def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     peers = _bench(name, scratch / "compile.json", "encoder", "compile,onnxruntime")
     batches = _bench(name, scratch / "batches.json", SEARCHED, "stock,fused,torch", "2,4,32,128")
     tokens = _bench(name, scratch / "tokens.json", SEARCHED[1:], "stock,fused,torch", "1,16")
+    beams = _bench(name, scratch / "beams.json", SEARCHED[1:], "stock,fused", "1,16")
     rtx = _bench(name, scratch / "rtx.json", SEARCHED, "tensorrt_rtx")
     reason = None
     if not any(importlib.util.find_spec(module) for module in ("tensorrt_rtx", "tensorrt_rtx_bindings")):
@@ -126,6 +127,7 @@ def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
         _module("compile", peers, 30),
         _module("batches", batches, 30),
         _module("tokens", [*tokens, "--tokens", "5,10,40,60"], 30),
+        _module("beams", [*beams, "--num-beams", "4"], 30),
         replace(_module("tensorrt_rtx", rtx, 30), obstacle=reason),
         *once,
     ]
@@ -140,10 +142,12 @@ def _of_trained_weights(folder: Path, name: str, scratch: Path, out: Path) -> li
         for precision in PRECISIONS
         for plugins in ("fused", "none")
     ]
+    mixed = ["profiling.mixed_page"]
     accuracy = ["profiling.accuracy", *(word for engines in built for word in ("--engines", str(engines)))]
     tensors = ["profiling.tensors", "--backend", "tensorrt", "--model", name]
     return [
         _module("torch's page", page, 30),
+        _module("mixed page", mixed, 20, out / "mixed_page.json", "--json"),
         _module("timeline", timeline, 20, out / "timeline.json", "--json"),
         _module("engines of all precisions", _engines(name, "fp16,bf16,fp32", SWEEP_PROFILE), 60),
         _module("accuracy", accuracy, 30, out / "accuracy.json", "--json"),
