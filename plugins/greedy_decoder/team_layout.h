@@ -61,8 +61,7 @@ template <int kROWS>
 struct TeamLayout
 {
     static constexpr int kHEAD_ROWS = kROWS * kMAX_TEAMS < kMAX_SLOTS ? kROWS * kMAX_TEAMS : kMAX_SLOTS;
-    static constexpr int kSELF_WARPS = kROWS >= 4 ? kTEAM_WARPS / kROWS : 4;         //!< of a row in self-attention
-    static constexpr int kCROSS_WARPS = kROWS == 1 ? kTEAM_WARPS : kTEAM_WARPS / 2;  //!< and in cross-attention
+    static constexpr int kSELF_WARPS = kROWS >= 4 ? kTEAM_WARPS / kROWS : 4;  //!< of a row in self-attention
 
     static constexpr int state = 512;  // behind the barriers
     static constexpr int ring = kRING_OFFSET;

@@ -96,6 +96,8 @@ public:
         params.lines = request.lines;
         params.slots = slots;
         params.teams = teams;
+        params.teamRows = slots / teams;
+        params.largerTeams = slots % teams;
         params.capacity = mCapacity;
         params.maxNewTokens = request.maxNewTokens;
         params.sourceLength = mConfig.sourceLength;

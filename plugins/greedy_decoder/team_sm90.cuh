@@ -61,6 +61,8 @@ struct TeamParams
     int lines;
     int slots;  //!< rows of all teams
     int teams;
+    int teamRows;     //!< slots / teams
+    int largerTeams;  //!< slots % teams: so many teams, the first, have one row more
     int capacity;
     int maxNewTokens;
     int sourceLength;
@@ -104,12 +106,6 @@ __device__ __forceinline__ void waitForCluster(uint32_t barrier, uint32_t parity
         "}\n" ::"r"(barrier),
         "r"(parity)
         : "memory");
-}
-
-//! mbarrier.arrive for two.
-__device__ __forceinline__ void barrierArriveTwice(uint32_t barrier)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 2;" ::"r"(barrier) : "memory");
 }
 
 // Hidden states and choices go through global memory in words that carry a mark, the number of their token: who waits
@@ -299,6 +295,20 @@ struct Ring
         }
         next += kCOUNT;
     }
+
+    //! This warp has read, or does not need, the next `count` slots, kRING at most. It waits for all of them: who has
+    //! not is a round ahead when it comes to a slot again.
+    __device__ __forceinline__ void pass(uint32_t count)
+    {
+        __syncwarp();
+        uint32_t const lane = threadIdx.x % kWARP_SIZE;
+        if (lane < count)
+        {
+            wait(lane);
+            sm90::barrierArrive(emptyBarrier(next + lane));
+        }
+        next += count;
+    }
 };
 
 // ---- products ----
@@ -317,17 +327,18 @@ struct Product
     static constexpr int kUNITS = kCHUNKS / kPARTS;
     static constexpr int kSLOTS = kTILES * kCHUNKS / kSLOT_UNITS;
 
+    // Both without a division: there is one part, or two, or eight.
     static __device__ __forceinline__ int tile(int warp)
     {
-        return warp % kTILES;
+        return warp / kPARTS;
     }
     static __device__ __forceinline__ int part(int warp)
     {
-        return warp / kTILES;
+        return warp % kPARTS;
     }
     static __device__ __forceinline__ bool has(int warp)
     {
-        return part(warp) < kPARTS;
+        return tile(warp) < kTILES;
     }
     //! Number of the warp's first unit; the others follow.
     static __device__ __forceinline__ int unit(int warp)
@@ -557,7 +568,12 @@ struct Block
     using Layout = TeamLayout<kROWS>;
     static constexpr bool kTWO_HOPS = kROWS > 2;
     static constexpr int kROWS_AHEAD = kROWS < 2 ? kROWS : 2;  // whose keys and values L2 fetches ahead of the ring
-    static constexpr int kSELF_WARPS = Layout::kSELF_WARPS;
+    static constexpr int kSELF_WARPS = Layout::kSELF_WARPS;    // of a row
+    // In cross-attention, the warps are on one row together, or half of them on each of two, so that one row's
+    // latencies are behind the other's. Half of the warps takes two passes for a row's slots, all take one: beyond two
+    // rows they follow one another so closely that the longer way is the slower, most of all where their number is odd.
+    static constexpr bool kSIDE_BY_SIDE = kROWS == 2;
+    static constexpr int kCROSS_WARPS = kSIDE_BY_SIDE ? kTEAM_WARPS / 2 : kTEAM_WARPS;
 
     // Barriers behind the ring's.
     static constexpr int kCONSTANTS_FULL = 0;   // two
@@ -603,7 +619,7 @@ struct Block
     //! 0: the block has a part of the head only.
     __device__ __forceinline__ int teamRows() const
     {
-        return team() < p.teams ? (p.slots - team() + p.teams - 1) / p.teams : 0;
+        return team() >= p.teams ? 0 : team() < p.largerTeams ? p.teamRows + 1 : p.teamRows;
     }
 
     static __device__ __forceinline__ constexpr int barrier(int index)
@@ -974,15 +990,14 @@ struct Block
     }
 
     //! partial and scales of the rows' attention over the keys and values of their lines, which come with the stream.
-    //! Eight warps share a slot. The other eight have the next slot where there is one row, and else the next row, so
-    //! that one row's latencies are behind the other's.
+    //! Eight warps share a slot. The other eight have the next slot, or the next row where rows are side by side.
     __device__ __forceinline__ void attendToLines()
     {
         constexpr int kGROUPS = 3;  // slots of a warp at a time
-        constexpr int kSTEP = Layout::kCROSS_WARPS / 8;
+        constexpr int kSTEP = kSIDE_BY_SIDE ? 1 : 2;
         int const half = warp() / 8;
-        int const mine = warp() % 8 * 16;
-        int const slots = (p.sourceLength + kSLOT_KEYS - 1) / kSLOT_KEYS;
+        int const firstSlot = kSIDE_BY_SIDE ? 0 : half;
+        int const firstKey = warp() % 8 * 16;
 #pragma unroll 1
         for (int row = 0; row < kROWS; ++row)
         {
@@ -990,59 +1005,48 @@ struct Block
             {
                 continue;
             }
-            if (kROWS > 1 && row % 2 != half)
-            {
-                // So that no warp runs ahead of a round.
-#pragma unroll 1
-                for (int slot = 0; slot < slots; ++slot)
-                {
-                    ring.wait(slot);
-                }
-                ring.next += slots;
-                continue;
-            }
+            bool const mine = !kSIDE_BY_SIDE || row == half;
             uint4 const query = sm90::loadShared(base() + Layout::qkv + row * kHEAD * 2 + lane() % 4 * 16);
             Attention<T> attention;
             attention.begin();
 #pragma unroll 1
-            for (int first = kROWS > 1 ? 0 : half; first < slots; first += kSTEP * kGROUPS)
+            for (int left = p.sourceLength; left > 0; left -= kSTEP * kGROUPS * kSLOT_KEYS)
             {
-                float scores[kGROUPS][4];
-                uint32_t keys[kGROUPS];
-#pragma unroll
-                for (int i = 0; i < kGROUPS; ++i)
+                if (mine)
                 {
-                    int const slot = first + i * kSTEP;
-                    scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = kNO_SCORE;
-                    if (slot < slots)
+                    float scores[kGROUPS][4];
+                    uint32_t keys[kGROUPS];
+#pragma unroll
+                    for (int i = 0; i < kGROUPS; ++i)
                     {
-                        keys[i] = ring.wait(slot) + mine * (kHEAD * 2);
-                        attention.score(scores[i], query, keys[i] + lane() * 16,
-                                        p.sourceLength - slot * kSLOT_KEYS - mine);
+                        int const slot = firstSlot + i * kSTEP;
+                        scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = kNO_SCORE;
+                        if (slot * kSLOT_KEYS < left)
+                        {
+                            keys[i] = ring.wait(slot) + firstKey * (kHEAD * 2);
+                            attention.score(scores[i], query, keys[i] + lane() * 16,
+                                            left - slot * kSLOT_KEYS - firstKey);
+                        }
+                    }
+                    attention.raise(scores);
+#pragma unroll
+                    for (int i = 0; i < kGROUPS; ++i)
+                    {
+                        int const count = left - (firstSlot + i * kSTEP) * kSLOT_KEYS - firstKey;
+                        if (count > 0)
+                        {
+                            uint32_t const values = keys[i] + kSLOT_BYTES / 2;
+                            attention.add(scores[i], values + lane() % 16 * (kHEAD * 2) + lane() / 16 * 16, count);
+                        }
                     }
                 }
-                attention.raise(scores);
-#pragma unroll
-                for (int i = 0; i < kGROUPS; ++i)
-                {
-                    int const count = p.sourceLength - (first + i * kSTEP) * kSLOT_KEYS - mine;
-                    if (count > 0)
-                    {
-                        uint32_t const values = keys[i] + kSLOT_BYTES / 2;
-                        attention.add(scores[i], values + lane() % 16 * (kHEAD * 2) + lane() / 16 * 16, count);
-                    }
-                }
-                // Only the eight warps that read a slot release it, each for two: another might be a round ahead.
-                __syncwarp();
-                int const slot = first + lane() * kSTEP;
-                if (lane() < kGROUPS && slot < slots)
-                {
-                    barrierArriveTwice(ring.emptyBarrier(ring.next + slot));
-                }
+                ring.pass(min(kSTEP * kGROUPS, (left + kSLOT_KEYS - 1) / kSLOT_KEYS));
             }
-            ring.next += slots;
-            int const part = row * Layout::kCROSS_WARPS + warp() % Layout::kCROSS_WARPS;
-            attention.finish(at<float>(Layout::partial) + part * kHEAD, at<float2>(Layout::scales) + part);
+            if (mine)
+            {
+                int const part = row * kCROSS_WARPS + warp() % kCROSS_WARPS;
+                attention.finish(at<float>(Layout::partial) + part * kHEAD, at<float2>(Layout::scales) + part);
+            }
         }
     }
 
@@ -1127,7 +1131,7 @@ struct Block
             addParts<Query>(constants + 3 * kHEAD, at<T>(Layout::qkv), kHEAD, identity);
             attendToLines();
             out = take<Out>();
-            mergeContexts<Layout::kCROSS_WARPS>(false);
+            mergeContexts<kCROSS_WARPS>(false);
             multiplyAndSend<Out>(out, Layout::context, kCONTEXT_PITCH, 1);
             Weights<Inner::kUNITS> const inner = take<Inner>();
             receiveHidden(1, outBias + kWIDTH, norms + 2 * kWIDTH);
@@ -1309,7 +1313,7 @@ struct Block
     {
         int const logGroups = p.slots <= 8 ? 0 : p.slots <= 16 ? 1 : p.slots <= 32 ? 2 : 3;  // of rows
         int const parts = kTEAM_WARPS >> logGroups;                                          // warps of a row
-        int const turns = parts / 2;                                                         // slots at once
+        int const turns = parts / 2;  // slots at once, a power of two
         int const firstRow = (warp() / 2 & ((1 << logGroups) - 1)) * 8;
         int const part = (warp() / 2 >> logGroups) * 2 + warp() % 2;
         uint4 x[kWIDTH / 32];  // rows behind the last hold anything, and have no part in the others
@@ -1334,7 +1338,7 @@ struct Block
             {
                 sm90::barrierWait(base() + barrier(kKEPT_FULL) + i * 8, 0);  // filled once
             }
-            if (i % turns == part / 2)
+            if ((i & (turns - 1)) == part / 2)
             {
                 weights += warp() % 2 * (kWIDTH / 32 * kUNIT_BYTES) + lane() * 16;
                 float c[4] = {};
