@@ -567,6 +567,7 @@ struct Block
 {
     using Layout = TeamLayout<kROWS>;
     static constexpr bool kTWO_HOPS = kROWS > 2;
+    static constexpr bool kWEIGHTS_AHEAD = true;
     static constexpr int kROWS_AHEAD = kROWS < 2 ? kROWS : 2;  // whose keys and values L2 fetches ahead of the ring
     static constexpr int kSELF_WARPS = Layout::kSELF_WARPS;    // of a row
     // In cross-attention, the warps are on one row together, or half of them on each of two, so that one row's
@@ -716,10 +717,24 @@ struct Block
         return weights;
     }
 
+    //! take, where weights are taken ahead of their product.
+    template <typename P>
+    __device__ __forceinline__ Weights<P::kUNITS> takeAhead()
+    {
+        return kWEIGHTS_AHEAD ? take<P>() : Weights<P::kUNITS>{};
+    }
+    //! What takeAhead has taken, or else now.
+    template <typename P>
+    __device__ __forceinline__ Weights<P::kUNITS> taken(Weights<P::kUNITS> const& ahead)
+    {
+        return kWEIGHTS_AHEAD ? ahead : take<P>();
+    }
+
     //! partial [part][row][output] = the parts of hidden times the weights.
     template <typename P>
-    __device__ __forceinline__ void multiplyHidden(Weights<P::kUNITS> const& weights)
+    __device__ __forceinline__ void multiplyHidden(Weights<P::kUNITS> const& ahead)
     {
+        Weights<P::kUNITS> const weights = taken<P>(ahead);
         if (P::has(warp()))
         {
             int const part = P::part(warp());
@@ -789,9 +804,10 @@ struct Block
 
     //! Multiplies rows (their offset and pitch) with the weights, and sends the result to the blocks that add it up.
     template <typename P>
-    __device__ __forceinline__ void multiplyAndSend(Weights<P::kUNITS> const& weights, int rows, int rowsPitch,
+    __device__ __forceinline__ void multiplyAndSend(Weights<P::kUNITS> const& ahead, int rows, int rowsPitch,
                                                     int ofLayer)
     {
+        Weights<P::kUNITS> const weights = taken<P>(ahead);
         uint32_t const number = exchange(ofLayer);
         if (threadIdx.x == 0 && adds())
         {
@@ -1101,7 +1117,7 @@ struct Block
     {
         auto const identity = [](float x) { return x; };
         int const selfRow = warp() / kSELF_WARPS;
-        Weights<Qkv::kUNITS> qkv = take<Qkv>();
+        Weights<Qkv::kUNITS> qkv = takeAhead<Qkv>();
 #pragma unroll 1
         for (int layer = 0; layer < p.layers; ++layer, ++layersSeen)
         {
@@ -1119,29 +1135,29 @@ struct Block
 
             // Every product's weights are taken from the stream one step before it.
             multiplyHidden<Qkv>(qkv);
-            Weights<Out::kUNITS> out = take<Out>();
+            Weights<Out::kUNITS> out = takeAhead<Out>();
             addParts<Qkv>(constants, at<T>(Layout::qkv), 3 * kHEAD, identity);
             attendToSelf(layer, cached);
             mergeContexts<kSELF_WARPS>(true);
             multiplyAndSend<Out>(out, Layout::context, kCONTEXT_PITCH, 0);
-            Weights<Query::kUNITS> const query = take<Query>();
+            Weights<Query::kUNITS> const query = takeAhead<Query>();
             receiveHidden(0, outBias, norms);
 
             multiplyHidden<Query>(query);
             addParts<Query>(constants + 3 * kHEAD, at<T>(Layout::qkv), kHEAD, identity);
             attendToLines();
-            out = take<Out>();
+            out = takeAhead<Out>();
             mergeContexts<kCROSS_WARPS>(false);
             multiplyAndSend<Out>(out, Layout::context, kCONTEXT_PITCH, 1);
-            Weights<Inner::kUNITS> const inner = take<Inner>();
+            Weights<Inner::kUNITS> const inner = takeAhead<Inner>();
             receiveHidden(1, outBias + kWIDTH, norms + 2 * kWIDTH);
 
             multiplyHidden<Inner>(inner);
-            Weights<InnerOut::kUNITS> const innerOut = take<InnerOut>();
+            Weights<InnerOut::kUNITS> const innerOut = takeAhead<InnerOut>();
             addParts<Inner>(constants + 4 * kHEAD, at<T>(Layout::inner), kINNER_PITCH / 2,
                             [&](float x) { return p.gelu ? gelu(x) : fmaxf(x, 0.0F); });
             multiplyAndSend<InnerOut>(innerOut, Layout::inner, kINNER_PITCH, 2);
-            qkv = layer + 1 < p.layers ? take<Qkv>() : Weights<Qkv::kUNITS>{};
+            qkv = layer + 1 < p.layers ? takeAhead<Qkv>() : Weights<Qkv::kUNITS>{};
             receiveHidden(2, outBias + 2 * kWIDTH, norms + 4 * kWIDTH);
             if (threadIdx.x == 0)
             {
@@ -1192,8 +1208,8 @@ struct Block
                 }
                 // The ring is too short to keep memory busy while the products' weights pass through it.
                 int const ahead = lines()[(row + kROWS_AHEAD) % kROWS];
-                int const aheadLayer = (layer + (row + kROWS_AHEAD) / kROWS) % p.layers;
-                if (ahead >= 0)
+                int const aheadLayer = row + kROWS_AHEAD < kROWS ? layer : layer + 1 < p.layers ? layer + 1 : 0;
+                if (kROWS_AHEAD > 0 && ahead >= 0)
                 {
                     prefetchBulk(static_cast<uint8_t const*>(p.crossKeys[aheadLayer]) + startOf(ahead),
                                  p.sourceLength * kKEY_BYTES);
@@ -1311,9 +1327,11 @@ struct Block
     //! slot for eight rows, which it keeps in registers; where there are few rows, several slots are worked on at once.
     __device__ __forceinline__ void chooseTokens()
     {
+        // Powers of two all, and no division by what the compiler does not know to be one.
         int const logGroups = p.slots <= 8 ? 0 : p.slots <= 16 ? 1 : p.slots <= 32 ? 2 : 3;  // of rows
-        int const parts = kTEAM_WARPS >> logGroups;                                          // warps of a row
-        int const turns = parts / 2;  // slots at once, a power of two
+        int const logParts = 4 - logGroups;
+        int const parts = 1 << logParts;  // warps of a row
+        int const turns = parts / 2;      // slots at once
         int const firstRow = (warp() / 2 & ((1 << logGroups) - 1)) * 8;
         int const part = (warp() / 2 >> logGroups) * 2 + warp() % 2;
         uint4 x[kWIDTH / 32];  // rows behind the last hold anything, and have no part in the others
@@ -1379,14 +1397,14 @@ struct Block
         }
         computeSync();
         // A lane a part; a warp takes as many rows at once as it has lanes for.
-        int const step = kWARP_SIZE / parts;
+        int const step = kWARP_SIZE >> logParts;
 #pragma unroll 1
         for (int first = warp() * step; first < p.slots; first += kTEAM_WARPS * step)
         {
             Choice choice = choices[first * parts + lane()];
             choice.reduce(1, parts);
-            int const mine = first + lane() / parts;
-            if (lane() % parts == 0 && mine < p.slots)
+            int const mine = first + (lane() >> logParts);
+            if ((lane() & (parts - 1)) == 0 && mine < p.slots)
             {
                 publish(p.choices + mine * gridDim.x + blockIdx.x,
                         {withMark(__float_as_uint(choice.best), choice.token),
