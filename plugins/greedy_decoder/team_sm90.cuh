@@ -570,11 +570,11 @@ struct Block
     static constexpr bool kWEIGHTS_AHEAD = true;
     static constexpr int kROWS_AHEAD = kROWS < 2 ? kROWS : 2;  // whose keys and values L2 fetches ahead of the ring
     static constexpr int kSELF_WARPS = Layout::kSELF_WARPS;    // of a row
-    // In cross-attention, the warps are on one row together, or half of them on each of two, so that one row's
-    // latencies are behind the other's. Half of the warps takes two passes for a row's slots, all take one: beyond two
-    // rows they follow one another so closely that the longer way is the slower, most of all where their number is odd.
+    // Cross-attention of two rows is side by side, half of the warps each, so that one row's latencies are behind the
+    // other's. More rows take all warps one after another: half of the warps would need two passes for a row's slots,
+    // where all need one, and of an odd number of rows the last would have no neighbour.
     static constexpr bool kSIDE_BY_SIDE = kROWS == 2;
-    static constexpr int kCROSS_WARPS = kSIDE_BY_SIDE ? kTEAM_WARPS / 2 : kTEAM_WARPS;
+    static constexpr int kCROSS_WARPS = kSIDE_BY_SIDE ? kTEAM_WARPS / 2 : kTEAM_WARPS;  // of a row
 
     // Barriers behind the ring's.
     static constexpr int kCONSTANTS_FULL = 0;   // two
@@ -702,6 +702,9 @@ struct Block
     using Inner = Product<kINNER / 16, kWIDTH / 32, 2>;
     using Out = Product<kWIDTH / 16, kHEAD / 32>;  // of both attentions
     using InnerOut = Product<kWIDTH / 16, kINNER / 32>;
+    // These follow each other without a barrier of the block. Warps need not wait for what they do not read, so none
+    // may be a round ahead.
+    static_assert(Inner::kSLOTS + InnerOut::kSLOTS <= kRING);
 
     //! This warp's weights of the product whose slots are next in the stream.
     template <typename P>
@@ -1650,9 +1653,10 @@ struct Block
                 int const line = lines()[warp()];
                 bool ended = false;
                 Choice choice{};
-                if (warp() < teamRows())
+                // Rank 0 waits without a line too: its next word must not come before all have read this one. The
+                // others do not: of an idle team, the next choices would not wait for them.
+                if (line >= 0 || (rank() == 0 && warp() < teamRows()))
                 {
-                    // Without a line too: the next hidden state must not be published before all have read this one.
                     choice = awaitChoices();
                 }
                 if (line >= 0)
