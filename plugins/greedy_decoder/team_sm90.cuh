@@ -213,12 +213,6 @@ __device__ __forceinline__ void copyBulk(uint32_t to, void const* from, uint32_t
         : "memory");
 }
 
-//! cp.async.bulk.prefetch: `bytes` (a multiple of 16) to L2.
-__device__ __forceinline__ void prefetchBulk(void const* from, uint32_t bytes)
-{
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // ---- the stream ----
 //
 // Everything a block reads but its own cache of keys comes through one ring of slots, in an order known in advance:
@@ -567,9 +561,10 @@ struct Block
 {
     using Layout = TeamLayout<kROWS>;
     static constexpr bool kTWO_HOPS = kROWS > 2;
-    static constexpr bool kWEIGHTS_AHEAD = true;
-    static constexpr int kROWS_AHEAD = kROWS < 2 ? kROWS : 2;  // whose keys and values L2 fetches ahead of the ring
-    static constexpr int kSELF_WARPS = Layout::kSELF_WARPS;    // of a row
+    // Weights go into registers one product ahead of their use. Behind the keys of many rows they arrive late, and a warp
+    // would wait for them where it could normalise: 4 to 8 us a token at three and five rows.
+    static constexpr bool kWEIGHTS_AHEAD = !kTWO_HOPS;
+    static constexpr int kSELF_WARPS = Layout::kSELF_WARPS;  // of a row
     // Cross-attention of two rows is side by side, half of the warps each, so that one row's latencies are behind the
     // other's. More rows take all warps one after another: half of the warps would need two passes for a row's slots,
     // where all need one, and of an odd number of rows the last would have no neighbour.
@@ -726,6 +721,7 @@ struct Block
     {
         return kWEIGHTS_AHEAD ? take<P>() : Weights<P::kUNITS>{};
     }
+
     //! What takeAhead has taken, or else now.
     template <typename P>
     __device__ __forceinline__ Weights<P::kUNITS> taken(Weights<P::kUNITS> const& ahead)
@@ -1208,16 +1204,6 @@ struct Block
                     copyBulk(to, keys + first * kKEY_BYTES, bytes, ring.fullBarrier(ring.next), policies.drop);
                     copyBulk(to + kSLOT_BYTES / 2, values + first * kKEY_BYTES, bytes, ring.fullBarrier(ring.next),
                              policies.drop);
-                }
-                // The ring is too short to keep memory busy while the products' weights pass through it.
-                int const ahead = lines()[(row + kROWS_AHEAD) % kROWS];
-                int const aheadLayer = row + kROWS_AHEAD < kROWS ? layer : layer + 1 < p.layers ? layer + 1 : 0;
-                if (kROWS_AHEAD > 0 && ahead >= 0)
-                {
-                    prefetchBulk(static_cast<uint8_t const*>(p.crossKeys[aheadLayer]) + startOf(ahead),
-                                 p.sourceLength * kKEY_BYTES);
-                    prefetchBulk(static_cast<uint8_t const*>(p.crossValues[aheadLayer]) + startOf(ahead),
-                                 p.sourceLength * kKEY_BYTES);
                 }
             }
             ring.fetch(weights + kBEFORE * kSLOT_BYTES, kLAYER_SLOTS - kBEFORE, policies.keep);
