@@ -40,8 +40,8 @@ public:
         size_t at = 0;
         auto const take = [&](size_t bytes) { return std::exchange(at, at + align256(bytes)); };
         mCounters = take(sizeof(TeamCounters));
-        mHidden = take(slots * kWIDTH * 2);
-        mChoices = take(slots * kMAX_BLOCKS * sizeof(float4));
+        mHidden = take(slots * kWIDTH * 4);
+        mChoices = take(slots * kMAX_BLOCKS * sizeof(Quad));
         mKeys = take(mConfig.layers * slots * kWIDTH * capacity * 2);
         mValues = take(mConfig.layers * slots * kWIDTH * capacity * 2);
         mStatus = cudaMalloc(reinterpret_cast<void**>(&mWorkspace), at);
@@ -84,8 +84,8 @@ public:
         std::copy(request.crossValues.begin(), request.crossValues.end(), params.crossValues);
         params.keys = mWorkspace + mKeys;
         params.values = mWorkspace + mValues;
-        params.hidden = mWorkspace + mHidden;
-        params.choices = reinterpret_cast<float4*>(mWorkspace + mChoices);
+        params.hidden = reinterpret_cast<ulonglong2*>(mWorkspace + mHidden);
+        params.choices = reinterpret_cast<Quad*>(mWorkspace + mChoices);
         params.counters = reinterpret_cast<TeamCounters*>(mWorkspace + mCounters);
         params.tokens = request.tokens;
         params.logProbs = request.logProbs;
@@ -96,6 +96,8 @@ public:
         params.lines = request.lines;
         params.slots = slots;
         params.teams = teams;
+        params.teamRows = slots / teams;
+        params.largerTeams = slots % teams;
         params.capacity = mCapacity;
         params.maxNewTokens = request.maxNewTokens;
         params.sourceLength = mConfig.sourceLength;

@@ -22,14 +22,19 @@ constexpr int kTEAM_THREADS = kTEAM_COMPUTE + 4 * kWARP_SIZE;
 constexpr int kCOMPUTE_REGISTERS = 112;  // 4 x 112 + 32 = 5 x 96, with which the block starts
 constexpr int kFETCH_REGISTERS = 32;
 
-//! What blocks tell each other through global memory. All zero between launches: the last block to leave sees to it.
+//! Of one launch, but for the tokens. The last block to leave prepares them for the next.
 struct TeamCounters
 {
-    int hiddenReady;   //!< teams whose layers are done, over all tokens
-    int choicesReady;  //!< blocks whose part of the head is done, over all tokens
-    int ended;         //!< lines
-    int taken;         //!< lines that rows took after their first
-    int left;          //!< blocks that have ended
+    int taken;        //!< lines that rows took after their first
+    int left;         //!< blocks that have ended
+    unsigned tokens;  //!< of all launches: the number of a launch's first token is one more
+};
+
+//! 128 bits that are written at once.
+struct __align__(16) Quad
+{
+    uint64_t low;
+    uint64_t high;
 };
 
 struct TeamParams
@@ -44,8 +49,8 @@ struct TeamParams
     void const* crossValues[kMAX_LAYERS];
     void* keys;  //!< T [L, slots, 8, capacity, 32]
     void* values;
-    void* hidden;     //!< T [slots, 256]: what the head multiplies
-    float4* choices;  //!< [slots, blocks]: best logit, its token (bits), sum of exp(logit - best)
+    ulonglong2* hidden;  //!< [slots, 64]: what the head multiplies; in each 64 bits two T and, above, a mark
+    Quad* choices;       //!< [slots, blocks]: best logit, its token, sum of exp(logit - best), a mark
     TeamCounters* counters;
     int* tokens;      //!< [lines, maxNewTokens]
     float* logProbs;  //!< [lines]
@@ -56,6 +61,8 @@ struct TeamParams
     int lines;
     int slots;  //!< rows of all teams
     int teams;
+    int teamRows;     //!< slots / teams
+    int largerTeams;  //!< slots % teams: so many teams, the first, have one row more
     int capacity;
     int maxNewTokens;
     int sourceLength;
@@ -101,36 +108,82 @@ __device__ __forceinline__ void waitForCluster(uint32_t barrier, uint32_t parity
         : "memory");
 }
 
-//! mbarrier.arrive for two.
-__device__ __forceinline__ void barrierArriveTwice(uint32_t barrier)
+// Hidden states and choices go through global memory in words that carry a mark, the number of their token: who waits
+// for them reads them until the mark is right, and then has them. No flag, no fence, one trip.
+
+constexpr unsigned kIDLE = 0x80000000U;  //!< of a mark: the row has no line any more
+
+__device__ __forceinline__ bool isMarked(unsigned mark, unsigned token)
 {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 2;" ::"r"(barrier) : "memory");
+    return (mark & ~kIDLE) == (token & ~kIDLE);
 }
 
-//! Adds one, after everything that this thread has seen done.
-__device__ __forceinline__ void announce(int* counter)
+__device__ __forceinline__ uint64_t withMark(unsigned value, unsigned mark)
 {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+    return static_cast<uint64_t>(mark) << 32 | value;
 }
 
-__device__ __forceinline__ int readAcquired(int const* counter)
+//! Two words of 64 bits, each written at once.
+__device__ __forceinline__ void publish(ulonglong2* to, uint64_t first, uint64_t second)
 {
-    int value;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-    return value;
+    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(first), "l"(second) : "memory");
 }
 
-__device__ __forceinline__ void waitUntil(int const* counter, int least)
+__device__ __forceinline__ ulonglong2 readPublished(ulonglong2 const* from)
 {
-    while (readAcquired(counter) < least)
-    {
-    }
+    ulonglong2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void publish(Quad* to, Quad const& value)
+{
+    asm volatile(
+        "{\n"
+        ".reg .b128 quad;\n"
+        "mov.b128 quad, {%1, %2};\n"
+        "st.relaxed.gpu.global.b128 [%0], quad;\n"
+        "}\n" ::"l"(to),
+        "l"(value.low), "l"(value.high)
+        : "memory");
+}
+
+__device__ __forceinline__ Quad readPublished(Quad const* from)
+{
+    Quad v;
+    asm volatile(
+        "{\n"
+        ".reg .b128 quad;\n"
+        "ld.relaxed.gpu.global.b128 quad, [%2];\n"
+        "mov.b128 {%0, %1}, quad;\n"
+        "}\n"
+        : "=l"(v.low), "=l"(v.high)
+        : "l"(from)
+        : "memory");
+    return v;
 }
 
 //! A barrier of the warps that compute alone.
 __device__ __forceinline__ void computeSync()
 {
     asm volatile("bar.sync 1, %0;" ::"n"(kTEAM_COMPUTE) : "memory");
+}
+
+//! The same, and whether `condition` held for any thread.
+__device__ __forceinline__ bool computeAny(bool condition)
+{
+    int any;
+    asm volatile(
+        "{\n"
+        ".reg .pred mine, any;\n"
+        "setp.ne.s32 mine, %1, 0;\n"
+        "bar.red.or.pred any, 1, %2, mine;\n"
+        "selp.s32 %0, 1, 0, any;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(static_cast<int>(condition)), "n"(kTEAM_COMPUTE)
+        : "memory");
+    return any != 0;
 }
 
 //! How long L2 is to keep what a copy reads. Weights and the head are read again with every token, by several teams;
@@ -236,6 +289,20 @@ struct Ring
         }
         next += kCOUNT;
     }
+
+    //! This warp has read, or does not need, the next `count` slots, kRING at most. It waits for all of them: who has
+    //! not is a round ahead when it comes to a slot again.
+    __device__ __forceinline__ void pass(uint32_t count)
+    {
+        __syncwarp();
+        uint32_t const lane = threadIdx.x % kWARP_SIZE;
+        if (lane < count)
+        {
+            wait(lane);
+            sm90::barrierArrive(emptyBarrier(next + lane));
+        }
+        next += count;
+    }
 };
 
 // ---- products ----
@@ -244,18 +311,67 @@ struct Ring
 // the right operand. An input's place in a step is free as long as both operands agree, so lane (g, t) = (lane / 4,
 // lane % 4) takes inputs 8 t to 8 t + 7 of row g with one 16-byte read.
 
-//! c [16 outputs, 8 rows] = kUNITS units at `weights` times as many chunks of 32 inputs of the rows at `rows`; both
-//! shared addresses, of this lane.
+//! Which part of a product a warp has: one of kTILES tiles of 16 outputs, and of it one of kPARTS parts of the kCHUNKS
+//! chunks of 32 inputs.
+template <int kTILES, int kCHUNKS, int kPARTS = 1>
+struct Product
+{
+    static constexpr int kOUTPUTS = kTILES * 16;
+    static constexpr int kPARTS_OF_INPUTS = kPARTS;
+    static constexpr int kUNITS = kCHUNKS / kPARTS;
+    static constexpr int kSLOTS = kTILES * kCHUNKS / kSLOT_UNITS;
+
+    // Both without a division: there is one part, or two, or eight.
+    static __device__ __forceinline__ int tile(int warp)
+    {
+        return warp / kPARTS;
+    }
+    static __device__ __forceinline__ int part(int warp)
+    {
+        return warp % kPARTS;
+    }
+    static __device__ __forceinline__ bool has(int warp)
+    {
+        return tile(warp) < kTILES;
+    }
+    //! Number of the warp's first unit; the others follow.
+    static __device__ __forceinline__ int unit(int warp)
+    {
+        return tile(warp) * kCHUNKS + part(warp) * kUNITS;
+    }
+};
+
+//! A warp's weights of a product, in registers: they are read while the rows are still awaited.
+template <int kUNITS>
+struct Weights
+{
+    uint4 first[kUNITS];
+    uint4 second[kUNITS];
+
+    //! From a shared address of this lane.
+    __device__ __forceinline__ void read(uint32_t from)
+    {
+#pragma unroll
+        for (int unit = 0; unit < kUNITS; ++unit)
+        {
+            first[unit] = sm90::loadShared(from + unit * kUNIT_BYTES);
+            second[unit] = sm90::loadShared(from + unit * kUNIT_BYTES + kUNIT_BYTES / 2);
+        }
+    }
+};
+
+//! c [16 outputs, 8 rows] = the weights times as many chunks of 32 inputs of the rows at `rows`, a shared address of
+//! this lane.
 template <typename T, int kUNITS>
-__device__ __forceinline__ void multiply(float (&c)[4], uint32_t weights, uint32_t rows)
+__device__ __forceinline__ void multiply(float (&c)[4], Weights<kUNITS> const& weights, uint32_t rows)
 {
     float odd[4] = {};  // a chain of its own, half as long
     c[0] = c[1] = c[2] = c[3] = 0.0F;
 #pragma unroll
     for (int unit = 0; unit < kUNITS; ++unit)
     {
-        uint4 const first = sm90::loadShared(weights + unit * kUNIT_BYTES);
-        uint4 const second = sm90::loadShared(weights + unit * kUNIT_BYTES + kUNIT_BYTES / 2);
+        uint4 const first = weights.first[unit];
+        uint4 const second = weights.second[unit];
         uint4 const x = sm90::loadShared(rows + unit * 64);
         multiplyAdd<T>(c, {first.x, first.y, first.z, first.w}, x.x, x.y);
         multiplyAdd<T>(odd, {second.x, second.y, second.z, second.w}, x.z, x.w);
@@ -445,7 +561,15 @@ struct Block
 {
     using Layout = TeamLayout<kROWS>;
     static constexpr bool kTWO_HOPS = kROWS > 2;
-    static constexpr int kSELF_WARPS = Layout::kSELF_WARPS;
+    // Weights go into registers one product ahead of their use. Behind the keys of many rows they arrive late, and a warp
+    // would wait for them where it could normalise: 4 to 8 us a token at three and five rows.
+    static constexpr bool kWEIGHTS_AHEAD = !kTWO_HOPS;
+    static constexpr int kSELF_WARPS = Layout::kSELF_WARPS;  // of a row
+    // Cross-attention of two rows is side by side, half of the warps each, so that one row's latencies are behind the
+    // other's. More rows take all warps one after another: half of the warps would need two passes for a row's slots,
+    // where all need one, and of an odd number of rows the last would have no neighbour.
+    static constexpr bool kSIDE_BY_SIDE = kROWS == 2;
+    static constexpr int kCROSS_WARPS = kSIDE_BY_SIDE ? kTEAM_WARPS / 2 : kTEAM_WARPS;  // of a row
 
     // Barriers behind the ring's.
     static constexpr int kCONSTANTS_FULL = 0;   // two
@@ -459,7 +583,6 @@ struct Block
     TeamParams const& p;
     Ring ring{};
     uint32_t layersSeen{0};
-    uint32_t exchanges{0};
 
     // What follows from the thread's place is not kept: registers are short.
 
@@ -492,7 +615,7 @@ struct Block
     //! 0: the block has a part of the head only.
     __device__ __forceinline__ int teamRows() const
     {
-        return team() < p.teams ? (p.slots - team() + p.teams - 1) / p.teams : 0;
+        return team() >= p.teams ? 0 : team() < p.largerTeams ? p.teamRows + 1 : p.teamRows;
     }
 
     static __device__ __forceinline__ constexpr int barrier(int index)
@@ -535,6 +658,15 @@ struct Block
     {
         return lines() + 6 * kMAX_ROWS;
     }
+    //! The token's number, the mark of what is published.
+    __device__ __forceinline__ unsigned* number() const
+    {
+        return at<unsigned>(Layout::state) + 6 * kMAX_ROWS + 1;
+    }
+    __device__ __forceinline__ unsigned* linesTaken() const
+    {
+        return number() + 1;  // how often
+    }
 
     __device__ __forceinline__ int rowOf(int teamRow) const
     {
@@ -560,46 +692,83 @@ struct Block
 
     // ---- a layer ----
 
-    //! out T [row][kTILES * 16] = activation(hidden times the next kSLOTS slots + bias). Warps take a tile of outputs
-    //! and one of kPARTS parts of the inputs each.
-    template <int kTILES, int kPARTS, int kSLOTS, typename Activation>
-    __device__ __forceinline__ void multiplyHidden(float const* bias, T* out, int outPitch,
-                                                   Activation const& activation)
+    using Qkv = Product<3 * kHEAD / 16, kWIDTH / 32, 2>;
+    using Query = Product<kHEAD / 16, kWIDTH / 32, 8>;
+    using Inner = Product<kINNER / 16, kWIDTH / 32, 2>;
+    using Out = Product<kWIDTH / 16, kHEAD / 32>;  // of both attentions
+    using InnerOut = Product<kWIDTH / 16, kINNER / 32>;
+    // These follow each other without a barrier of the block. Warps need not wait for what they do not read, so none
+    // may be a round ahead.
+    static_assert(Inner::kSLOTS + InnerOut::kSLOTS <= kRING);
+
+    //! This warp's weights of the product whose slots are next in the stream.
+    template <typename P>
+    __device__ __forceinline__ Weights<P::kUNITS> take()
     {
-        constexpr int kUNITS = kWIDTH / 32 / kPARTS;
-        constexpr int kOUTPUTS = kTILES * 16;
-        auto* const partial = at<float>(Layout::partial);  // [part][row][output]
-        int const part = warp() / kTILES;
-        int const tile = warp() % kTILES;
-        if (part < kPARTS)
+        Weights<P::kUNITS> weights{};
+        if (P::has(warp()))
         {
-            int const unit = tile * (kWIDTH / 32) + part * kUNITS;
-            uint32_t const weights = ring.wait(unit / kSLOT_UNITS) + unit % kSLOT_UNITS * kUNIT_BYTES + lane() * 16;
+            int const unit = P::unit(warp());
+            weights.read(ring.wait(unit / kSLOT_UNITS) + unit % kSLOT_UNITS * kUNIT_BYTES + lane() * 16);
+        }
+        ring.release<P::kSLOTS>();
+        return weights;
+    }
+
+    //! take, where weights are taken ahead of their product.
+    template <typename P>
+    __device__ __forceinline__ Weights<P::kUNITS> takeAhead()
+    {
+        return kWEIGHTS_AHEAD ? take<P>() : Weights<P::kUNITS>{};
+    }
+
+    //! What takeAhead has taken, or else now.
+    template <typename P>
+    __device__ __forceinline__ Weights<P::kUNITS> taken(Weights<P::kUNITS> const& ahead)
+    {
+        return kWEIGHTS_AHEAD ? ahead : take<P>();
+    }
+
+    //! partial [part][row][output] = the parts of hidden times the weights.
+    template <typename P>
+    __device__ __forceinline__ void multiplyHidden(Weights<P::kUNITS> const& ahead)
+    {
+        Weights<P::kUNITS> const weights = taken<P>(ahead);
+        if (P::has(warp()))
+        {
+            int const part = P::part(warp());
             float c[4];
-            multiply<T, kUNITS>(c, weights, base() + Layout::hidden + inRows(kPITCH) + part * kUNITS * 64);
-            float* const to = partial + part * kROWS * kOUTPUTS + tile * 16 + lane() / 4;
+            multiply<T>(c, weights, base() + Layout::hidden + inRows(kPITCH) + part * P::kUNITS * 64);
+            float* const to =
+                at<float>(Layout::partial) + part * kROWS * P::kOUTPUTS + P::tile(warp()) * 16 + lane() / 4;
 #pragma unroll
             for (int e = 0; e < 2; ++e)
             {
                 int const row = lane() % 4 * 2 + e;
                 if (row < kROWS)
                 {
-                    to[row * kOUTPUTS] = c[e];
-                    to[row * kOUTPUTS + 8] = c[2 + e];
+                    to[row * P::kOUTPUTS] = c[e];
+                    to[row * P::kOUTPUTS + 8] = c[2 + e];
                 }
             }
         }
-        ring.release<kSLOTS>();
+    }
+
+    //! out T [row][output] = activation(sum of the parts + bias).
+    template <typename P, typename Activation>
+    __device__ __forceinline__ void addParts(float const* bias, T* out, int outPitch, Activation const& activation)
+    {
         computeSync();
-        constexpr int kPAIRS = kOUTPUTS / 2;
+        constexpr int kPAIRS = P::kOUTPUTS / 2;
+        auto const* const partial = at<float2>(Layout::partial);
 #pragma unroll 1
         for (int i = threadIdx.x; i < kROWS * kPAIRS; i += kTEAM_COMPUTE)
         {
             float2 sum = reinterpret_cast<float2 const*>(bias)[i % kPAIRS];
 #pragma unroll
-            for (int n = 0; n < kPARTS; ++n)
+            for (int n = 0; n < P::kPARTS_OF_INPUTS; ++n)
             {
-                float2 const of = reinterpret_cast<float2 const*>(partial)[n * kROWS * kPAIRS + i];
+                float2 const of = partial[n * kROWS * kPAIRS + i];
                 sum.x += of.x;
                 sum.y += of.y;
             }
@@ -609,28 +778,46 @@ struct Block
         computeSync();
     }
 
-    //! Multiplies rows (their offset and pitch) with the next kSLOTS slots, kUNITS units a tile of outputs, adds that
-    //! up over the team, and makes of it the next hidden state: hidden = LayerNorm(hidden + sum + bias).
-    template <int kUNITS, int kSLOTS>
-    __device__ __forceinline__ void multiplyAndExchange(int rows, int rowsPitch, float const* bias, T const* norm)
+    // How the blocks of a team add up their parts of a product. Two buffers where there is one hop: a block may send
+    // its next part as soon as it has what it waits for itself.
+    static constexpr int kSENT = kTWO_HOPS ? 1 : kROWS;  // rows that a block gets of another
+
+    //! Number of the exchange, of a layer's three.
+    __device__ __forceinline__ uint32_t exchange(int ofLayer) const
     {
-        constexpr int kSENT = kTWO_HOPS ? 1 : kROWS;  // rows that a block gets of another
-        int const buffer = kTWO_HOPS ? 0 : exchanges % 2;
-        int const received = Layout::receive + buffer * (kTEAM_BLOCKS * kSENT * kWIDTH * 4);
-        int const arrived = barrier(kEXCHANGE) + buffer * 8;
-        bool const owner = !kTWO_HOPS || rank() < teamRows();
-        if (threadIdx.x == 0 && owner)
+        return layersSeen * 3 + ofLayer;
+    }
+    static __device__ __forceinline__ int received(uint32_t exchange)
+    {
+        return Layout::receive + (kTWO_HOPS ? 0 : exchange % 2) * (kTEAM_BLOCKS * kSENT * kWIDTH * 4);
+    }
+    static __device__ __forceinline__ int arrived(uint32_t exchange)
+    {
+        return barrier(kEXCHANGE) + (kTWO_HOPS ? 0 : exchange % 2) * 8;
+    }
+    //! Whether this block adds up what the others send.
+    __device__ __forceinline__ bool adds() const
+    {
+        return !kTWO_HOPS || rank() < teamRows();
+    }
+
+    //! Multiplies rows (their offset and pitch) with the weights, and sends the result to the blocks that add it up.
+    template <typename P>
+    __device__ __forceinline__ void multiplyAndSend(Weights<P::kUNITS> const& ahead, int rows, int rowsPitch,
+                                                    int ofLayer)
+    {
+        Weights<P::kUNITS> const weights = taken<P>(ahead);
+        uint32_t const number = exchange(ofLayer);
+        if (threadIdx.x == 0 && adds())
         {
-            sm90::barrierArriveExpect(base() + arrived, kTEAM_BLOCKS * kSENT * kWIDTH * 4);
+            sm90::barrierArriveExpect(base() + arrived(number), kTEAM_BLOCKS * kSENT * kWIDTH * 4);
         }
-        int const unit = warp() * kUNITS;
         float c[4];
-        multiply<T, kUNITS>(c, ring.wait(unit / kSLOT_UNITS) + unit % kSLOT_UNITS * kUNIT_BYTES + lane() * 16,
-                            base() + rows + inRows(rowsPitch));
-        uint32_t const remote = sm90::mapToRank(base(), lane() / 4);
+        multiply<T>(c, weights, base() + rows + inRows(rowsPitch));
         // Lane 4 b + q sends columns 4 q to 4 q + 3: of every row to block b, or of row b to its owner.
         int const quarter = lane() % 4;
         int const other = lane() / 4;
+        uint32_t const remote = sm90::mapToRank(base(), other);
 #pragma unroll
         for (int row = 0; row < kSENT; ++row)
         {
@@ -653,15 +840,20 @@ struct Block
             if (!kTWO_HOPS || other < teamRows())
             {
                 int const place = (rank() * kSENT + row) * kWIDTH + warp() * 16 + quarter * 4;
-                send(remote + received + place * 4,
+                send(remote + received(number) + place * 4,
                      {__float_as_uint(value[0]), __float_as_uint(value[1]), __float_as_uint(value[2]),
                       __float_as_uint(value[3])},
-                     remote + arrived);
+                     remote + arrived(number));
             }
         }
-        ring.release<kSLOTS>();
+    }
 
-        if (owner)
+    //! Adds up what multiplyAndSend has sent, and makes of it the next hidden state: hidden = LayerNorm(hidden + sum +
+    //! bias).
+    __device__ __forceinline__ void receiveHidden(int ofLayer, float const* bias, T const* norm)
+    {
+        uint32_t const number = exchange(ofLayer);
+        if (adds())
         {
             // Eight warps a row, a column a thread.
             bool const works = warp() < 8 * kSENT;
@@ -676,8 +868,8 @@ struct Block
                 sum = bias[column] + toFloat(*hidden);
                 gamma = toFloat(norm[column]);
                 beta = toFloat(norm[kWIDTH + column]);
-                waitForCluster(base() + arrived, kTWO_HOPS ? exchanges % 2 : exchanges / 2 % 2);
-                float const* const part = at<float>(received) + (kTWO_HOPS ? 0 : warp() / 8 * kWIDTH) + column;
+                waitForCluster(base() + arrived(number), kTWO_HOPS ? number % 2 : number / 2 % 2);
+                float const* const part = at<float>(received(number)) + (kTWO_HOPS ? 0 : warp() / 8 * kWIDTH) + column;
 #pragma unroll
                 for (int from = 0; from < kTEAM_BLOCKS; ++from)
                 {
@@ -727,9 +919,8 @@ struct Block
             {
                 sm90::barrierArriveExpect(base() + barrier(kEXCHANGE + 1), teamRows() * kWIDTH * 2);
             }
-            waitForCluster(base() + barrier(kEXCHANGE + 1), exchanges % 2);
+            waitForCluster(base() + barrier(kEXCHANGE + 1), number % 2);
         }
-        ++exchanges;
     }
 
     //! The part of a row's cache that a lane copies to its warp's scratch: two pieces of 16 bytes of 16 keys, and of
@@ -814,12 +1005,14 @@ struct Block
     }
 
     //! partial and scales of the rows' attention over the keys and values of their lines, which come with the stream.
-    //! The warps go from row to row together; eight share a slot, the other eight the next.
+    //! Eight warps share a slot. The other eight have the next slot, or the next row where rows are side by side.
     __device__ __forceinline__ void attendToLines()
     {
         constexpr int kGROUPS = 3;  // slots of a warp at a time
+        constexpr int kSTEP = kSIDE_BY_SIDE ? 1 : 2;
         int const half = warp() / 8;
-        int const mine = warp() % 8 * 16;
+        int const firstSlot = kSIDE_BY_SIDE ? 0 : half;
+        int const firstKey = warp() % 8 * 16;
 #pragma unroll 1
         for (int row = 0; row < kROWS; ++row)
         {
@@ -827,46 +1020,48 @@ struct Block
             {
                 continue;
             }
+            bool const mine = !kSIDE_BY_SIDE || row == half;
             uint4 const query = sm90::loadShared(base() + Layout::qkv + row * kHEAD * 2 + lane() % 4 * 16);
             Attention<T> attention;
             attention.begin();
 #pragma unroll 1
-            for (int left = p.sourceLength; left > 0; left -= 2 * kGROUPS * kSLOT_KEYS)
+            for (int left = p.sourceLength; left > 0; left -= kSTEP * kGROUPS * kSLOT_KEYS)
             {
-                float scores[kGROUPS][4];
-                uint32_t keys[kGROUPS];
-#pragma unroll
-                for (int i = 0; i < kGROUPS; ++i)
+                if (mine)
                 {
-                    int const behind = (2 * i + half) * kSLOT_KEYS;
-                    scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = kNO_SCORE;
-                    if (behind < left)
+                    float scores[kGROUPS][4];
+                    uint32_t keys[kGROUPS];
+#pragma unroll
+                    for (int i = 0; i < kGROUPS; ++i)
                     {
-                        keys[i] = ring.wait(2 * i + half) + mine * (kHEAD * 2);
-                        attention.score(scores[i], query, keys[i] + lane() * 16, left - behind - mine);
+                        int const slot = firstSlot + i * kSTEP;
+                        scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = kNO_SCORE;
+                        if (slot * kSLOT_KEYS < left)
+                        {
+                            keys[i] = ring.wait(slot) + firstKey * (kHEAD * 2);
+                            attention.score(scores[i], query, keys[i] + lane() * 16,
+                                            left - slot * kSLOT_KEYS - firstKey);
+                        }
+                    }
+                    attention.raise(scores);
+#pragma unroll
+                    for (int i = 0; i < kGROUPS; ++i)
+                    {
+                        int const count = left - (firstSlot + i * kSTEP) * kSLOT_KEYS - firstKey;
+                        if (count > 0)
+                        {
+                            uint32_t const values = keys[i] + kSLOT_BYTES / 2;
+                            attention.add(scores[i], values + lane() % 16 * (kHEAD * 2) + lane() / 16 * 16, count);
+                        }
                     }
                 }
-                attention.raise(scores);
-#pragma unroll
-                for (int i = 0; i < kGROUPS; ++i)
-                {
-                    int const count = left - (2 * i + half) * kSLOT_KEYS - mine;
-                    if (count > 0)
-                    {
-                        uint32_t const values = keys[i] + kSLOT_BYTES / 2;
-                        attention.add(scores[i], values + lane() % 16 * (kHEAD * 2) + lane() / 16 * 16, count);
-                    }
-                }
-                // Only the eight warps that wait for a slot release it, each for two: another might be a round ahead.
-                __syncwarp();
-                if (lane() < kGROUPS && (2 * lane() + half) * kSLOT_KEYS < left)
-                {
-                    barrierArriveTwice(ring.emptyBarrier(ring.next + 2 * lane() + half));
-                }
-                ring.next += min(2 * kGROUPS, (left + kSLOT_KEYS - 1) / kSLOT_KEYS);
+                ring.pass(min(kSTEP * kGROUPS, (left + kSLOT_KEYS - 1) / kSLOT_KEYS));
             }
-            int const part = row * kTEAM_WARPS + warp();
-            attention.finish(at<float>(Layout::partial) + part * kHEAD, at<float2>(Layout::scales) + part);
+            if (mine)
+            {
+                int const part = row * kCROSS_WARPS + warp() % kCROSS_WARPS;
+                attention.finish(at<float>(Layout::partial) + part * kHEAD, at<float2>(Layout::scales) + part);
+            }
         }
     }
 
@@ -921,6 +1116,7 @@ struct Block
     {
         auto const identity = [](float x) { return x; };
         int const selfRow = warp() / kSELF_WARPS;
+        Weights<Qkv::kUNITS> qkv = takeAhead<Qkv>();
 #pragma unroll 1
         for (int layer = 0; layer < p.layers; ++layer, ++layersSeen)
         {
@@ -936,20 +1132,32 @@ struct Block
             float const* const outBias = constants + 4 * kHEAD + kINNER;
             auto const* const norms = reinterpret_cast<T const*>(outBias + 3 * kWIDTH);
 
-            multiplyHidden<6, 2, kQKV_SLOTS>(constants, at<T>(Layout::qkv), 3 * kHEAD, identity);
+            // Every product's weights are taken from the stream one step before it.
+            multiplyHidden<Qkv>(qkv);
+            Weights<Out::kUNITS> out = takeAhead<Out>();
+            addParts<Qkv>(constants, at<T>(Layout::qkv), 3 * kHEAD, identity);
             attendToSelf(layer, cached);
             mergeContexts<kSELF_WARPS>(true);
-            multiplyAndExchange<1, kOUT_SLOTS>(Layout::context, kCONTEXT_PITCH, outBias, norms);
+            multiplyAndSend<Out>(out, Layout::context, kCONTEXT_PITCH, 0);
+            Weights<Query::kUNITS> const query = takeAhead<Query>();
+            receiveHidden(0, outBias, norms);
 
-            multiplyHidden<2, 8, kQUERY_SLOTS>(constants + 3 * kHEAD, at<T>(Layout::qkv), kHEAD, identity);
+            multiplyHidden<Query>(query);
+            addParts<Query>(constants + 3 * kHEAD, at<T>(Layout::qkv), kHEAD, identity);
             attendToLines();
-            mergeContexts<kTEAM_WARPS>(false);
-            multiplyAndExchange<1, kOUT_SLOTS>(Layout::context, kCONTEXT_PITCH, outBias + kWIDTH, norms + 2 * kWIDTH);
+            out = takeAhead<Out>();
+            mergeContexts<kCROSS_WARPS>(false);
+            multiplyAndSend<Out>(out, Layout::context, kCONTEXT_PITCH, 1);
+            Weights<Inner::kUNITS> const inner = takeAhead<Inner>();
+            receiveHidden(1, outBias + kWIDTH, norms + 2 * kWIDTH);
 
-            multiplyHidden<8, 2, kINNER_SLOTS>(constants + 4 * kHEAD, at<T>(Layout::inner), kINNER_PITCH / 2,
-                                               [&](float x) { return p.gelu ? gelu(x) : fmaxf(x, 0.0F); });
-            multiplyAndExchange<kINNER / 32, kINNER_SLOTS>(Layout::inner, kINNER_PITCH, outBias + 2 * kWIDTH,
-                                                           norms + 4 * kWIDTH);
+            multiplyHidden<Inner>(inner);
+            Weights<InnerOut::kUNITS> const innerOut = takeAhead<InnerOut>();
+            addParts<Inner>(constants + 4 * kHEAD, at<T>(Layout::inner), kINNER_PITCH / 2,
+                            [&](float x) { return p.gelu ? gelu(x) : fmaxf(x, 0.0F); });
+            multiplyAndSend<InnerOut>(innerOut, Layout::inner, kINNER_PITCH, 2);
+            qkv = layer + 1 < p.layers ? takeAhead<Qkv>() : Weights<Qkv::kUNITS>{};
+            receiveHidden(2, outBias + 2 * kWIDTH, norms + 4 * kWIDTH);
             if (threadIdx.x == 0)
             {
                 sm90::barrierArrive(base() + barrier(kCONSTANTS_EMPTY) +
@@ -965,6 +1173,8 @@ struct Block
     {
         constexpr int kKEY_BYTES = kHEAD * 2;
         int const head = min(rank(), p.heads - 1);  // of padding: any, its output is multiplied by zeros
+        auto const startOf = [&](int line)
+        { return (static_cast<size_t>(line) * p.heads + head) * p.sourceLength * kKEY_BYTES; };
 #pragma unroll 1
         for (int layer = 0; works && layer < p.layers; ++layer, ++layersSeen)
         {
@@ -983,7 +1193,7 @@ struct Block
             for (int row = 0; row < kROWS; ++row)
             {
                 int const line = lines()[row];
-                size_t const start = (static_cast<size_t>(line) * p.heads + head) * p.sourceLength * kKEY_BYTES;
+                size_t const start = startOf(line);
                 auto const* const keys = static_cast<uint8_t const*>(p.crossKeys[layer]) + start;
                 auto const* const values = static_cast<uint8_t const*>(p.crossValues[layer]) + start;
 #pragma unroll 1
@@ -999,9 +1209,9 @@ struct Block
             ring.fetch(weights + kBEFORE * kSLOT_BYTES, kLAYER_SLOTS - kBEFORE, policies.keep);
         }
 #pragma unroll 1
-        for (int piece = firstStreamedPiece(); piece < headPieces(); piece += gridDim.x)
+        for (int i = Layout::kKEPT; pieceOf(i) < headPieces(); ++i)
         {
-            ring.fetch(headPiece(piece), 1, policies.keep);
+            ring.fetch(headPiece(pieceOf(i)), 1, policies.keep);
         }
     }
 
@@ -1016,20 +1226,20 @@ struct Block
     {
         return p.head + static_cast<size_t>(piece) * kSLOT_BYTES;
     }
-    __device__ __forceinline__ int firstStreamedPiece() const
+    //! The i-th of this block.
+    static __device__ __forceinline__ int pieceOf(int i)
     {
-        return blockIdx.x + Layout::kKEPT * gridDim.x;
+        return blockIdx.x + i * gridDim.x;
     }
 
     __device__ __forceinline__ void fetchKept(CachePolicies const& policies) const
     {
 #pragma unroll 1
-        for (int i = 0; i < Layout::kKEPT && headPieces() > static_cast<int>(blockIdx.x + i * gridDim.x); ++i)
+        for (int i = 0; i < Layout::kKEPT && pieceOf(i) < headPieces(); ++i)
         {
             uint32_t const full = base() + barrier(kKEPT_FULL) + i * 8;
             sm90::barrierArriveExpect(full, kSLOT_BYTES);
-            copyBulk(base() + Layout::kept + i * kSLOT_BYTES, headPiece(blockIdx.x + i * gridDim.x), kSLOT_BYTES, full,
-                     policies.drop);
+            copyBulk(base() + Layout::kept + i * kSLOT_BYTES, headPiece(pieceOf(i)), kSLOT_BYTES, full, policies.drop);
         }
     }
 
@@ -1053,22 +1263,66 @@ struct Block
 
     // ---- the head ----
 
+    //! Waits for the hidden states of all rows, to headRows. False: all lines have ended.
+    __device__ __forceinline__ bool awaitHidden()
+    {
+        constexpr int kMINE = Layout::kHEAD_ROWS / kTEAM_WARPS;
+        unsigned const token = *number();
+        ulonglong2 words[kMINE][2]{};
+        bool areThere = false;
+        while (!__all_sync(kFULL_WARP, areThere))
+        {
+            areThere = true;
+#pragma unroll
+            for (int i = 0; i < kMINE; ++i)
+            {
+                int const row = i * kTEAM_WARPS + warp();
+                if (row < p.slots)
+                {
+                    words[i][0] = readPublished(p.hidden + row * (kWIDTH / 4) + lane());
+                    words[i][1] = readPublished(p.hidden + row * (kWIDTH / 4) + kWARP_SIZE + lane());
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kMINE; ++i)
+            {
+                bool const mine = i * kTEAM_WARPS + warp() < p.slots;
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                {
+                    areThere =
+                        areThere &&
+                        (!mine || (isMarked(words[i][half].x >> 32, token) && isMarked(words[i][half].y >> 32, token)));
+                }
+            }
+        }
+        bool works = false;
+#pragma unroll
+        for (int i = 0; i < kMINE; ++i)
+        {
+            int const row = i * kTEAM_WARPS + warp();
+            if (row < p.slots)
+            {
+                works = works || (words[i][0].x >> 32 & kIDLE) == 0;
+                at<uint4>(Layout::headRows + row * kPITCH)[lane()] = {
+                    static_cast<unsigned>(words[i][0].x), static_cast<unsigned>(words[i][0].y),
+                    static_cast<unsigned>(words[i][1].x), static_cast<unsigned>(words[i][1].y)};
+            }
+        }
+        return computeAny(works);
+    }
+
     //! Every row's best token among this block's share of the vocabulary, to p.choices. A warp takes 16 tokens of a
     //! slot for eight rows, which it keeps in registers; where there are few rows, several slots are worked on at once.
     __device__ __forceinline__ void chooseTokens()
     {
+        // Powers of two all, and no division by what the compiler does not know to be one.
         int const logGroups = p.slots <= 8 ? 0 : p.slots <= 16 ? 1 : p.slots <= 32 ? 2 : 3;  // of rows
-        int const parts = kTEAM_WARPS >> logGroups;                                          // warps of a row
-        int const turns = parts / 2;                                                         // slots at once
+        int const logParts = 4 - logGroups;
+        int const parts = 1 << logParts;  // warps of a row
+        int const turns = parts / 2;      // slots at once
         int const firstRow = (warp() / 2 & ((1 << logGroups) - 1)) * 8;
         int const part = (warp() / 2 >> logGroups) * 2 + warp() % 2;
-#pragma unroll 1
-        for (int row = warp(); row < p.slots; row += kTEAM_WARPS)
-        {
-            at<uint4>(Layout::headRows + row * kPITCH)[lane()] =
-                __ldcg(static_cast<uint4 const*>(p.hidden) + row * (kWIDTH / 8) + lane());
-        }
-        computeSync();
         uint4 x[kWIDTH / 32];  // rows behind the last hold anything, and have no part in the others
         uint32_t const row = base() + Layout::headRows + (firstRow + lane() / 4) * kPITCH + lane() % 4 * 16;
 #pragma unroll
@@ -1077,23 +1331,21 @@ struct Block
             x[chunk] = sm90::loadShared(row + chunk * 64);
         }
         Choice best[2] = {{kNO_SCORE, 0, 0.0F}, {kNO_SCORE, 0, 0.0F}};
-        int turn = part / 2;  // this warp's, when it is 0
-        int kept = 0;
         // All warps wait for all slots, so that none runs ahead of a round.
 #pragma unroll 1
-        for (int piece = blockIdx.x; piece < headPieces(); piece += gridDim.x)
+        for (int i = 0; pieceOf(i) < headPieces(); ++i)
         {
-            bool const streamed = piece >= firstStreamedPiece();
-            uint32_t weights = base() + Layout::kept + kept * kSLOT_BYTES;
+            bool const streamed = i >= Layout::kKEPT;
+            uint32_t weights = base() + Layout::kept + i * kSLOT_BYTES;
             if (streamed)
             {
                 weights = ring.wait(0);
             }
             else
             {
-                sm90::barrierWait(base() + barrier(kKEPT_FULL) + kept++ * 8, 0);  // filled once
+                sm90::barrierWait(base() + barrier(kKEPT_FULL) + i * 8, 0);  // filled once
             }
-            if (turn == 0)
+            if ((i & (turns - 1)) == part / 2)
             {
                 weights += warp() % 2 * (kWIDTH / 32 * kUNIT_BYTES) + lane() * 16;
                 float c[4] = {};
@@ -1109,7 +1361,7 @@ struct Block
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
                 {
-                    int const token = piece * kHEAD_TOKENS + warp() % 2 * 16 + half * 8 + lane() / 4;
+                    int const token = pieceOf(i) * kHEAD_TOKENS + warp() % 2 * 16 + half * 8 + lane() / 4;
                     if (token < p.vocabulary)
                     {
                         best[0].take(c[2 * half] + odd[2 * half], token);
@@ -1117,7 +1369,6 @@ struct Block
                     }
                 }
             }
-            turn = turn == 0 ? turns - 1 : turn - 1;
             if (streamed)
             {
                 ring.release<1>();
@@ -1135,17 +1386,18 @@ struct Block
         }
         computeSync();
         // A lane a part; a warp takes as many rows at once as it has lanes for.
-        int const step = kWARP_SIZE / parts;
+        int const step = kWARP_SIZE >> logParts;
 #pragma unroll 1
         for (int first = warp() * step; first < p.slots; first += kTEAM_WARPS * step)
         {
             Choice choice = choices[first * parts + lane()];
             choice.reduce(1, parts);
-            int const mine = first + lane() / parts;
-            if (lane() % parts == 0 && mine < p.slots)
+            int const mine = first + (lane() >> logParts);
+            if ((lane() & (parts - 1)) == 0 && mine < p.slots)
             {
-                p.choices[mine * gridDim.x + blockIdx.x] = {choice.best, __int_as_float(choice.token), choice.total,
-                                                            0.0F};
+                publish(p.choices + mine * gridDim.x + blockIdx.x,
+                        {withMark(__float_as_uint(choice.best), choice.token),
+                         withMark(__float_as_uint(choice.total), *number())});
             }
         }
         computeSync();
@@ -1155,7 +1407,7 @@ struct Block
     __device__ __forceinline__ void drain()
     {
 #pragma unroll 1
-        for (int piece = firstStreamedPiece(); piece < headPieces(); piece += gridDim.x)
+        for (int i = Layout::kKEPT; pieceOf(i) < headPieces(); ++i)
         {
             ring.wait(0);
             ring.release<1>();
@@ -1210,37 +1462,54 @@ struct Block
         at<uint4>(Layout::hidden + warp() * kPITCH)[lane()] = row.toBits();
     }
 
-    //! Ends the token of the warp's row, by the choices of all blocks. Returns what the row goes on with; -1: its line
-    //! has ended.
-    __device__ __forceinline__ int endToken(int line, float& logProb)
+    //! Waits for the choices of all blocks for the warp's row, and returns the best.
+    __device__ __forceinline__ Choice awaitChoices() const
     {
         constexpr int kMINE = kMAX_BLOCKS / kWARP_SIZE;
-        int const position = positions()[warp()];
-        float4 const* const found = p.choices + rowOf(warp()) * gridDim.x;
-        // The best of all first: what is added up then needs one exponential, and no order.
-        float4 of[kMINE];
-#pragma unroll
-        for (int i = 0; i < kMINE; ++i)
+        Quad const* const from = p.choices + rowOf(warp()) * gridDim.x;
+        unsigned const token = *number();
+        Choice of[kMINE];
+        bool areThere = false;
+        while (!__all_sync(kFULL_WARP, areThere))
         {
-            unsigned const block = i * kWARP_SIZE + lane();
-            of[i] = block < gridDim.x ? __ldcg(found + block) : float4{kNO_SCORE, 0.0F, 0.0F, 0.0F};
+            areThere = true;
+#pragma unroll
+            for (int i = 0; i < kMINE; ++i)
+            {
+                unsigned const block = i * kWARP_SIZE + lane();
+                of[i] = {kNO_SCORE, 0, 0.0F};
+                if (block < gridDim.x)
+                {
+                    Quad const quad = readPublished(from + block);
+                    of[i] = {__uint_as_float(quad.low), static_cast<int>(quad.low >> 32), __uint_as_float(quad.high)};
+                    areThere = areThere && isMarked(quad.high >> 32, token);
+                }
+            }
         }
-        Choice choice{of[0].x, __float_as_int(of[0].y), 0.0F};
+        // The best of all first: what is added up then needs one exponential, and no order.
+        Choice choice{of[0].best, of[0].token, 0.0F};
 #pragma unroll
         for (int i = 1; i < kMINE; ++i)
         {
             // Of equals the lowest token, which need not be the first block's.
-            bool const better =
-                of[i].x > choice.best || (of[i].x == choice.best && __float_as_int(of[i].y) < choice.token);
-            choice.token = better ? __float_as_int(of[i].y) : choice.token;
-            choice.best = fmaxf(choice.best, of[i].x);
+            bool const better = of[i].best > choice.best || (of[i].best == choice.best && of[i].token < choice.token);
+            choice.token = better ? of[i].token : choice.token;
+            choice.best = fmaxf(choice.best, of[i].best);
         }
 #pragma unroll
         for (int i = 0; i < kMINE; ++i)
         {
-            choice.total += of[i].z * exp2Approx((of[i].x - choice.best) * kLOG2_E);
+            choice.total += of[i].total * exp2Approx((of[i].best - choice.best) * kLOG2_E);
         }
         choice.reduce(1, kWARP_SIZE);
+        return choice;
+    }
+
+    //! Ends the token of the warp's row. Returns what the row goes on with; -1: its line
+    //! has ended.
+    __device__ __forceinline__ int endToken(Choice const& choice, int line, float& logProb)
+    {
+        int const position = positions()[warp()];
         bool const ends = lane() < p.ends && choice.token == p.endIds[min(lane(), kMAX_END_IDS - 1)];
         bool const ended = __any_sync(kFULL_WARP, ends) || position + 1 == p.maxNewTokens;
         logProb -= logf(choice.total);  // the chosen token's own exponent is 0
@@ -1261,7 +1530,6 @@ struct Block
                 {
                     p.lengths[line] = position + 1;
                     p.logProbs[line] = logProb;
-                    atomicAdd(&p.counters->ended, 1);
                 }
             }
         }
@@ -1269,7 +1537,7 @@ struct Block
     }
 
     //! Rows whose line has ended take the next lines. Rank 0 counts them, and tells the team.
-    __device__ __forceinline__ void takeLines(uint32_t& parity)
+    __device__ __forceinline__ void takeLines()
     {
         bool any = false;
 #pragma unroll
@@ -1300,19 +1568,21 @@ struct Block
                 send(to + Layout::state + (3 * kMAX_ROWS + lane()) * 4, __int_as_float(line), to + barrier(kLINES));
             }
         }
-        waitForCluster(base() + barrier(kLINES), parity);
-        parity ^= 1;
+        waitForCluster(base() + barrier(kLINES), *linesTaken() % 2);
         if (warp() == 0 && lane() < kROWS)
         {
             lines()[lane()] = nextLines()[lane()];
         }
         computeSync();
+        if (threadIdx.x == 0)
+        {
+            ++*linesTaken();
+        }
     }
 
     //! The warps that compute.
     __device__ __forceinline__ void compute()
     {
-        uint32_t linesParity = 0;
         if (warp() == 0 && lane() < kMAX_ROWS)
         {
             int const row = rowOf(lane());
@@ -1321,78 +1591,64 @@ struct Block
             inputs()[lane()] = p.startId;
             logProbs()[lane()] = 0.0F;
         }
+        if (threadIdx.x == 0)
+        {
+            *number() = p.counters->tokens;
+            *linesTaken() = 0;
+        }
         computeSync();
 #pragma unroll 1
-        for (int token = 1;; ++token)
+        while (true)
         {
             bool const works = anyLine();
             if (threadIdx.x == 0)
             {
                 sm90::barrierArrive(base() + barrier(kDECIDED));
+                ++*number();
             }
-            if (works)
+            if (warp() < kROWS && lines()[warp()] >= 0)
             {
-                if (warp() < kROWS && lines()[warp()] >= 0)
-                {
-                    embed(inputs()[warp()]);
-                }
-                computeSync();
-                decodeLayers();
-            }
-            if (teamRows() > 0 && rank() == 0)
-            {
-                if (warp() < teamRows())
-                {
-                    __stcg(static_cast<uint4*>(p.hidden) + rowOf(warp()) * (kWIDTH / 8) + lane(),
-                           at<uint4>(Layout::hidden + warp() * kPITCH)[lane()]);
-                }
-                computeSync();
-                if (threadIdx.x == 0)
-                {
-                    announce(&p.counters->hiddenReady);
-                }
-            }
-            if (threadIdx.x == 0)
-            {
-                waitUntil(&p.counters->hiddenReady, token * p.teams);
-                *allEnded() = *static_cast<int volatile*>(&p.counters->ended) == p.lines;
+                embed(inputs()[warp()]);
             }
             computeSync();
-            if (*allEnded() != 0)
+            if (works)
             {
-                drain();
+                decodeLayers();
+            }
+            if (rank() == 0 && warp() < teamRows())
+            {
+                unsigned const mark = lines()[warp()] < 0 ? *number() | kIDLE : *number() & ~kIDLE;
+                uint4 const bits = at<uint4>(Layout::hidden + warp() * kPITCH)[lane()];
+                ulonglong2* const to = p.hidden + rowOf(warp()) * (kWIDTH / 4) + lane();
+                publish(to, withMark(bits.x, mark), withMark(bits.y, mark));
+                publish(to + kWARP_SIZE, withMark(bits.z, mark), withMark(bits.w, mark));
+            }
+            if (!awaitHidden())
+            {
                 if (threadIdx.x == 0)
                 {
+                    *allEnded() = 1;
                     sm90::barrierArrive(base() + barrier(kDECIDED));
                 }
+                drain();
                 return;
             }
             chooseTokens();
-            if (threadIdx.x == 0)
-            {
-                announce(&p.counters->choicesReady);
-            }
-            if (teamRows() == 0)
-            {
-                continue;
-            }
-            if (threadIdx.x == 0)
-            {
-                waitUntil(&p.counters->choicesReady, token * static_cast<int>(gridDim.x));
-            }
-            computeSync();
-            if (!works)
-            {
-                continue;
-            }
             if (warp() < kROWS)
             {
                 int const line = lines()[warp()];
                 bool ended = false;
+                Choice choice{};
+                // Rank 0 waits without a line too: its next word must not come before all have read this one. The
+                // others do not: of an idle team, the next choices would not wait for them.
+                if (line >= 0 || (rank() == 0 && warp() < teamRows()))
+                {
+                    choice = awaitChoices();
+                }
                 if (line >= 0)
                 {
                     float logProb = logProbs()[warp()];
-                    int const input = endToken(line, logProb);
+                    int const input = endToken(choice, line, logProb);
                     ended = input < 0;
                     if (lane() == 0)
                     {
@@ -1410,7 +1666,7 @@ struct Block
             computeSync();
             if (p.lines > p.slots)
             {
-                takeLines(linesParity);
+                takeLines();
             }
         }
     }
@@ -1443,7 +1699,7 @@ __global__ void __launch_bounds__(kTEAM_THREADS, 1) decodeInTeams(__grid_constan
         block.compute();
         if (threadIdx.x == 0 && atomicAdd(&p.counters->left, 1) + 1 == static_cast<int>(gridDim.x))
         {
-            *p.counters = {};
+            *p.counters = {0, 0, *block.number()};
         }
     }
     else
