@@ -399,8 +399,8 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(py::dict const& config, py::dic
 }
 
 void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std::vector<uintptr_t> const& crossKeys,
-                      std::vector<uintptr_t> const& crossValues, uintptr_t states, uintptr_t tokens,
-                      uintptr_t logProbs, uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
+                      std::vector<uintptr_t> const& crossValues, uintptr_t states, uintptr_t tokens, uintptr_t logProbs,
+                      uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
 {
     std::string const op = "greedy_decoder";
     auto const layers = static_cast<size_t>(decoder.config().layers);
@@ -609,9 +609,9 @@ PYBIND11_MODULE(trocr_kernels, module)
         "weights: "
         "addresses of what runtime.greedy_decoder.pack_blobs makes. Owns its caches: one run at a time.")
         .def(py::init(&makeGreedyDecoder), "config"_a, "weights"_a, py::kw_only(), "max_slots"_a, "capacity"_a)
-        .def("run", &runGreedyDecoder, py::kw_only(), "lines"_a, "slots"_a,
-             "cross_keys"_a = std::vector<uintptr_t>{}, "cross_values"_a = std::vector<uintptr_t>{}, "states"_a = 0,
-             "tokens"_a, "log_probs"_a, "lengths"_a, "max_new_tokens"_a, "stops"_a = true, "stream"_a,
+        .def("run", &runGreedyDecoder, py::kw_only(), "lines"_a, "slots"_a, "cross_keys"_a = std::vector<uintptr_t>{},
+             "cross_values"_a = std::vector<uintptr_t>{}, "states"_a = 0, "tokens"_a, "log_probs"_a, "lengths"_a,
+             "max_new_tokens"_a, "stops"_a = true, "stream"_a,
              "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, "
              "d]; or the encoder's states [lines, S, E], where the weights have cross_keys; "
              "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. "

@@ -284,27 +284,35 @@ def image_resize(ops) -> None:
         torch.cuda.synchronize()
 
 
-def greedy_decoder(ops, *names: str) -> None:
+def greedy_decoder(ops, name: str = "small", states: bool = False) -> None:
     import torch
 
-    from profiling.greedy_decoder import DECODERS, random_cross, random_weights
+    from profiling.greedy_decoder import DECODERS, random_cross, random_states, random_weights
     from runtime.greedy_decoder import GreedyDecoder
 
-    for name in names or ("small",):
-        small = {"num_layers": 2, "vocab_size": 997, "source_length": 97, "dtype": "float16"}
-        config = DECODERS[name] | small
-        # Made on the host: on the device another kernel would write them.
-        weights = {key: value.cuda() for key, value in random_weights(config, torch.float16, "cpu").items()}
-        decoder = GreedyDecoder(ops.kernels, weights, config, 3, 32)
+    small = {"num_layers": 2, "vocab_size": 997, "source_length": 97, "dtype": "float16"}
+    config = DECODERS[name] | small
+    # Made on the host: on the device another kernel would write them.
+    weights = {key: value.cuda() for key, value in random_weights(config, torch.float16, "cpu").items()}
+    decoder = GreedyDecoder(ops.kernels, weights, config, 3, 32)
+    outputs = decoder.outputs(5, 4)
+    if states:
+        attended = _on_gpu(random_states(config, 5, torch.float16, "cpu"))
+    else:
         cross = random_cross(config, 5, torch.float16, "cpu")
-        outputs = decoder.outputs(5, 4)
-        decoder.run(tuple(list(map(_on_gpu, tensors)) for tensors in cross), outputs, 3)
-        torch.cuda.synchronize()
+        attended = tuple(list(map(_on_gpu, tensors)) for tensors in cross)
+    decoder.run(attended, outputs, 3)
+    torch.cuda.synchronize()
 
 
 def greedy_decoder_wide(ops) -> None:
     """The same with heads of 64 elements."""
     greedy_decoder(ops, "base")
+
+
+def greedy_decoder_states(ops) -> None:
+    """The step of many rows, which attends to the encoder's states."""
+    greedy_decoder(ops, "base", states=True)
 
 
 KERNELS: dict[str, Callable] = {
@@ -322,6 +330,7 @@ KERNELS: dict[str, Callable] = {
         image_resize,
         greedy_decoder,
         greedy_decoder_wide,
+        greedy_decoder_states,
     )
 }
 

@@ -172,8 +172,9 @@ def test_stages_of_the_gpu_check(tmp_path: Path):
 def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     plan = {stage.name: stage for stage in sweep(BUNDLED, "bundled", tmp_path, tmp_path)}
-    of_all = ["plugins", "engines", "compile", "batches", "tokens", "tensorrt_rtx"]
-    of_trained_weights = ["torch's page", "timeline", "engines of all precisions", "accuracy", "tensors"]
+    of_all = ["plugins", "engines", "compile", "batches", "tokens", "beams", "tensorrt_rtx"]
+    of_trained_weights = ["torch's page", "mixed page", "timeline"]
+    of_trained_weights += ["engines of all precisions", "accuracy", "tensors"]
     once_a_gpu = ["kernels", "greedy decoder"]
     assert list(plan) == [*of_all, *of_trained_weights, *once_a_gpu]
     assert plan["engines of all precisions"].command[-1] == "fp16,bf16,fp32"

@@ -279,8 +279,7 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
     }
 
     // Sums over the warps, in a fixed order: the upper half's are stored, the lower half's added, the rest by columns.
-    float* const mine =
-        partial + (warp % kADDERS * kROW_TILES * kROWS_A_TILE + lane / 4) * kPITCH + lane % 4 * 2;
+    float* const mine = partial + (warp % kADDERS * kROW_TILES * kROWS_A_TILE + lane / 4) * kPITCH + lane % 4 * 2;
 #pragma unroll
     for (int turn = 0; turn < 2; ++turn)
     {
@@ -295,8 +294,8 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
 #pragma unroll
                     for (int half = 0; half < 2; ++half)
                     {
-                        auto* const at = reinterpret_cast<float2*>(mine + (m * kROWS_A_TILE + half * 8) * kPITCH +
-                                                                   tile * 8);
+                        auto* const at =
+                            reinterpret_cast<float2*>(mine + (m * kROWS_A_TILE + half * 8) * kPITCH + tile * 8);
                         float2 sum = {c[m][tile][2 * half], c[m][tile][2 * half + 1]};
                         if (turn == 1)
                         {
@@ -531,12 +530,12 @@ template <int kSTEPS>
 struct StatesLayout
 {
     static constexpr int kWIDTH = 128 * kSTEPS;
-    static constexpr int kKEYS = 32;                  //!< of a stage
-    static constexpr int kPITCH = kWIDTH * 2 + 16;    //!< bytes: eight rows meet no bank twice
-    static constexpr int kSCORE_PITCH = kKEYS + 8;    //!< floats, likewise
+    static constexpr int kKEYS = 32;                //!< of a stage
+    static constexpr int kPITCH = kWIDTH * 2 + 16;  //!< bytes: eight rows meet no bank twice
+    static constexpr int kSCORE_PITCH = kKEYS + 8;  //!< floats, likewise
     static constexpr int kSTAGE = kKEYS * kPITCH;
-    static constexpr int kSCALES = 128;               //!< after the barriers: float2 [16]
-    static constexpr int kSCORES = kSCALES + 128;     //!< float [16, kSCORE_PITCH]
+    static constexpr int kSCALES = 128;                                         //!< after the barriers: float2 [16]
+    static constexpr int kSCORES = kSCALES + 128;                               //!< float [16, kSCORE_PITCH]
     static constexpr int kPARTIAL = kSCORES + kROWS_A_TILE * kSCORE_PITCH * 4;  //!< float [kWARPS, 16, kSCORE_PITCH]
     static constexpr int kRING = kPARTIAL + kWARPS * kROWS_A_TILE * kSCORE_PITCH * 4;
     static constexpr int kSTAGES = (227 * 1024 - kRING) / kSTAGE < 4 ? (227 * 1024 - kRING) / kSTAGE : 4;
@@ -756,8 +755,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
         total[half] += __shfl_xor_sync(kFULL_WARP, total[half], 2);
         factor[half] = 1.0F / total[half];
     }
-    auto* const output =
-        static_cast<unsigned*>(p.context) + static_cast<size_t>(row) * p.heads * Layout::kWIDTH / 2;
+    auto* const output = static_cast<unsigned*>(p.context) + static_cast<size_t>(row) * p.heads * Layout::kWIDTH / 2;
     if (blocks == 1)
     {
 #pragma unroll
@@ -769,8 +767,8 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
                 int const head = g + half * 8;
                 if (head < p.heads)
                 {
-                    output[(head * Layout::kWIDTH + warp * 16 * kSTEPS + tile * 8) / 2 + t] = packPair<T>(
-                        context[tile][2 * half] * factor[half], context[tile][2 * half + 1] * factor[half]);
+                    output[(head * Layout::kWIDTH + warp * 16 * kSTEPS + tile * 8) / 2 + t] =
+                        packPair<T>(context[tile][2 * half] * factor[half], context[tile][2 * half + 1] * factor[half]);
                 }
             }
         }
@@ -824,7 +822,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
             sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
         }
         reinterpret_cast<uint2*>(output + firstHead * Layout::kWIDTH / 2)[i] = {packPair<T>(sum.x, sum.y),
-                                                                               packPair<T>(sum.z, sum.w)};
+                                                                                packPair<T>(sum.z, sum.w)};
     }
 }
 

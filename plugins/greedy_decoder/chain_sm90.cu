@@ -46,7 +46,8 @@ struct Workspace
         layerCache = align256(static_cast<size_t>(slots) * config.width * capacity * kELEMENT);
         keys = take(layerCache * config.layers);
         values = take(layerCache * config.layers);
-        auto const rows = [&](size_t columns) { return take(config.encoderWidth > 0 ? slots * columns * kELEMENT : 0); };
+        auto const rows = [&](size_t columns)
+        { return take(config.encoderWidth > 0 ? slots * columns * kELEMENT : 0); };
         hidden = rows(config.width);
         inner = rows(std::max(3 * config.width, config.ffnWidth));
         context = rows(config.width);
@@ -297,8 +298,8 @@ cudaError_t ChainDecoder::enqueueHead(GreedyRequest const& request, Link const& 
                                        : rows == 16 ? head<T, kHEAD_DIM, 16>
                                        : rows == 32 ? head<T, kHEAD_DIM, 32>
                                                     : head<T, kHEAD_DIM, 64>;
-    return launchLink(kernel, dim3(mMultiprocessors), 1,
-                      HeadLayout(mConfig.width, std::min(request.slots, rows)).bytes, stream, params);
+    return launchLink(kernel, dim3(mMultiprocessors), 1, HeadLayout(mConfig.width, std::min(request.slots, rows)).bytes,
+                      stream, params);
 }
 
 //! As many blocks a row as take the least time: best are those of all rows at once, if they find room.
@@ -335,12 +336,12 @@ cudaError_t ChainDecoder::enqueueAttendStates(StatesParams const& params, int ro
     };
     switch (mConfig.encoderWidth)
     {
-    case 384:
-        return launch(attendStates<T, 3>, StatesLayout<3>::kBYTES);
-    case 768:
-        return launch(attendStates<T, 6>, StatesLayout<6>::kBYTES);
-    default:
-        return launch(attendStates<T, 8>, StatesLayout<8>::kBYTES);
+        case 384:
+            return launch(attendStates<T, 3>, StatesLayout<3>::kBYTES);
+        case 768:
+            return launch(attendStates<T, 6>, StatesLayout<6>::kBYTES);
+        default:
+            return launch(attendStates<T, 8>, StatesLayout<8>::kBYTES);
     }
 }
 
@@ -381,8 +382,8 @@ cudaError_t ChainDecoder::enqueueRowsToken(GreedyRequest const& request, unsigne
                NormalizeParams{link.input, link.output, link.norm, hidden, states, width, link.epsilon});
     };
     // Of `pieces`, one a block, that begin with the bias; the tiles of a chunk of inputs are chunkBytes apart.
-    auto const productOf = [&](void const* input, int inputs, uint8_t const* pieces, size_t pieceBytes, size_t tilesAt,
-                               int chunkBytes)
+    auto const productOf =
+        [&](void const* input, int inputs, uint8_t const* pieces, size_t pieceBytes, size_t tilesAt, int chunkBytes)
     {
         ProductParams p{};
         p.rows = rows;

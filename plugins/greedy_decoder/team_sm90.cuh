@@ -561,8 +561,8 @@ struct Block
 {
     using Layout = TeamLayout<kROWS>;
     static constexpr bool kTWO_HOPS = kROWS > 2;
-    // Weights go into registers one product ahead of their use. Behind the keys of many rows they arrive late, and a warp
-    // would wait for them where it could normalise: 4 to 8 us a token at three and five rows.
+    // Weights go into registers one product ahead of their use. Behind the keys of many rows they arrive late, and a
+    // warp would wait for them where it could normalise: 4 to 8 us a token at three and five rows.
     static constexpr bool kWEIGHTS_AHEAD = !kTWO_HOPS;
     static constexpr int kSELF_WARPS = Layout::kSELF_WARPS;  // of a row
     // Cross-attention of two rows is side by side, half of the warps each, so that one row's latencies are behind the
