@@ -451,7 +451,6 @@ class GreedyKernels:
     """The CUDA greedy decoder with one folder's weights.
 
     Its outputs are one set of tensors for each number of images: addresses are part of the decoder's graphs.
-
     """
 
     def __init__(self, decoder: GreedyDecoder, layers: int, most_by_keys: int | None):
