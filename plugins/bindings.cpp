@@ -619,24 +619,23 @@ PYBIND11_MODULE(trocr_kernels, module)
              "it `stops`, every line gets max_new_tokens. With heads of 64, a call with other addresses or sizes than "
              "earlier "
              "ones captures a graph first.");
-    module.def(
-        "greedy_decoder_obstacle",
-        [](py::dict const& config) -> py::object
-        {
-            char const* reason = nullptr;
-            bool const possible = canDecodeGreedily(parseGreedyConfig(config), &reason);
-            return possible ? py::object(py::none()) : py::object(py::str(reason));
-        },
-        "config"_a, "Why this GPU or these sizes are not served; None where they are.");
-    module.def(
-        "greedy_states_obstacle",
-        [](py::dict const& config) -> py::object
-        {
-            char const* reason = nullptr;
-            bool const possible = canAttendToStates(parseGreedyConfig(config), &reason);
-            return possible ? py::object(py::none()) : py::object(py::str(reason));
-        },
-        "config"_a, "Why the decoder cannot attend to the encoder's states themselves; None where it can.");
+    auto const obstacle =
+        [&module](char const* name, bool (*possible)(GreedyDecoderConfig const&, char const**), char const* what)
+    {
+        module.def(
+            name,
+            [possible](py::dict const& config) -> py::object
+            {
+                char const* reason = nullptr;
+                bool const served = possible(parseGreedyConfig(config), &reason);
+                return served ? py::object(py::none()) : py::object(py::str(reason));
+            },
+            "config"_a, what);
+    };
+    obstacle("greedy_decoder_obstacle", canDecodeGreedily,
+             "Why this GPU or these sizes are not served; None where they are.");
+    obstacle("greedy_states_obstacle", canAttendToStates,
+             "Why the decoder cannot attend to the encoder's states themselves; None where it can.");
     module.def(
         "greedy_blob_bytes",
         [](py::dict const& config)

@@ -102,6 +102,25 @@ inline cudaLaunchAttribute clusterOf(unsigned blocks)
     return attribute;
 }
 
+//! Clusters of a kernel that the device holds at once: fewer than its multiprocessors would make, where the groups they
+//! come in are no multiples of the cluster; 0 where that cannot be told.
+template <typename KERNEL>
+int clustersAtOnce(KERNEL* kernel, int sharedBytes, int threads, int cluster)
+{
+    cudaLaunchAttribute attribute = clusterOf(cluster);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(cluster);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = sharedBytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    bool const known =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sharedBytes) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+    return known ? clusters : 0;
+}
+
 //! Launches without dynamic shared memory; the error returned is this launch's, not an earlier one's. With
 //! `clusterX` above 1, that many blocks along x share their memory (compute capability 9.0 and above only).
 template <typename... Parameters, typename... Arguments>

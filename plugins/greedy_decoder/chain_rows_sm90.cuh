@@ -5,6 +5,7 @@
 // of keys and values are multiplied with the query and the context instead (README.md, "Many rows").
 
 #include "greedy_decoder/chain_blocks_sm90.cuh"
+#include "linear/kernel.h"
 
 namespace trocr::greedy
 {
@@ -142,14 +143,6 @@ struct BlockMap
     }
 };
 
-//! What a product's results go through.
-enum class Outcome
-{
-    kAS_IT_IS,
-    kRELU,
-    kGELU
-};
-
 struct ProductParams
 {
     int rows;
@@ -167,13 +160,13 @@ struct ProductParams
     int inner;
     size_t outerStride;
     int innerStride;
-    BlockMap bias;  //!< float32, in the order of the block's outputs; base nullptr: none
+    BlockMap bias;  //!< float32, in the order of the block's outputs
     //! The block's tile i gives columns block * blockColumns + i * tileColumns on.
     int blockColumns;
     int tileColumns;
     int outputPitch;
     void* output;  //!< T [rows, outputPitch]
-    Outcome outcome;
+    LinearActivation activation;
     SumPair* sums;       //!< [rows, outputPitch / 2], instead of `output`; bias and residual are added once
     void const* hidden;  //!< T [rows, outputPitch], the residual
 };
@@ -309,8 +302,7 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
         }
         __syncthreads();
     }
-    auto const* const bias =
-        p.bias.base == nullptr ? nullptr : reinterpret_cast<float const*>(p.bias.of(blockIdx.x, p.group));
+    auto const* const bias = reinterpret_cast<float const*>(p.bias.of(blockIdx.x, p.group));
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.rows * 4 * kTILES; i += kTHREADS)
     {
@@ -328,7 +320,7 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
                 partial + (adder * kROW_TILES * kROWS_A_TILE + row) * kPITCH + pair * 2);
             sum = {sum.x + part.x, sum.y + part.y};
         }
-        if (bias != nullptr && (!kTO_SUMS || blockIdx.y == 0))
+        if (!kTO_SUMS || blockIdx.y == 0)
         {
             sum = {sum.x + bias[2 * pair], sum.y + bias[2 * pair + 1]};
         }
@@ -345,9 +337,9 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
         }
         else
         {
-            if (p.outcome != Outcome::kAS_IT_IS)
+            if (p.activation != LinearActivation::kNONE)
             {
-                bool const isGelu = p.outcome == Outcome::kGELU;
+                bool const isGelu = p.activation == LinearActivation::kGELU;
                 sum = {isGelu ? gelu(sum.x) : fmaxf(sum.x, 0.0F), isGelu ? gelu(sum.y) : fmaxf(sum.y, 0.0F)};
             }
             static_cast<unsigned*>(p.output)[index] = packPair<T>(sum.x, sum.y);

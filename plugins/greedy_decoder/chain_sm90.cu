@@ -84,6 +84,48 @@ cudaError_t launchLink(void (*kernel)(Params), dim3 grid, unsigned cluster, size
     return cudaLaunchKernelEx(&config, kernel, params);
 }
 
+//! attendStates for one width of the encoder.
+struct StatesKernel
+{
+    void (*kernel)(StatesParams);
+    int bytes;  //!< of shared memory
+
+    template <typename T>
+    static StatesKernel of(int encoderWidth)
+    {
+        switch (encoderWidth)
+        {
+            case 384:
+                return {attendStates<T, 3>, StatesLayout<3>::kBYTES};
+            case 768:
+                return {attendStates<T, 6>, StatesLayout<6>::kBYTES};
+            default:
+                return {attendStates<T, 8>, StatesLayout<8>::kBYTES};
+        }
+    }
+
+    //! As many blocks a row as take the least time: best are those of all rows at once, if they find room.
+    int blocks(int rows, int length, int multiprocessors) const
+    {
+        constexpr int kMOST = 8;
+        constexpr int kSTAGE = 32;  // states
+        int best = 1;
+        int least = ceilDiv(rows, multiprocessors) * ceilDiv(length, kSTAGE);
+        for (int of = 2; of <= kMOST; ++of)
+        {
+            int const fit = clustersAtOnce(kernel, bytes, kTHREADS, of);
+            // In stages; what a cluster adds up at its end costs about one.
+            int const time = fit < 1 ? least : ceilDiv(rows, fit) * (ceilDiv(ceilDiv(length, of), kSTAGE) + 1);
+            if (time < least)
+            {
+                least = time;
+                best = of;
+            }
+        }
+        return best;
+    }
+};
+
 //! Adds a WHILE node that runs after all that is in `graph`; its body is empty so far.
 cudaError_t addWhile(cudaGraph_t graph, cudaGraphConditionalHandle& conditional, cudaGraph_t& body)
 {
@@ -183,8 +225,6 @@ private:
     template <typename T, int kROW_TILES>
     cudaError_t enqueueRowsToken(GreedyRequest const& request, unsigned long long conditional, bool last,
                                  cudaStream_t stream);
-    template <typename T>
-    cudaError_t enqueueAttendStates(StatesParams const& params, int rows, cudaStream_t stream);
     template <typename T>
     cudaError_t enqueueHead(GreedyRequest const& request, Link const& link, cudaStream_t stream);
     Link linkAt(GreedyRequest const& request, int index) const;
@@ -302,49 +342,6 @@ cudaError_t ChainDecoder::enqueueHead(GreedyRequest const& request, Link const& 
                       stream, params);
 }
 
-//! As many blocks a row as take the least time: best are those of all rows at once, if they find room.
-template <typename T>
-cudaError_t ChainDecoder::enqueueAttendStates(StatesParams const& params, int rows, cudaStream_t stream)
-{
-    constexpr int kMOST_BLOCKS = 8;
-    auto const launch = [&](void (*kernel)(StatesParams), int bytes)
-    {
-        cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel),
-                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        unsigned blocks = 1;
-        int least = ceilDiv(rows, mMultiprocessors) * ceilDiv(params.length, 32);
-        for (int of = 2; of <= kMOST_BLOCKS && status == cudaSuccess; ++of)
-        {
-            cudaLaunchAttribute cluster = clusterOf(of);
-            cudaLaunchConfig_t config{};
-            config.gridDim = dim3(of);
-            config.blockDim = dim3(kTHREADS);
-            config.dynamicSmemBytes = bytes;
-            config.attrs = &cluster;
-            config.numAttrs = 1;
-            int fit = 0;
-            status = cudaOccupancyMaxActiveClusters(&fit, reinterpret_cast<void const*>(kernel), &config);
-            // A stage of 32 states is a unit; what a cluster adds up at its end costs about one.
-            int const time = fit < 1 ? least : ceilDiv(rows, fit) * (ceilDiv(ceilDiv(params.length, of), 32) + 1);
-            if (time < least)
-            {
-                least = time;
-                blocks = of;
-            }
-        }
-        return status != cudaSuccess ? status : launchLink(kernel, dim3(blocks, rows), blocks, bytes, stream, params);
-    };
-    switch (mConfig.encoderWidth)
-    {
-        case 384:
-            return launch(attendStates<T, 3>, StatesLayout<3>::kBYTES);
-        case 768:
-            return launch(attendStates<T, 6>, StatesLayout<6>::kBYTES);
-        default:
-            return launch(attendStates<T, 8>, StatesLayout<8>::kBYTES);
-    }
-}
-
 //! A step of many rows: chain_rows_sm90.cuh.
 template <typename T, int kROW_TILES>
 cudaError_t ChainDecoder::enqueueRowsToken(GreedyRequest const& request, unsigned long long conditional, bool last,
@@ -366,13 +363,16 @@ cudaError_t ChainDecoder::enqueueRowsToken(GreedyRequest const& request, unsigne
     auto* const context = mWorkspace + at.context;
 
     cudaError_t status = cudaSuccess;
-    auto const launch = [&](auto kernel, dim3 grid, size_t bytes, auto const& params)
+    auto const launch = [&](auto kernel, dim3 grid, size_t bytes, auto const& params, unsigned cluster = 1)
     {
         if (status == cudaSuccess)
         {
-            status = launchLink(kernel, grid, 1, bytes, stream, params);
+            status = launchLink(kernel, grid, cluster, bytes, stream, params);
         }
     };
+    auto const attention = StatesKernel::of<T>(encoded);
+    int const attentionBlocks = attention.blocks(rows, mConfig.sourceLength, mMultiprocessors);
+    float const scale = kLOG2_E / std::sqrt(static_cast<float>(kHEAD_DIM));
     int index = 0;
     Link link{};
     auto const normalizeSums = [&]()
@@ -459,13 +459,10 @@ cudaError_t ChainDecoder::enqueueRowsToken(GreedyRequest const& request, unsigne
         launch(expandQuery<T, kHEAD_DIM, kROW_TILES>, dim3(heads * 8), 0,
                ExpandParams{rows, states, mWorkspace + at.query, bytesOf(mWeights.crossKeys) + stateBytes,
                             mWorkspace + at.stateQuery, heads, encoded});
-        if (status == cudaSuccess)
-        {
-            float const scale = 1.44269504F / std::sqrt(static_cast<float>(kHEAD_DIM));
-            status = enqueueAttendStates<T>({states, mWorkspace + at.stateQuery, request.states,
-                                             mWorkspace + at.stateContext, heads, mConfig.sourceLength, scale},
-                                            rows, stream);
-        }
+        launch(attention.kernel, dim3(attentionBlocks, rows), attention.bytes,
+               StatesParams{states, mWorkspace + at.stateQuery, request.states, mWorkspace + at.stateContext, heads,
+                            mConfig.sourceLength, scale},
+               attentionBlocks);
         // A head's values: its context in terms of the states, times its own weights.
         p = productOf(mWorkspace + at.stateContext, encoded, bytesOf(mWeights.crossValues) + stateBytes,
                       8 * encoded * kELEMENT, 0, kTILE_BYTES);
@@ -480,7 +477,7 @@ cudaError_t ChainDecoder::enqueueRowsToken(GreedyRequest const& request, unsigne
         normalizeSums();
         p = productOf(hidden, width, ffn, blob.feedForward, 32 * 4, 4 * kTILE_BYTES);
         p.blockColumns = 32;
-        p.outcome = mConfig.gelu ? Outcome::kGELU : Outcome::kRELU;
+        p.activation = mConfig.gelu ? LinearActivation::kGELU : LinearActivation::kRELU;
         store(Four{}, p, inner / 32, wide, inner);
         p = productOf(wide, inner, ffn, 0, 32 * 4 + 32 * width * kELEMENT, 0);
         p.group = width / 32;

@@ -22,25 +22,6 @@ using SplitTile64x64 = Tile<1, 64, 6, 1, 1>;
 using SplitTile64x128 = Tile<1, 128, 6, 1, 2>;
 using SplitTile128x128 = Tile<2, 128, 5, 1, 4>;
 
-//! Clusters of a kernel that the device holds at once: fewer than its multiprocessors would make, where the groups they
-//! come in are no multiples of the cluster.
-template <typename KERNEL>
-int clustersAtOnce(KERNEL* kernel, int sharedBytes, int threads, int cluster)
-{
-    cudaLaunchAttribute attribute = clusterOf(cluster);
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(cluster);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = sharedBytes;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int clusters = 0;
-    bool const known =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sharedBytes) == cudaSuccess &&
-        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
-    return known ? clusters : 0;
-}
-
 template <typename T, Epilogue kEPILOGUE>
 cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, EpilogueParams const& p,
                          bool overlapPredecessor, cudaStream_t stream)

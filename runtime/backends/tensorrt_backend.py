@@ -502,9 +502,7 @@ class GreedyKernels:
 
     def wants_states(self, images: int) -> bool:
         """Whether such a search reads the encoder's states, and no keys and values."""
-        return (
-            self._decoder.attends_to_states and self._most_by_keys is not None and images > self._most_by_keys
-        )
+        return self._decoder.attends_to_states and images > self._most_by_keys
 
     def __call__(
         self,
