@@ -378,20 +378,28 @@ def with_processor(model: Path, folder: Path, content: dict, nested: bool = Fals
     return folder
 
 
-def encoder_inputs(
-    recognizer: Recognizer, sources: list, monkeypatch: pytest.MonkeyPatch
-) -> list[torch.Tensor]:
-    """What the torch backend makes of the pixels it gets, one batch after another: float32, on the CPU."""
-    batches = []
-    encode = recognizer.backend.encode
+def record_inputs(recognizer: Recognizer, monkeypatch: pytest.MonkeyPatch, encode: bool) -> list[torch.Tensor]:
+    """A list that gets what the torch backend makes of each image: float32, on the CPU, in the images' order.
+
+    encode: whether the encoder runs too; without, its states are None.
+    """
+    inputs: list[torch.Tensor] = []
+    encode_batch, encode_pixels = recognizer._encode, recognizer.backend.encode
 
     def recording(pixel_values: torch.Tensor):
-        batches.append(recognizer.backend.normalization(pixel_values.cpu()))
-        return encode(pixel_values)
+        inputs.extend(recognizer.backend.normalization(pixel_values.cpu()))
+        return encode_pixels(pixel_values) if encode else None
+
+    def in_order(batch: list):
+        first = len(inputs)
+        encoded = encode_batch(batch)
+        found = dict(zip(encoded.order, inputs[first:], strict=True))  # they come widest first
+        inputs[first:] = [found[place] for place in sorted(found)]
+        return encoded
 
     monkeypatch.setattr(recognizer.backend, "encode", recording)
-    assert all(result.error is None for result in recognizer.recognize(sources))
-    return batches
+    monkeypatch.setattr(recognizer, "_encode", in_order)
+    return inputs
 
 
 @pytest.mark.parametrize("name", SPECIFIC)
@@ -421,10 +429,11 @@ def check_preprocessing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processor = AutoImageProcessor.from_pretrained(folder)
     recognizer = Recognizer(folder, backend="torch", batch_size=3, max_new_tokens=1)
     lines = sorted(SAMPLES.glob("*.jpg"))[:5]
-    inputs = torch.cat(encoder_inputs(recognizer, lines, monkeypatch))
+    inputs = record_inputs(recognizer, monkeypatch, encode=True)
+    assert all(result.error is None for result in recognizer.recognize(lines))
     images = [Image.open(file).convert("RGB") for file in lines]
     expected = torch.cat([processor(image, return_tensors="pt").pixel_values for image in images])
-    torch.testing.assert_close(inputs, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.stack(inputs), expected, rtol=0, atol=1e-6)
     assert expected.std() > 0.1
 
 
@@ -439,8 +448,7 @@ def test_preprocessing_of_the_labelled_lines(
     folder = with_processor(BUNDLED_MODEL, tmp_path / "model", content)
     processor = AutoImageProcessor.from_pretrained(folder)
     recognizer = Recognizer(folder, backend="torch", max_new_tokens=1)
-    normalization, prepared = recognizer.backend.normalization, []
-    monkeypatch.setattr(recognizer.backend, "encode", lambda pixels: prepared.append(normalization(pixels)))
+    inputs = record_inputs(recognizer, monkeypatch, encode=False)
     monkeypatch.setattr(
         recognizer._decoder, "decode", lambda _, images: Generation([[2]] * images, [0.0] * images)
     )
@@ -451,7 +459,6 @@ def test_preprocessing_of_the_labelled_lines(
             image.load()
     assert len(images) == 242
     recognizer.recognize(images)
-    inputs = torch.cat(prepared)
     for image, found in zip(images, inputs, strict=True):
         expected = processor(image.convert("RGB"), return_tensors="pt").pixel_values[0]
         quantised = [torch.round((pixels * 0.5 + 0.5) * 255) for pixels in (found, expected)]
