@@ -378,7 +378,9 @@ def with_processor(model: Path, folder: Path, content: dict, nested: bool = Fals
     return folder
 
 
-def record_inputs(recognizer: Recognizer, monkeypatch: pytest.MonkeyPatch, encode: bool) -> list[torch.Tensor]:
+def record_inputs(
+    recognizer: Recognizer, monkeypatch: pytest.MonkeyPatch, encode: bool
+) -> list[torch.Tensor]:
     """A list that gets what the torch backend makes of each image: float32, on the CPU, in the images' order.
 
     encode: whether the encoder runs too; without, its states are None.
