@@ -140,6 +140,8 @@ def ban_repeated_ngrams(
         output_ids: int64 [R, L], tokens of the rows up to and including position_ids, then anything.
         position_ids: int64 [R, 1].
     """
+    if size > output_ids.shape[1]:
+        return
     windows = output_ids.unfold(1, size, 1)  # [R, L - size + 1, size]
     before_next = torch.arange(2 - size, 1, device=scores.device) + position_ids  # the last size - 1
     suffix = output_ids.gather(1, before_next.clamp(min=0))

@@ -221,6 +221,7 @@ def test_repeated_ngrams_are_banned():
     assert banned(2) == [[7], [6], [3]]
     assert banned(1) == [[5, 6, 7], [5, 6, 7], [3]]
     assert banned(6) == [[], [], []]
+    assert banned(60) == [[], [], []]  # longer than any text may become
 
 
 @pytest.mark.parametrize(
