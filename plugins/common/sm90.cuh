@@ -1,7 +1,7 @@
 #pragma once
 
 // Hopper's own instructions, one thin wrapper each. Shared-memory operands are 32-bit shared-window addresses
-// (sharedAddress). PTX names stand in the comments; sm_90a only.
+// (sharedAddress, mma.cuh). PTX names stand in the comments; sm_90a only.
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -9,13 +9,10 @@
 
 #include <cstdint>
 
+#include "common/mma.cuh"
+
 namespace trocr::sm90
 {
-
-__device__ __forceinline__ uint32_t sharedAddress(void const* pointer)
-{
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // ---- mbarrier ----
 
@@ -177,16 +174,7 @@ __device__ __forceinline__ void proxyFence()
 
 // ---- 8x8 matrices between registers and shared memory ----
 
-//! ldmatrix.x4: matrix i from the eight rows of 16 bytes that lanes 8 i to 8 i + 7 point at.
-__device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], uint32_t row)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(row)
-                 : "memory");
-}
-
-//! stmatrix.x4: the reverse.
+//! stmatrix.x4: the reverse of loadMatrices (mma.cuh).
 __device__ __forceinline__ void storeMatrices(uint32_t row, uint32_t const (&r)[4])
 {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
@@ -261,7 +249,8 @@ __device__ __forceinline__ void wgmmaWait()
 }
 
 //! wgmma.m64nNk16: d[64, N] (+)= a[64, 16] b[N, 16]^T. d[4 j + 2 h + e] of lane l of warp w is the element of row
-//! 16 w + 8 h + l / 4 and column 8 j + 2 (l % 4) + e. `accumulate` 0 overwrites d.
+//! 16 w + 8 h + l / 4 and column 8 j + 2 (l % 4) + e. `accumulate` 0 overwrites d. `a` comes from shared memory, or
+//! from registers: for each warp's 16 rows as in mma.m16n8k16.
 template <typename T, int N>
 struct Wgmma;
 
@@ -281,34 +270,44 @@ struct Wgmma;
     ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
     ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 
-#define TROCR_WGMMA(T, TYPES, N, PLACES, A, B, ACCUMULATE, ...)                                               \
-    template <>                                                                                               \
-    struct Wgmma<T, N>                                                                                        \
-    {                                                                                                         \
-        static __device__ __forceinline__ void run(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) \
-        {                                                                                                     \
-            asm volatile(                                                                                     \
-                "{\n"                                                                                         \
-                ".reg .pred p;\n"                                                                             \
-                "setp.ne.b32 p, " ACCUMULATE                                                                  \
-                ", 0;\n"                                                                                      \
-                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" PLACES "}, " A ", " B            \
-                ", p, 1, 1, 0, 0;\n"                                                                          \
-                "}\n"                                                                                         \
-                : __VA_ARGS__                                                                                 \
-                : "l"(a), "l"(b), "r"(accumulate));                                                           \
-        }                                                                                                     \
+// LEFT: the parameter a; A, B, ACCUMULATE: its, b's and the flag's places; LAYOUT: which operands are transposed.
+#define TROCR_RUN(TYPES, N, PLACES, LEFT, A, B, ACCUMULATE, LAYOUT, OPERANDS, ...)                                  \
+    static __device__ __forceinline__ void run(float(&d)[N / 2], LEFT, uint64_t b, int accumulate)                  \
+    {                                                                                                               \
+        asm volatile(                                                                                               \
+            "{\n"                                                                                                   \
+            ".reg .pred p;\n"                                                                                       \
+            "setp.ne.b32 p, " ACCUMULATE                                                                            \
+            ", 0;\n"                                                                                                \
+            "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" PLACES "}, " A ", " B ", p, 1, 1, " LAYOUT \
+            ";\n"                                                                                                   \
+            "}\n"                                                                                                   \
+            : __VA_ARGS__                                                                                           \
+            : OPERANDS, "l"(b), "r"(accumulate));                                                                   \
+    }
+// P0 to P5: the places behind those of the accumulators.
+#define TROCR_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define TROCR_WGMMA(T, TYPES, N, PLACES, P0, P1, P2, P3, P4, P5, ...)                                     \
+    template <>                                                                                           \
+    struct Wgmma<T, N>                                                                                    \
+    {                                                                                                     \
+        TROCR_RUN(TYPES, N, PLACES, uint64_t a, P0, P1, P2, "0, 0", "l"(a), __VA_ARGS__)                  \
+        TROCR_RUN(TYPES, N, PLACES, uint32_t const (&a)[4], "{" P0 "," P1 "," P2 "," P3 "}", P4, P5, "0", \
+                  TROCR_REGISTERS, __VA_ARGS__)                                                           \
     };
-#define TROCR_WGMMAS(T, TYPES)                                                                                 \
-    TROCR_WGMMA(T, TYPES, 64, TROCR_P0, "%32", "%33", "%34", TROCR_D32(0))                                     \
-    TROCR_WGMMA(T, TYPES, 128, TROCR_P0 TROCR_P32, "%64", "%65", "%66", TROCR_D32(0), TROCR_D32(32))           \
-    TROCR_WGMMA(T, TYPES, 192, TROCR_P0 TROCR_P32 TROCR_P64, "%96", "%97", "%98", TROCR_D32(0), TROCR_D32(32), \
-                TROCR_D32(64))
+#define TROCR_WGMMAS(T, TYPES)                                                                                         \
+    TROCR_WGMMA(T, TYPES, 64, TROCR_P0, "%32", "%33", "%34", "%35", "%36", "%37", TROCR_D32(0))                        \
+    TROCR_WGMMA(T, TYPES, 128, TROCR_P0 TROCR_P32, "%64", "%65", "%66", "%67", "%68", "%69", TROCR_D32(0),             \
+                TROCR_D32(32))                                                                                         \
+    TROCR_WGMMA(T, TYPES, 192, TROCR_P0 TROCR_P32 TROCR_P64, "%96", "%97", "%98", "%99", "%100", "%101", TROCR_D32(0), \
+                TROCR_D32(32), TROCR_D32(64))
 TROCR_WGMMAS(__half, "f16.f16")
 TROCR_WGMMAS(__nv_bfloat16, "bf16.bf16")
 
 #undef TROCR_WGMMAS
 #undef TROCR_WGMMA
+#undef TROCR_REGISTERS
+#undef TROCR_RUN
 #undef TROCR_P64
 #undef TROCR_P32
 #undef TROCR_P0

@@ -624,7 +624,7 @@ __device__ __forceinline__ P* atRank(P* pointer, int rank)
 __device__ __forceinline__ void copyBulk(void* to, void const* from, uint32_t bytes, uint32_t barrier)
 {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     sm90::sharedAddress(to)),
+                     sharedAddress(to)),
                  "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
 }
@@ -641,7 +641,7 @@ struct Constants
                                                       uint32_t normBytes, void* blobTo, void const* blob,
                                                       uint32_t blobBytes)
     {
-        Constants const constants{sm90::sharedAddress(barriers), sm90::sharedAddress(barriers + 1)};
+        Constants const constants{sharedAddress(barriers), sharedAddress(barriers + 1)};
         if (threadIdx.x == 0)
         {
             sm90::barrierInit(constants.normBarrier, 1);

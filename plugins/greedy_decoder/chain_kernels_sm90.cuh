@@ -473,7 +473,7 @@ struct HeadParams
 };
 
 //! The best of some logits, the lowest token among equals, and what log softmax needs.
-struct Choice
+struct BestLogit
 {
     float best;
     int token;
@@ -493,7 +493,7 @@ struct Choice
         }
     }
 
-    __device__ __forceinline__ void merge(Choice const& other)
+    __device__ __forceinline__ void merge(BestLogit const& other)
     {
         float const most = fmaxf(best, other.best);
         int const mine = best == most ? token : 0x7fffffff;
@@ -503,7 +503,7 @@ struct Choice
         token = min(mine, others);
     }
 
-    __device__ __forceinline__ Choice shuffled(int offset) const
+    __device__ __forceinline__ BestLogit shuffled(int offset) const
     {
         return {__shfl_xor_sync(kFULL_WARP, best, offset), __shfl_xor_sync(kFULL_WARP, token, offset),
                 __shfl_xor_sync(kFULL_WARP, total, offset)};
@@ -528,7 +528,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
     HeadLayout const layout(width, min(kROWS, p.link.rows));
     auto* const hidden = reinterpret_cast<T*>(shared + layout.hidden);
     auto* const norm = reinterpret_cast<unsigned*>(shared + layout.norm);
-    auto* const choices = reinterpret_cast<Choice*>(shared + layout.choices);  // [warp][row]; before that RowNorm's
+    auto* const choices = reinterpret_cast<BestLogit*>(shared + layout.choices);  // [warp][row]; before that RowNorm's
     int const pitch = rowPitch<T>(width);
 
     sm90::launchDependents();
@@ -579,7 +579,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
         __syncthreads();  // each warp reads whole rows
 
         constexpr int kMINE = kROWS > 8 ? 2 * kTILES : 1;  // rows of a lane
-        Choice best[kMINE];
+        BestLogit best[kMINE];
 #pragma unroll
         for (int i = 0; i < kMINE; ++i)
         {
@@ -648,7 +648,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
         __syncthreads();
         for (int row = threadIdx.x; row < count; row += kTHREADS)
         {
-            Choice choice = choices[row];
+            BestLogit choice = choices[row];
 #pragma unroll 1
             for (int other = 1; other < kWARPS; ++other)
             {

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
     int const lane = threadIdx.x % kWARP_SIZE;
     int const firstChunk = blockIdx.y * p.blockChunks;
     int const chunks = min(p.blockChunks, p.chunks - firstChunk);
-    uint32_t const barrier = sm90::sharedAddress(shared);
+    uint32_t const barrier = sharedAddress(shared);
     auto* const weights = reinterpret_cast<T*>(shared + 128);
     auto* const partial = reinterpret_cast<float*>(shared + 128 + p.blockChunks * kTILES * kTILE_BYTES);
 
@@ -552,8 +552,8 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
     int const rank = blockIdx.x;
     int const blocks = gridDim.x;
     int const row = blockIdx.y;
-    uint32_t const barriers = sm90::sharedAddress(shared);
-    uint32_t const ring = sm90::sharedAddress(shared + Layout::kRING);
+    uint32_t const barriers = sharedAddress(shared);
+    uint32_t const ring = sharedAddress(shared + Layout::kRING);
     auto* const scales = reinterpret_cast<float2*>(shared + Layout::kSCALES);
     auto* const scores = reinterpret_cast<float*>(shared + Layout::kSCORES);
     auto* const partial = reinterpret_cast<float*>(shared + Layout::kPARTIAL);
@@ -649,7 +649,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
             {
                 uint32_t k[4];
                 int const key = two * 16 + lane / 16 * 8 + lane % 8;
-                sm90::loadMatrices(k, columns + key * Layout::kPITCH + step * 32 + lane / 8 % 2 * 16);
+                loadMatrices(k, columns + key * Layout::kPITCH + step * 32 + lane / 8 % 2 * 16);
                 multiplyAdd<T>(c[2 * two], q[step], k[0], k[1]);
                 multiplyAdd<T>(c[2 * two + 1], q[step], k[2], k[3]);
             }

@@ -223,7 +223,7 @@ extern __shared__ __align__(1024) uint8_t teamShared[];
 
 __device__ __forceinline__ uint32_t teamMemory()
 {
-    return sm90::sharedAddress(teamShared);
+    return sharedAddress(teamShared);
 }
 
 //! A place in the stream, for the lane that fetches and for the warps that read. Slot i of the stream is slot i % kRING
@@ -593,7 +593,7 @@ struct Block
     //! Its address.
     static __device__ __forceinline__ uint32_t base()
     {
-        return sm90::sharedAddress(shared());
+        return sharedAddress(shared());
     }
     static __device__ __forceinline__ int warp()
     {

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(512, 1)
     static_assert(kEPILOGUE != Epilogue::kRESIDUAL || PANEL::kBUFFERS == PANEL::kCHUNKS);
 
     extern __shared__ __align__(1024) uint8_t sharedMemory[];
-    Shared<PANEL> const shared{sm90::sharedAddress(sharedMemory)};
+    Shared<PANEL> const shared{sharedAddress(sharedMemory)};
     auto const panel = [&](int step) { return shared.base + step * PANEL::kPANEL_STEP_BYTES; };
     auto const panelFull = [&](int step) { return shared.residual(PANEL::kWARPS, 0) + step * 8; };
 

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(384, 1)
     constexpr int kCLUSTER = kTALL * kWIDE;
     constexpr int kSHARERS = kTALL + kWIDE - 1;  // blocks that read what a block fetches: those in its row and column
     extern __shared__ __align__(1024) uint8_t sharedMemory[];
-    Shared<TILE> const shared{sm90::sharedAddress(sharedMemory)};
+    Shared<TILE> const shared{sharedAddress(sharedMemory)};
 
     uint32_t const warp = __shfl_sync(0xFFFFFFFFU, threadIdx.x / 32, 0);
     uint32_t const lane = threadIdx.x % 32;

@@ -297,7 +297,7 @@ __device__ __forceinline__ void finishChunk(float const* v, ChunkPipe<TILE>& pip
         uint32_t residual[4];
         if constexpr (kEPILOGUE == Epilogue::kRESIDUAL)
         {
-            sm90::loadMatrices(residual, at ^ (j << 4));
+            loadMatrices(residual, at ^ (j << 4));
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i)

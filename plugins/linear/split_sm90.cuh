@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(160, 1)
     linearSplit(__grid_constant__ TensorMaps const maps, __grid_constant__ EpilogueParams const p)
 {
     extern __shared__ __align__(1024) uint8_t sharedMemory[];
-    Shared<TILE> const shared{sm90::sharedAddress(sharedMemory)};
+    Shared<TILE> const shared{sharedAddress(sharedMemory)};
 
     uint32_t const warp = __shfl_sync(0xFFFFFFFFU, threadIdx.x / 32, 0);
     uint32_t const lane = threadIdx.x % 32;

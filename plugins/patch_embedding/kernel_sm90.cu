@@ -36,53 +36,6 @@ struct Layout
     static_assert(kSHARED_BYTES <= 227 * 1024);
 };
 
-//! wgmma.m64nNk16 with A in registers: d[64, N] (+)= a[64, 16] b[N, 16]^T. a as in mma.m16n8k16 for each warp's 16
-//! rows, b and d as in sm90::Wgmma.
-template <typename T, int N>
-struct RegisterWgmma;
-
-#define TROCR_D8(i)                                                                                             \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-        "+f"(d[i + 7])
-#define TROCR_D32(i) TROCR_D8(i), TROCR_D8(i + 8), TROCR_D8(i + 16), TROCR_D8(i + 24)
-#define TROCR_P0                                            \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15" \
-    ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define TROCR_P32                                                      \
-    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
-    ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define TROCR_WGMMA(T, TYPES, N, PLACES, A, B, ACCUMULATE, ...)                                           \
-    template <>                                                                                           \
-    struct RegisterWgmma<T, N>                                                                            \
-    {                                                                                                     \
-        static __device__ __forceinline__ void run(float (&d)[N / 2], uint32_t const (&a)[4], uint64_t b, \
-                                                   int accumulate)                                        \
-        {                                                                                                 \
-            asm volatile(                                                                                 \
-                "{\n"                                                                                     \
-                ".reg .pred p;\n"                                                                         \
-                "setp.ne.b32 p, " ACCUMULATE                                                              \
-                ", 0;\n"                                                                                  \
-                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" PLACES "}, {" A "}, " B      \
-                ", p, 1, 1, 0;\n"                                                                         \
-                "}\n"                                                                                     \
-                : __VA_ARGS__                                                                             \
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                   \
-        }                                                                                                 \
-    };
-#define TROCR_WGMMAS(T, TYPES)                                                         \
-    TROCR_WGMMA(T, TYPES, 64, TROCR_P0, "%32,%33,%34,%35", "%36", "%37", TROCR_D32(0)) \
-    TROCR_WGMMA(T, TYPES, 128, TROCR_P0 TROCR_P32, "%64,%65,%66,%67", "%68", "%69", TROCR_D32(0), TROCR_D32(32))
-TROCR_WGMMAS(__half, "f16.f16")
-TROCR_WGMMAS(__nv_bfloat16, "bf16.bf16")
-
-#undef TROCR_WGMMAS
-#undef TROCR_WGMMA
-#undef TROCR_P32
-#undef TROCR_P0
-#undef TROCR_D32
-#undef TROCR_D8
-
 //! 16 rows and 64 columns of one warp: v[4 j + 2 h + e] of lane l is the product of row 8 h + l / 4 and column
 //! 8 j + 2 (l % 4) + e. `chunk` is the warp's buffer, `bias` that of the columns.
 template <typename T>
@@ -111,13 +64,13 @@ __device__ __forceinline__ void finishChunk(Arguments<T> const& p, float const* 
     __syncwarp();
 
     // Lane l points at row l % 16 of the matrices of column group j + l / 16.
-    uint32_t const at = sm90::sharedAddress(chunk) + lane % 16 * kROW_BYTES + (((lane / 16) ^ (lane % 8)) << 4);
+    uint32_t const at = sharedAddress(chunk) + lane % 16 * kROW_BYTES + (((lane / 16) ^ (lane % 8)) << 4);
     uint32_t out[16];
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
     {
         uint32_t position[4];
-        sm90::loadMatrices(position, at ^ (j << 4));
+        loadMatrices(position, at ^ (j << 4));
 #pragma unroll
         for (int i = 0; i < 2; ++i)
         {
@@ -159,7 +112,7 @@ __global__ void __launch_bounds__(kTHREADS, 1)
 {
     using LAYOUT = Layout<kBN>;
     extern __shared__ __align__(1024) uint8_t sharedMemory[];
-    uint32_t const slabs = sm90::sharedAddress(sharedMemory);
+    uint32_t const slabs = sharedAddress(sharedMemory);
     uint32_t const barriers = slabs + LAYOUT::kBARRIERS_AT;
     auto* const bias = reinterpret_cast<float*>(sharedMemory + LAYOUT::kBIAS_AT);
 
@@ -238,7 +191,7 @@ __global__ void __launch_bounds__(kTHREADS, 1)
 #pragma unroll
             for (int s = 0; s < 4; ++s)
             {
-                RegisterWgmma<T, kBN>::run(acc, a[group % 2][s], b + 2 * s, group + s != 0);
+                sm90::Wgmma<T, kBN>::run(acc, a[group % 2][s], b + 2 * s, group + s != 0);
             }
             sm90::wgmmaCommit();
             if (group > 0)
