@@ -4,7 +4,8 @@
     python -m profiling.summary --readme
     python -m profiling.summary --docs
 
-The second command puts the headline tables of all results into README.md, between its two marks. The third
+The second command puts the tables of all results into README.md, between its marks: an overview at the top,
+every part below. The third
 fills the marked places of the reports (docs/report.md and its translation) and of docs/checkpoints.md:
 
     <!-- results: encoder nvidia-h200/trocr-small-random -->
@@ -31,8 +32,11 @@ from tabulate import tabulate
 
 from profiling.records import PARTS, ROOT, VARIANTS, Record, RecordError, latest, read, read_all, usual_tokens
 
+OVERVIEW_BEGIN = "<!-- overview: written by python -m profiling.summary --readme -->"
+OVERVIEW_END = "<!-- end of overview -->"
 README_BEGIN = "<!-- results: written by python -m profiling.summary --readme -->"
 README_END = "<!-- end of results -->"
+OVERVIEW_BATCHES = (1, 16, 64)
 REPORTS = {"docs/report.md": "en", "docs/report.zh.md": "zh"}  # the same in two languages
 PAGES = REPORTS | {"docs/checkpoints.md": "en"}
 LAYERS = "layers/layers.json"
@@ -274,15 +278,62 @@ def summarize(folder: Path) -> str:
     )
 
 
+def overview(results: Path) -> str:
+    """The table at the top of README.md: a page, and lines from pixels to token ids, of every model."""
+    measured = read_all(results)
+    found = sorted((measured[bench] for bench in latest(measured)), key=_first_time)
+    rows = []
+    for records in found:
+        of_page = [record for record in records if record.part == "page"]
+        best = {
+            name: min((record.page_s * 1e3 for record in of_page if record.variant == name), default=None)
+            for name in ("torch", "stock", "fused")
+        }
+        if best["fused"] is not None:
+            lines = of_page[0].lines
+            rows.append(
+                _overview_row(f"{records[0].model}: a page of {lines} lines, images to texts", lines, best)
+            )
+        for batch in OVERVIEW_BATCHES:
+            alike = [record for record in _usual(records, "end_to_end") if record.num_beams == 1]
+            times = {record.variant: record.median_ms for record in alike if record.batch == batch}
+            if "fused" in times:
+                lines = f"{batch} line{'s' * (batch > 1)} of {alike[0].tokens} tokens"
+                what = f"{records[0].model}: {lines}, pixels to ids"
+                rows.append(_overview_row(what, batch, times))
+    header = ["median ms", "PyTorch", "stock TensorRT", "fused", "times PyTorch", "times stock", "lines/s"]
+    gpus = dict.fromkeys(records[0].gpu for records in found)
+    return f"On {', '.join(gpus)}, float16:\n\n{_table(rows, header)}"
+
+
+def _first_time(records: Sequence[Record]) -> float:
+    """By which models are ordered, smallest first: the fused encoder's least time."""
+    times = [record.median_ms for record in records if (record.part, record.variant) == ("encoder", "fused")]
+    return min(times, default=0.0)
+
+
+def _overview_row(what: str, lines: int, times: Mapping[str, float | None]) -> list[str]:
+    """`times`: ms a variant, for so many lines."""
+    fused = times["fused"]
+    others = [times.get(name) for name in ("torch", "stock")]
+    shown = [f"{time:.3g}" if time else "-" for time in (*others, fused)]
+    return [
+        what,
+        *shown,
+        *(f"{time / fused:.1f}" if time else "-" for time in others),
+        f"{lines / fused * 1e3:.0f}",
+    ]
+
+
 def headline(results: Path) -> str:
     """The tables for README.md: of every model, where it was measured last."""
     lines = []
     measured = read_all(results)
     newest = latest(measured)
-    for bench in newest:
+    for bench in sorted(newest, key=lambda bench: _first_time(measured[bench])):
         folder, records = bench.parent, measured[bench]
         link = folder.relative_to(results.parent).as_posix()
-        lines += [f"### {records[0].model} on {records[0].gpu}", ""]
+        lines += ["<details>", f"<summary>{records[0].model} on {records[0].gpu}, part by part</summary>", ""]
         for part, unit in (("encoder", "ms a batch"), ("end_to_end", "ms a batch"), ("page", "s a page")):
             if rows := _usual(records, part):
                 lines += [f"{TITLES[part]}, median {unit}:", "", part_table(rows), ""]
@@ -292,6 +343,7 @@ def headline(results: Path) -> str:
         if load := _content(folder / "load.json"):
             lines += ["Lines that arrive at random moments, from arrival to text:", "", load_table(load), ""]
         lines += [f"All parts, versions and the command of each figure: [{link}]({link}/summary.md).", ""]
+        lines += ["</details>", ""]
     others = [bench.parent for bench in measured if bench not in newest]
     if others:
         links = [folder.relative_to(results.parent).as_posix() for folder in others]
@@ -304,9 +356,15 @@ def headline(results: Path) -> str:
 
 def with_headline(readme: str, results: Path) -> str:
     """README's text with the newest tables between its marks."""
-    before, _, rest = readme.partition(README_BEGIN)
-    _, _, after = rest.partition(README_END)
-    return f"{before}{README_BEGIN}\n\n{headline(results)}\n{README_END}{after}"
+    places = (
+        (OVERVIEW_BEGIN, f"{overview(results)}\n", OVERVIEW_END),
+        (README_BEGIN, headline(results), README_END),
+    )
+    for begin, content, end in places:
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{begin}\n\n{content}\n{end}{after}"
+    return readme
 
 
 def _content(file: Path) -> Any:

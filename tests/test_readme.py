@@ -5,13 +5,14 @@ import re
 import pytest
 
 from profiling.records import ROOT
-from profiling.summary import README_BEGIN, README_END, with_headline
+from profiling.summary import OVERVIEW_BEGIN, OVERVIEW_END, README_BEGIN, README_END, with_headline
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_figures_are_the_committed_ones():
-    assert README.count(README_BEGIN) == README.count(README_END) == 1
+    for mark in (OVERVIEW_BEGIN, OVERVIEW_END, README_BEGIN, README_END):
+        assert README.count(mark) == 1
     assert with_headline(README, ROOT / "results") == README, "run: python -m profiling.summary --readme"
 
 
