@@ -104,6 +104,45 @@ __device__ __forceinline__ void clusterSyncRelaxed()
             : "memory");
 }
 
+//! Pointer to the same place in block `rank` of the cluster.
+template <typename P>
+__device__ __forceinline__ P* atRank(P* pointer, int rank)
+{
+    uint64_t remote;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(reinterpret_cast<uint64_t>(pointer)), "r"(rank));
+    return reinterpret_cast<P*>(remote);
+}
+
+//! st.async: to another block's shared memory, whose barrier it counts on; both addresses from mapToRank.
+__device__ __forceinline__ void send(uint32_t remote, float value, uint32_t barrier)
+{
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(remote), "f"(value),
+                 "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void send(uint32_t remote, uint4 const& value, uint32_t barrier)
+{
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+        : "memory");
+}
+
+//! barrierWait for what other blocks of the cluster sent.
+__device__ __forceinline__ void waitForCluster(uint32_t barrier, uint32_t parity)
+{
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
 //! griddepcontrol.wait: until the grids this launch depends on have finished; returns at once in a plain launch.
 __device__ __forceinline__ void waitForPriorGrids()
 {
@@ -170,6 +209,145 @@ __device__ __forceinline__ void storeWaitRead()
 __device__ __forceinline__ void proxyFence()
 {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- bulk copies ----
+
+//! cp.async.bulk: `bytes` (a multiple of 16) to this block's shared memory; they count on `barrier`.
+__device__ __forceinline__ void copyBulk(void* to, void const* from, uint32_t bytes, uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     sharedAddress(to)),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+//! How long L2 is to keep what a copy reads. Weights and the head are read again with every token, by several teams;
+//! keys and values of many lines would drive them out.
+struct CachePolicies
+{
+    uint64_t keep;
+    uint64_t drop;
+
+    static __device__ __forceinline__ CachePolicies make()
+    {
+        CachePolicies policies;
+        asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policies.keep));
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policies.drop));
+        return policies;
+    }
+};
+
+//! The same, with a policy of L2.
+__device__ __forceinline__ void copyBulk(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier,
+                                         uint64_t policy)
+{
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// ---- words between blocks, through global memory ----
+
+//! Reads 8 bytes that other kernels write, past L1. The compiler leaves it where it stands: early.
+__device__ __forceinline__ int2 loadEarly(int2 const* address)
+{
+    int2 words;
+    asm volatile("ld.global.cg.v2.s32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(address));
+    return words;
+}
+
+//! 128 bits that are written at once.
+struct __align__(16) Quad
+{
+    uint64_t low;
+    uint64_t high;
+};
+
+//! Two words of 64 bits, each written at once.
+__device__ __forceinline__ void publish(ulonglong2* to, uint64_t first, uint64_t second)
+{
+    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(first), "l"(second) : "memory");
+}
+
+__device__ __forceinline__ ulonglong2 readPublished(ulonglong2 const* from)
+{
+    ulonglong2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void publish(Quad* to, Quad const& value)
+{
+    asm volatile(
+        "{\n"
+        ".reg .b128 quad;\n"
+        "mov.b128 quad, {%1, %2};\n"
+        "st.relaxed.gpu.global.b128 [%0], quad;\n"
+        "}\n" ::"l"(to),
+        "l"(value.low), "l"(value.high)
+        : "memory");
+}
+
+__device__ __forceinline__ Quad readPublished(Quad const* from)
+{
+    Quad v;
+    asm volatile(
+        "{\n"
+        ".reg .b128 quad;\n"
+        "ld.relaxed.gpu.global.b128 quad, [%2];\n"
+        "mov.b128 {%0, %1}, quad;\n"
+        "}\n"
+        : "=l"(v.low), "=l"(v.high)
+        : "l"(from)
+        : "memory");
+    return v;
+}
+
+//! atom.add.acq_rel: one more has arrived. Returns how many had before; the last sees what all others wrote.
+__device__ __forceinline__ int countArrival(int* arrived)
+{
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+    return before;
+}
+
+// ---- threads of a block ----
+
+//! Declares NAME, the block's dynamic shared memory.
+#define TROCR_DYNAMIC_SHARED(NAME, ALIGNMENT) extern __shared__ __align__(ALIGNMENT) uint8_t NAME[]
+
+//! bar.sync: a barrier, number kBARRIER (0 is __syncthreads'), of kTHREADS threads.
+template <int kBARRIER, int kTHREADS>
+__device__ __forceinline__ void syncSome()
+{
+    asm volatile("bar.sync %0, %1;" ::"n"(kBARRIER), "n"(kTHREADS) : "memory");
+}
+
+//! bar.red.or: the same, and whether `condition` held for any thread.
+template <int kBARRIER, int kTHREADS>
+__device__ __forceinline__ bool syncSomeAny(bool condition)
+{
+    int any;
+    asm volatile(
+        "{\n"
+        ".reg .pred mine, any;\n"
+        "setp.ne.s32 mine, %1, 0;\n"
+        "bar.red.or.pred any, %2, %3, mine;\n"
+        "selp.s32 %0, 1, 0, any;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(static_cast<int>(condition)), "n"(kBARRIER), "n"(kTHREADS)
+        : "memory");
+    return any != 0;
+}
+
+//! The compiler computes both here, not where they are needed.
+__device__ __forceinline__ void keepHere(float& a, float& b)
+{
+    asm volatile("" : "+f"(a), "+f"(b));
 }
 
 // ---- 8x8 matrices between registers and shared memory ----

@@ -19,14 +19,6 @@ constexpr int kCHUNK = 32;  //!< inputs of a product that a lane reads with one 
 
 constexpr int kMAX_WIDTH = 1024;
 
-//! Reads 8 bytes that other kernels write, past L1. The compiler leaves it where it stands: early.
-__device__ __forceinline__ int2 loadEarly(int2 const* address)
-{
-    int2 words;
-    asm volatile("ld.global.cg.v2.s32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(address));
-    return words;
-}
-
 // ---- sums ----
 //
 // The blocks of a kernel add their parts of a row's new hidden state to one sum in global memory. Addition of integers
@@ -88,7 +80,7 @@ struct Pass
         Pass pass{first, kROWS == 1 ? 1 : min(kROWS, link.rows - first), {-1, 0}, 0};
         if (lane < pass.count)
         {
-            int2 const words = loadEarly(reinterpret_cast<int2 const*>(link.states) + first + lane);
+            int2 const words = sm90::loadEarly(reinterpret_cast<int2 const*>(link.states) + first + lane);
             pass.state = {words.x, words.y};
         }
         pass.active = __ballot_sync(kFULL_WARP, pass.state.line >= 0);
@@ -168,7 +160,7 @@ struct RowNorm
             raw[i] = int2{};
             if (row < end && pairOf(i) < pairs)
             {
-                raw[i] = loadEarly(words + pairOf(i));
+                raw[i] = sm90::loadEarly(words + pairOf(i));
             }
         }
     }
@@ -186,7 +178,7 @@ struct RowNorm
             sum += values[i].x + values[i].y;
             squares += values[i].x * values[i].x + values[i].y * values[i].y;
         }
-        asm volatile("" : "+f"(sum), "+f"(squares));  // here, not where they are needed
+        sm90::keepHere(sum, squares);  // not where they are needed
     }
 
     //! hidden [count, pitch] = LayerNorm(input) of rows first to first + count, of which load(first + firstRow()) and
@@ -609,25 +601,7 @@ __device__ __forceinline__ float4 combine(float const* contexts, int stride, flo
     return sum;
 }
 
-// ---- block cluster ----
-
-//! Pointer to the same place in block `rank` of the cluster.
-template <typename P>
-__device__ __forceinline__ P* atRank(P* pointer, int rank)
-{
-    uint64_t remote;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(reinterpret_cast<uint64_t>(pointer)), "r"(rank));
-    return reinterpret_cast<P*>(remote);
-}
-
-//! cp.async.bulk: `bytes` (a multiple of 16) to this block's shared memory; they count on `barrier`.
-__device__ __forceinline__ void copyBulk(void* to, void const* from, uint32_t bytes, uint32_t barrier)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     sharedAddress(to)),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
+// ---- constants ----
 
 //! The block's constants, on their way into shared memory since before the kernel before has ended: first the norm,
 //! then the blob.
@@ -650,10 +624,10 @@ struct Constants
             sm90::barrierArriveExpect(constants.normBarrier, norm == nullptr ? 0 : normBytes);
             if (norm != nullptr)
             {
-                copyBulk(normTo, norm, normBytes, constants.normBarrier);
+                sm90::copyBulk(normTo, norm, normBytes, constants.normBarrier);
             }
             sm90::barrierArriveExpect(constants.blobBarrier, blobBytes);
-            copyBulk(blobTo, blob, blobBytes, constants.blobBarrier);
+            sm90::copyBulk(blobTo, blob, blobBytes, constants.blobBarrier);
         }
         __syncthreads();
         return constants;

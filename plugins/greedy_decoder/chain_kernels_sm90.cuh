@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
     constexpr int kROW_WARPS = kWARPS / kMINE;
     constexpr int kPASSES = 64 * kHEAD_DIM / 8 / kWARP_SIZE / kROW_WARPS;  // 64 keys are held
     using HeadKeys = Keys<T, kHEAD_DIM, kROW_WARPS, kPASSES>;
-    extern __shared__ __align__(128) uint8_t shared[];
+    TROCR_DYNAMIC_SHARED(shared, 128);
     int const rank = blockIdx.x % kBLOCKS;
     int const head = blockIdx.x / kBLOCKS;
     int const warp = threadIdx.x / kWARP_SIZE;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
 #pragma unroll
             for (int other = 0; other < kBLOCKS; ++other)
             {
-                *reinterpret_cast<unsigned*>(atRank(to, other)) = bits;
+                *reinterpret_cast<unsigned*>(sm90::atRank(to, other)) = bits;
             }
         }
         sm90::clusterSync();
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
 #pragma unroll
                 for (int other = 0; other < (kDEAL ? kBLOCKS : 1); ++other)
                 {
-                    *reinterpret_cast<uint2*>(kDEAL ? atRank(to, other) : to) = bits;
+                    *reinterpret_cast<uint2*>(kDEAL ? sm90::atRank(to, other) : to) = bits;
                 }
             }
         }
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
     constexpr int kROW_WARPS = kWARPS / kAT_ONCE;
     // One row: all keys of a block at 577 tokens. More: a part, while the next part is on its way.
     using HeadKeys = Keys<T, kHEAD_DIM, kROW_WARPS, kROWS == 1 ? 3 : 4>;
-    extern __shared__ __align__(128) uint8_t shared[];
+    TROCR_DYNAMIC_SHARED(shared, 128);
     int const rank = blockIdx.x % kBLOCKS;
     int const head = blockIdx.x / kBLOCKS;
     int const warp = threadIdx.x / kWARP_SIZE;
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
 #pragma unroll
             for (int other = 0; other < kBLOCKS; ++other)
             {
-                *reinterpret_cast<unsigned*>(atRank(to, other)) = bits;
+                *reinterpret_cast<unsigned*>(sm90::atRank(to, other)) = bits;
             }
         }
         sm90::clusterSync();
@@ -351,11 +351,11 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
 #pragma unroll
                 for (int other = 0; other < kBLOCKS; ++other)
                 {
-                    *reinterpret_cast<float4*>(atRank(parts + (of * kBLOCKS + rank) * kHEAD_DIM + element, other)) =
-                        sum;
+                    *reinterpret_cast<float4*>(
+                        sm90::atRank(parts + (of * kBLOCKS + rank) * kHEAD_DIM + element, other)) = sum;
                     if (element == 0)
                     {
-                        *atRank(partScales + of * kBLOCKS + rank, other) = scale;
+                        *sm90::atRank(partScales + of * kBLOCKS + rank, other) = scale;
                     }
                 }
             }
@@ -401,7 +401,7 @@ struct FeedForwardParams
 template <typename T, int kHEAD_DIM, int kROWS>
 __global__ void __launch_bounds__(kTHREADS, kROWS == 1 ? 2 : 1) feedForward(FeedForwardParams p)
 {
-    extern __shared__ __align__(128) uint8_t shared[];
+    TROCR_DYNAMIC_SHARED(shared, 128);
     int const width = p.link.width;
     int const chunks = width / kCHUNK;
 
@@ -517,7 +517,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
     constexpr int kTILE_ROWS = kROWS < 16 ? kROWS : 16;
     constexpr int kTILES = kROWS / kTILE_ROWS;
     constexpr int kBATCH = 8;  // chunks in registers, and as many on their way
-    extern __shared__ __align__(128) uint8_t shared[];
+    TROCR_DYNAMIC_SHARED(shared, 128);
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
     int const width = p.link.width;
@@ -758,7 +758,7 @@ __global__ void __launch_bounds__(kTHREADS) next(NextParams p)
     if (threadIdx.x < kWARP_SIZE)
     {
         int const lane = threadIdx.x;
-        int2 const words = loadEarly(reinterpret_cast<int2 const*>(p.state.rows + row));
+        int2 const words = sm90::loadEarly(reinterpret_cast<int2 const*>(p.state.rows + row));
         RowState const state{words.x, words.y};
         // The best of all first: what is added up then needs one exponential, and no order.
         float4 found[kCHOOSERS_A_LANE];
@@ -820,9 +820,7 @@ __global__ void __launch_bounds__(kTHREADS) next(NextParams p)
     if (p.decides && threadIdx.x == 0)
     {
         // The block that arrives last knows what all have subtracted.
-        int arrived;
-        asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(arrived) : "l"(p.state.arrived) : "memory");
-        if (arrived + 1 == static_cast<int>(gridDim.x))
+        if (sm90::countArrival(p.state.arrived) + 1 == static_cast<int>(gridDim.x))
         {
             *p.state.arrived = 0;
             cudaGraphSetConditional(p.conditional, __ldcg(p.state.remaining) > 0 ? 1U : 0U);

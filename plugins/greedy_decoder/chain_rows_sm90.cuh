@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kTHREADS) normalize(NormalizeParams p)
         values[i] = {};
         if (pair < pairs)
         {
-            values[i] = fromSum(loadEarly(reinterpret_cast<int2 const*>(p.sums) + offset + pair));
+            values[i] = fromSum(sm90::loadEarly(reinterpret_cast<int2 const*>(p.sums) + offset + pair));
             p.cleared[offset + pair] = 0;
         }
         sum.x += values[i].x + values[i].y;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
 {
     constexpr int kAHEAD = kROW_TILES < 4 ? 4 : 2;  // chunks of a warp's activations on their way at once
     constexpr int kPITCH = kPARTIAL_PITCH<kTILES>;
-    extern __shared__ __align__(128) uint8_t shared[];
+    TROCR_DYNAMIC_SHARED(shared, 128);
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
     int const firstChunk = blockIdx.y * p.blockChunks;
@@ -224,9 +224,10 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
         for (int i = lane; i < chunks; i += kWARP_SIZE)
         {
             int const chunk = firstChunk + i;
-            copyBulk(weights + i * kTILES * kTILE_BYTES / 2,
-                     tiles + chunk / p.inner * p.outerStride + chunk % p.inner * static_cast<size_t>(p.innerStride),
-                     kTILES * kTILE_BYTES, barrier);
+            sm90::copyBulk(
+                weights + i * kTILES * kTILE_BYTES / 2,
+                tiles + chunk / p.inner * p.outerStride + chunk % p.inner * static_cast<size_t>(p.innerStride),
+                kTILES * kTILE_BYTES, barrier);
         }
     }
     __syncthreads();
@@ -456,7 +457,7 @@ __global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
     sm90::launchDependents();
     sm90::waitForPriorGrids();
 
-    int2 const words = loadEarly(reinterpret_cast<int2 const*>(p.states + row));
+    int2 const words = sm90::loadEarly(reinterpret_cast<int2 const*>(p.states + row));
     RowState const state{words.x, words.y};
     if (state.line < 0 || head >= p.heads)
     {
@@ -544,7 +545,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
     using Layout = StatesLayout<kSTEPS>;
     constexpr int kTILES = Layout::kKEYS / 8;  // of scores
     constexpr int kPITCH = Layout::kSCORE_PITCH;
-    extern __shared__ __align__(128) uint8_t shared[];
+    TROCR_DYNAMIC_SHARED(shared, 128);
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
     int const g = lane / 4;
@@ -592,9 +593,9 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
         __syncwarp();
         if (lane < keys)
         {
-            copyBulk(shared + Layout::kRING + slot * Layout::kSTAGE + lane * Layout::kPITCH,
-                     encoded + (static_cast<size_t>(stage) * Layout::kKEYS + lane) * Layout::kWIDTH * 2,
-                     Layout::kWIDTH * 2, barriers + slot * 8);
+            sm90::copyBulk(shared + Layout::kRING + slot * Layout::kSTAGE + lane * Layout::kPITCH,
+                           encoded + (static_cast<size_t>(stage) * Layout::kKEYS + lane) * Layout::kWIDTH * 2,
+                           Layout::kWIDTH * 2, barriers + slot * 8);
         }
     };
     if (warp == 0)
@@ -783,18 +784,18 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
         float most = kNO_SCORE;
         for (int other = 0; other < blocks; ++other)
         {
-            most = fmaxf(most, atRank(scales + head, other)->x);
+            most = fmaxf(most, sm90::atRank(scales + head, other)->x);
         }
         float all = 0.0F;
         for (int other = 0; other < blocks; ++other)
         {
-            float2 const scale = *atRank(scales + head, other);
+            float2 const scale = *sm90::atRank(scales + head, other);
             all += scale.y * exp2Approx(scale.x - most);
         }
         factor[half] = exp2Approx(maximum[half] - most) / all;
         int const owner = head / mostHeads;
-        float* const to =
-            atRank(parts + (rank * mostHeads + head % mostHeads) * Layout::kWIDTH + warp * 16 * kSTEPS + 2 * t, owner);
+        float* const to = sm90::atRank(
+            parts + (rank * mostHeads + head % mostHeads) * Layout::kWIDTH + warp * 16 * kSTEPS + 2 * t, owner);
 #pragma unroll
         for (int tile = 0; tile < 2 * kSTEPS; ++tile)
         {

@@ -16,43 +16,6 @@ constexpr int kTEAM_COMPUTE = kTEAM_WARPS * kWARP_SIZE;  //!< threads that compu
 
 // ---- between blocks ----
 
-//! st.async: to another block's shared memory, whose barrier it counts on; both addresses from mapToRank.
-__device__ __forceinline__ void send(uint32_t remote, float value, uint32_t barrier)
-{
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(remote), "f"(value),
-                 "r"(barrier)
-                 : "memory");
-}
-
-__device__ __forceinline__ void send(uint32_t remote, uint4 const& value, uint32_t barrier)
-{
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
-        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
-        : "memory");
-}
-
-//! barrierWait for what other blocks of the cluster sent.
-__device__ __forceinline__ void waitForCluster(uint32_t barrier, uint32_t parity)
-{
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
-//! 128 bits that are written at once.
-struct __align__(16) Quad
-{
-    uint64_t low;
-    uint64_t high;
-};
-
 // Hidden states and choices go through global memory in words that carry a mark, the number of their token: who waits
 // for them reads them until the mark is right, and then has them. No flag, no fence, one trip.
 
@@ -68,94 +31,16 @@ __device__ __forceinline__ uint64_t withMark(unsigned value, unsigned mark)
     return static_cast<uint64_t>(mark) << 32 | value;
 }
 
-//! Two words of 64 bits, each written at once.
-__device__ __forceinline__ void publish(ulonglong2* to, uint64_t first, uint64_t second)
-{
-    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(first), "l"(second) : "memory");
-}
-
-__device__ __forceinline__ ulonglong2 readPublished(ulonglong2 const* from)
-{
-    ulonglong2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(from) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ void publish(Quad* to, Quad const& value)
-{
-    asm volatile(
-        "{\n"
-        ".reg .b128 quad;\n"
-        "mov.b128 quad, {%1, %2};\n"
-        "st.relaxed.gpu.global.b128 [%0], quad;\n"
-        "}\n" ::"l"(to),
-        "l"(value.low), "l"(value.high)
-        : "memory");
-}
-
-__device__ __forceinline__ Quad readPublished(Quad const* from)
-{
-    Quad v;
-    asm volatile(
-        "{\n"
-        ".reg .b128 quad;\n"
-        "ld.relaxed.gpu.global.b128 quad, [%2];\n"
-        "mov.b128 {%0, %1}, quad;\n"
-        "}\n"
-        : "=l"(v.low), "=l"(v.high)
-        : "l"(from)
-        : "memory");
-    return v;
-}
-
 //! A barrier of the warps that compute alone.
 __device__ __forceinline__ void computeSync()
 {
-    asm volatile("bar.sync 1, %0;" ::"n"(kTEAM_COMPUTE) : "memory");
+    sm90::syncSome<1, kTEAM_COMPUTE>();
 }
 
 //! The same, and whether `condition` held for any thread.
 __device__ __forceinline__ bool computeAny(bool condition)
 {
-    int any;
-    asm volatile(
-        "{\n"
-        ".reg .pred mine, any;\n"
-        "setp.ne.s32 mine, %1, 0;\n"
-        "bar.red.or.pred any, 1, %2, mine;\n"
-        "selp.s32 %0, 1, 0, any;\n"
-        "}\n"
-        : "=r"(any)
-        : "r"(static_cast<int>(condition)), "n"(kTEAM_COMPUTE)
-        : "memory");
-    return any != 0;
-}
-
-//! How long L2 is to keep what a copy reads. Weights and the head are read again with every token, by several teams;
-//! keys and values of many lines would drive them out.
-struct CachePolicies
-{
-    uint64_t keep;
-    uint64_t drop;
-
-    static __device__ __forceinline__ CachePolicies make()
-    {
-        CachePolicies policies;
-        asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policies.keep));
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policies.drop));
-        return policies;
-    }
-};
-
-//! cp.async.bulk: `bytes` (a multiple of 16) to this block's shared memory; they count on `barrier`.
-__device__ __forceinline__ void copyBulk(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier,
-                                         uint64_t policy)
-{
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-            "r"(to),
-        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-        : "memory");
+    return sm90::syncSomeAny<1, kTEAM_COMPUTE>(condition);
 }
 
 // ---- the stream ----
@@ -164,11 +49,15 @@ __device__ __forceinline__ void copyBulk(uint32_t to, void const* from, uint32_t
 // a layer's weights, with keys and values of the lines in between, and at the end the head's. One lane of the fifth
 // warpgroup fetches as far ahead as there are slots; the warps of the other four read.
 
-extern __shared__ __align__(1024) uint8_t teamShared[];
+__device__ __forceinline__ uint8_t* teamShared()
+{
+    TROCR_DYNAMIC_SHARED(shared, 1024);
+    return shared;
+}
 
 __device__ __forceinline__ uint32_t teamMemory()
 {
-    return sharedAddress(teamShared);
+    return sharedAddress(teamShared());
 }
 
 //! A place in the stream, for the lane that fetches and for the warps that read. Slot i of the stream is slot i % kRING
@@ -208,7 +97,7 @@ struct Ring
         for (int i = 0; i < slots; ++i, ++next)
         {
             uint32_t const to = open(kSLOT_BYTES);
-            copyBulk(to, from + i * kSLOT_BYTES, kSLOT_BYTES, fullBarrier(next), policy);
+            sm90::copyBulk(to, from + i * kSLOT_BYTES, kSLOT_BYTES, fullBarrier(next), policy);
         }
     }
 

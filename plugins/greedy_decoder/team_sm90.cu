@@ -41,7 +41,7 @@ public:
         auto const take = [&](size_t bytes) { return std::exchange(at, at + align256(bytes)); };
         mCounters = take(sizeof(TeamCounters));
         mHidden = take(slots * kWIDTH * 4);
-        mChoices = take(slots * kMAX_BLOCKS * sizeof(Quad));
+        mChoices = take(slots * kMAX_BLOCKS * sizeof(sm90::Quad));
         mKeys = take(mConfig.layers * slots * kWIDTH * capacity * 2);
         mValues = take(mConfig.layers * slots * kWIDTH * capacity * 2);
         mStatus = cudaMalloc(reinterpret_cast<void**>(&mWorkspace), at);
@@ -85,7 +85,7 @@ public:
         params.keys = mWorkspace + mKeys;
         params.values = mWorkspace + mValues;
         params.hidden = reinterpret_cast<ulonglong2*>(mWorkspace + mHidden);
-        params.choices = reinterpret_cast<Quad*>(mWorkspace + mChoices);
+        params.choices = reinterpret_cast<sm90::Quad*>(mWorkspace + mChoices);
         params.counters = reinterpret_cast<TeamCounters*>(mWorkspace + mCounters);
         params.tokens = request.tokens;
         params.logProbs = request.logProbs;

@@ -37,8 +37,8 @@ struct TeamParams
     void const* crossValues[kMAX_LAYERS];
     void* keys;  //!< T [L, slots, 8, capacity, 32]
     void* values;
-    ulonglong2* hidden;  //!< [slots, 64]: what the head multiplies; in each 64 bits two T and, above, a mark
-    Quad* choices;       //!< [slots, blocks]: best logit, its token, sum of exp(logit - best), a mark
+    ulonglong2* hidden;   //!< [slots, 64]: what the head multiplies; in each 64 bits two T and, above, a mark
+    sm90::Quad* choices;  //!< [slots, blocks]: best logit, its token, sum of exp(logit - best), a mark
     TeamCounters* counters;
     int* tokens;      //!< [lines, maxNewTokens]
     float* logProbs;  //!< [lines]
@@ -100,7 +100,7 @@ struct Block
 
     static __device__ __forceinline__ uint8_t* shared()
     {
-        return teamShared;
+        return teamShared();
     }
     //! Its address.
     static __device__ __forceinline__ uint32_t base()
@@ -352,10 +352,10 @@ struct Block
             if (!kTWO_HOPS || other < teamRows())
             {
                 int const place = (rank() * kSENT + row) * kWIDTH + warp() * 16 + quarter * 4;
-                send(remote + received(number) + place * 4,
-                     {__float_as_uint(value[0]), __float_as_uint(value[1]), __float_as_uint(value[2]),
-                      __float_as_uint(value[3])},
-                     remote + arrived(number));
+                sm90::send(remote + received(number) + place * 4,
+                           {__float_as_uint(value[0]), __float_as_uint(value[1]), __float_as_uint(value[2]),
+                            __float_as_uint(value[3])},
+                           remote + arrived(number));
             }
         }
     }
@@ -380,7 +380,7 @@ struct Block
                 sum = bias[column] + toFloat(*hidden);
                 gamma = toFloat(norm[column]);
                 beta = toFloat(norm[kWIDTH + column]);
-                waitForCluster(base() + arrived(number), kTWO_HOPS ? number % 2 : number / 2 % 2);
+                sm90::waitForCluster(base() + arrived(number), kTWO_HOPS ? number % 2 : number / 2 % 2);
                 float const* const part = at<float>(received(number)) + (kTWO_HOPS ? 0 : warp() / 8 * kWIDTH) + column;
 #pragma unroll
                 for (int from = 0; from < kTEAM_BLOCKS; ++from)
@@ -421,8 +421,8 @@ struct Block
             if (kTWO_HOPS && warp() < kTEAM_BLOCKS)
             {
                 uint32_t const to = sm90::mapToRank(base(), warp());
-                send(to + Layout::hidden + rank() * kPITCH + lane() * 16, at<uint4>(Layout::stage)[lane()],
-                     to + barrier(kEXCHANGE + 1));
+                sm90::send(to + Layout::hidden + rank() * kPITCH + lane() * 16, at<uint4>(Layout::stage)[lane()],
+                           to + barrier(kEXCHANGE + 1));
             }
         }
         if constexpr (kTWO_HOPS)
@@ -431,7 +431,7 @@ struct Block
             {
                 sm90::barrierArriveExpect(base() + barrier(kEXCHANGE + 1), teamRows() * kWIDTH * 2);
             }
-            waitForCluster(base() + barrier(kEXCHANGE + 1), number % 2);
+            sm90::waitForCluster(base() + barrier(kEXCHANGE + 1), number % 2);
         }
     }
 
@@ -681,7 +681,7 @@ struct Block
     // ---- the lane that fetches ----
 
     //! All that the layers and the head of one token need. works: the team has lines.
-    __device__ __forceinline__ void fetchToken(bool works, CachePolicies const& policies)
+    __device__ __forceinline__ void fetchToken(bool works, sm90::CachePolicies const& policies)
     {
         constexpr int kKEY_BYTES = kHEAD * 2;
         int const head = min(rank(), p.heads - 1);  // of padding: any, its output is multiplied by zeros
@@ -695,8 +695,9 @@ struct Block
             sm90::barrierWait(base() + barrier(kCONSTANTS_EMPTY) + buffer * 8, layersSeen / 2 % 2 ^ 1);
             uint32_t const full = base() + barrier(kCONSTANTS_FULL) + buffer * 8;
             sm90::barrierArriveExpect(full, kCONSTANT_BYTES);
-            copyBulk(base() + Layout::constants + buffer * kCONSTANT_BYTES,
-                     p.constants + static_cast<size_t>(piece) * kCONSTANT_BYTES, kCONSTANT_BYTES, full, policies.keep);
+            sm90::copyBulk(base() + Layout::constants + buffer * kCONSTANT_BYTES,
+                           p.constants + static_cast<size_t>(piece) * kCONSTANT_BYTES, kCONSTANT_BYTES, full,
+                           policies.keep);
 
             constexpr int kBEFORE = kQKV_SLOTS + kOUT_SLOTS + kQUERY_SLOTS;
             uint8_t const* const weights = p.weights + static_cast<size_t>(piece) * kLAYER_SLOTS * kSLOT_BYTES;
@@ -713,9 +714,9 @@ struct Block
                 {
                     uint32_t const bytes = min(kSLOT_KEYS, p.sourceLength - first) * kKEY_BYTES;
                     uint32_t const to = ring.open(2 * bytes);
-                    copyBulk(to, keys + first * kKEY_BYTES, bytes, ring.fullBarrier(ring.next), policies.drop);
-                    copyBulk(to + kSLOT_BYTES / 2, values + first * kKEY_BYTES, bytes, ring.fullBarrier(ring.next),
-                             policies.drop);
+                    sm90::copyBulk(to, keys + first * kKEY_BYTES, bytes, ring.fullBarrier(ring.next), policies.drop);
+                    sm90::copyBulk(to + kSLOT_BYTES / 2, values + first * kKEY_BYTES, bytes,
+                                   ring.fullBarrier(ring.next), policies.drop);
                 }
             }
             ring.fetch(weights + kBEFORE * kSLOT_BYTES, kLAYER_SLOTS - kBEFORE, policies.keep);
@@ -744,20 +745,21 @@ struct Block
         return blockIdx.x + i * gridDim.x;
     }
 
-    __device__ __forceinline__ void fetchKept(CachePolicies const& policies) const
+    __device__ __forceinline__ void fetchKept(sm90::CachePolicies const& policies) const
     {
 #pragma unroll 1
         for (int i = 0; i < Layout::kKEPT && pieceOf(i) < headPieces(); ++i)
         {
             uint32_t const full = base() + barrier(kKEPT_FULL) + i * 8;
             sm90::barrierArriveExpect(full, kSLOT_BYTES);
-            copyBulk(base() + Layout::kept + i * kSLOT_BYTES, headPiece(pieceOf(i)), kSLOT_BYTES, full, policies.drop);
+            sm90::copyBulk(base() + Layout::kept + i * kSLOT_BYTES, headPiece(pieceOf(i)), kSLOT_BYTES, full,
+                           policies.drop);
         }
     }
 
     __device__ __forceinline__ void produce()
     {
-        CachePolicies const policies = CachePolicies::make();
+        sm90::CachePolicies const policies = sm90::CachePolicies::make();
         fetchKept(policies);
         uint32_t parity = 0;
 #pragma unroll 1
@@ -791,8 +793,8 @@ struct Block
                 int const row = i * kTEAM_WARPS + warp();
                 if (row < p.slots)
                 {
-                    words[i][0] = readPublished(p.hidden + row * (kWIDTH / 4) + lane());
-                    words[i][1] = readPublished(p.hidden + row * (kWIDTH / 4) + kWARP_SIZE + lane());
+                    words[i][0] = sm90::readPublished(p.hidden + row * (kWIDTH / 4) + lane());
+                    words[i][1] = sm90::readPublished(p.hidden + row * (kWIDTH / 4) + kWARP_SIZE + lane());
                 }
             }
 #pragma unroll
@@ -907,9 +909,9 @@ struct Block
             int const mine = first + (lane() >> logParts);
             if ((lane() & (parts - 1)) == 0 && mine < p.slots)
             {
-                publish(p.choices + mine * gridDim.x + blockIdx.x,
-                        {withMark(__float_as_uint(choice.best), choice.token),
-                         withMark(__float_as_uint(choice.total), *number())});
+                sm90::publish(p.choices + mine * gridDim.x + blockIdx.x,
+                              {withMark(__float_as_uint(choice.best), choice.token),
+                               withMark(__float_as_uint(choice.total), *number())});
             }
         }
         computeSync();
@@ -978,7 +980,7 @@ struct Block
     __device__ __forceinline__ Choice awaitChoices() const
     {
         constexpr int kMINE = kMAX_BLOCKS / kWARP_SIZE;
-        Quad const* const from = p.choices + rowOf(warp()) * gridDim.x;
+        sm90::Quad const* const from = p.choices + rowOf(warp()) * gridDim.x;
         unsigned const token = *number();
         Choice of[kMINE];
         bool areThere = false;
@@ -992,7 +994,7 @@ struct Block
                 of[i] = {kNO_SCORE, 0, 0.0F};
                 if (block < gridDim.x)
                 {
-                    Quad const quad = readPublished(from + block);
+                    sm90::Quad const quad = sm90::readPublished(from + block);
                     of[i] = {__uint_as_float(quad.low), static_cast<int>(quad.low >> 32), __uint_as_float(quad.high)};
                     areThere = areThere && isMarked(quad.high >> 32, token);
                 }
@@ -1077,10 +1079,11 @@ struct Block
             for (int other = 0; other < kTEAM_BLOCKS; ++other)
             {
                 uint32_t const to = sm90::mapToRank(base(), other);
-                send(to + Layout::state + (3 * kMAX_ROWS + lane()) * 4, __int_as_float(line), to + barrier(kLINES));
+                sm90::send(to + Layout::state + (3 * kMAX_ROWS + lane()) * 4, __int_as_float(line),
+                           to + barrier(kLINES));
             }
         }
-        waitForCluster(base() + barrier(kLINES), *linesTaken() % 2);
+        sm90::waitForCluster(base() + barrier(kLINES), *linesTaken() % 2);
         if (warp() == 0 && lane() < kROWS)
         {
             lines()[lane()] = nextLines()[lane()];
@@ -1132,8 +1135,8 @@ struct Block
                 unsigned const mark = lines()[warp()] < 0 ? *number() | kIDLE : *number() & ~kIDLE;
                 uint4 const bits = at<uint4>(Layout::hidden + warp() * kPITCH)[lane()];
                 ulonglong2* const to = p.hidden + rowOf(warp()) * (kWIDTH / 4) + lane();
-                publish(to, withMark(bits.x, mark), withMark(bits.y, mark));
-                publish(to + kWARP_SIZE, withMark(bits.z, mark), withMark(bits.w, mark));
+                sm90::publish(to, withMark(bits.x, mark), withMark(bits.y, mark));
+                sm90::publish(to + kWARP_SIZE, withMark(bits.z, mark), withMark(bits.w, mark));
             }
             if (!awaitHidden())
             {
