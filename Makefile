@@ -86,7 +86,7 @@ $(TOOLCHAIN): $(PACKAGES) requirements-cuda.txt requirements-tensorrt.txt script
 	$(PYTHON) scripts/get_tensorrt.py
 	@mkdir -p $(@D) && touch $@
 
-CPP_SOURCES = $(shell git ls-files 'plugins/*.cu' 'plugins/*.cuh' 'plugins/*.h' 'plugins/*.cpp' 'tests/cpp/*.cpp')
+CPP_SOURCES = $(shell git ls-files 'plugins/*.cu' 'plugins/*.cuh' 'plugins/*.h' 'plugins/*.cpp' 'tests/*.cpp' 'tests/*.h' 'tests/*.cuh')
 
 lint: $(PACKAGES)
 	$(PYTHON) -m ruff check .

@@ -266,5 +266,5 @@ class GreedyDecoder:
             lengths=lengths.data_ptr(),
             max_new_tokens=max_new_tokens,
             stops=stop,
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=torch.cuda.current_stream().cuda_stream if self._device.type == "cuda" else 0,
         )

@@ -1,0 +1,229 @@
+// The decoders' part of the Python module.
+
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "common/launch.h"
+#include "greedy_decoder/kernel.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace trocr
+{
+
+namespace
+{
+
+GreedyDecoderConfig parseGreedyConfig(py::dict const& config)
+{
+    std::string const op = "greedy_decoder";
+    auto const integer = [&](char const* name) { return py::cast<int32_t>(config[name]); };
+    GreedyDecoderConfig parsed{};
+    parsed.dataType = parseDataType(op, py::cast<std::string>(config["dtype"]));
+    parsed.layers = integer("num_layers");
+    parsed.width = integer("hidden_size");
+    parsed.heads = integer("num_heads");
+    parsed.ffnWidth = integer("ffn_size");
+    parsed.vocabulary = integer("vocab_size");
+    parsed.sourceLength = integer("source_length");
+    parsed.encoderWidth = config.contains("encoder_size") ? integer("encoder_size") : 0;
+    parsed.positions = integer("max_positions");
+    parsed.gelu = parseActivation(op, py::cast<std::string>(config["activation"])) == Activation::kGELU;
+    parsed.embeddingNorm = integer("embedding_norm") != 0;
+    parsed.embedScale = py::cast<float>(config["embed_scale"]);
+    parsed.epsilon = py::cast<float>(config["epsilon"]);
+    parsed.startId = integer("start_id");
+    parsed.padId = integer("pad_id");
+    parsed.endIds = config.contains("eos_ids") ? py::cast<std::vector<int32_t>>(config["eos_ids"])
+                                               : std::vector<int32_t>{integer("eos_id")};
+    return parsed;
+}
+
+std::unique_ptr<GreedyDecoder> makeGreedyDecoder(py::dict const& config, py::dict const& weights, int32_t maxSlots,
+                                                 int32_t capacity)
+{
+    std::string const op = "greedy_decoder";
+    GreedyDecoderConfig parsed = parseGreedyConfig(config);
+    char const* reason = nullptr;
+    if (!canDecodeGreedily(parsed, &reason))
+    {
+        fail(op, reason);
+    }
+    bool const statesToo = weights.contains("cross_keys");
+    if (!statesToo)
+    {
+        parsed.encoderWidth = 0;
+    }
+    else if (!canAttendToStates(parsed, &reason))
+    {
+        fail(op, "cannot attend to the encoder's states because " + std::string(reason));
+    }
+    if (maxSlots < 1 || capacity < 1)
+    {
+        fail(op, "max_slots and capacity must be at least 1");
+    }
+    auto const pointer = [&](char const* name)
+    {
+        auto const address = py::cast<uintptr_t>(weights[name]);
+        if (address == 0 || address % 16 != 0)
+        {
+            fail(op, "the weights '" + std::string(name) + "' are null or not a multiple of 16 bytes");
+        }
+        return input(address);
+    };
+    auto const make = [&]()
+    {
+        if (decodesInTeams(parsed))
+        {
+            TeamWeights const packed{pointer("layers"),         pointer("constants"), pointer("head"),
+                                     pointer("embedding_norm"), pointer("embedding"), pointer("position_embedding")};
+            return makeTeamDecoder(parsed, packed, maxSlots, capacity);
+        }
+        auto const forStates = [&](char const* name) { return statesToo ? pointer(name) : nullptr; };
+        ChainWeights const packed{pointer("self"),
+                                  pointer("cross"),
+                                  pointer("feed_forward"),
+                                  static_cast<float const*>(pointer("feed_forward_bias")),
+                                  forStates("cross_keys"),
+                                  forStates("cross_values"),
+                                  static_cast<float const*>(forStates("cross_value_bias")),
+                                  pointer("head"),
+                                  pointer("norms"),
+                                  pointer("embedding"),
+                                  pointer("position_embedding")};
+        return makeChainDecoder(parsed, packed, maxSlots, capacity);
+    };
+    std::unique_ptr<GreedyDecoder> decoder = make();
+    if (decoder->status() != cudaSuccess)
+    {
+        throw std::runtime_error(op + " cannot be made: " + cudaGetErrorString(decoder->status()));
+    }
+    return decoder;
+}
+
+void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std::vector<uintptr_t> const& crossKeys,
+                      std::vector<uintptr_t> const& crossValues, uintptr_t states, uintptr_t tokens, uintptr_t logProbs,
+                      uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
+{
+    std::string const op = "greedy_decoder";
+    auto const layers = static_cast<size_t>(decoder.config().layers);
+    if (lines < 1 || slots < 1 || slots > decoder.maxSlots())
+    {
+        fail(op, "lines must be at least 1, slots 1 to " + std::to_string(decoder.maxSlots()));
+    }
+    if (maxNewTokens < 1 || maxNewTokens > decoder.capacity() || maxNewTokens > decoder.config().positions)
+    {
+        fail(op, "max_new_tokens is not in 1 to the capacity and the number of positions");
+    }
+    if (states == 0 && (crossKeys.size() != layers || crossValues.size() != layers))
+    {
+        fail(op, "there is not one tensor of cross keys and of cross values a layer");
+    }
+    if (states != 0 && (!crossKeys.empty() || !crossValues.empty()))
+    {
+        fail(op, "there are both cross keys and values and the encoder's states");
+    }
+    if (states != 0 && (decoder.config().encoderWidth == 0 || slots > kMOST_STATE_ROWS))
+    {
+        fail(op, "the encoder's states want a decoder made with their weights, and slots 1 to " +
+                     std::to_string(kMOST_STATE_ROWS));
+    }
+    GreedyRequest request{lines,
+                          slots,
+                          maxNewTokens,
+                          stops,
+                          {},
+                          {},
+                          input(states),
+                          static_cast<int32_t*>(output(tokens)),
+                          static_cast<float*>(output(logProbs)),
+                          static_cast<int32_t*>(output(lengths))};
+    bool right = areAligned(4, request.tokens, request.logProbs, request.lengths);
+    right = right && (states == 0 || areAligned(16, request.states));
+    for (size_t layer = 0; layer < crossKeys.size(); ++layer)
+    {
+        request.crossKeys.push_back(input(crossKeys[layer]));
+        request.crossValues.push_back(input(crossValues[layer]));
+        right = right && areAligned(16, input(crossKeys[layer]), input(crossValues[layer]));
+    }
+    if (!right)
+    {
+        fail(op, "a pointer is null or not aligned");
+    }
+    cudaError_t const status = decoder.run(request, reinterpret_cast<cudaStream_t>(stream));
+    if (status != cudaSuccess)
+    {
+        throw std::runtime_error(op + " failed: " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+    }
+}
+
+}  // namespace
+
+void bindGreedyDecoder(py::module_& module)
+{
+    // Local, because trocr_cpu_kernels (tests/cpu_cuda) has one of its own.
+    py::class_<GreedyDecoder>(
+        module, "GreedyDecoder", py::module_local(),
+        "Greedy decoding of a whole batch in one launch: config as runtime.greedy_weights.decoder_config makes it, "
+        "weights: "
+        "addresses of what runtime.greedy_decoder.pack_blobs makes. Owns its caches: one run at a time.")
+        .def(py::init(&makeGreedyDecoder), "config"_a, "weights"_a, py::kw_only(), "max_slots"_a, "capacity"_a)
+        .def("run", &runGreedyDecoder, py::kw_only(), "lines"_a, "slots"_a, "cross_keys"_a = std::vector<uintptr_t>{},
+             "cross_values"_a = std::vector<uintptr_t>{}, "states"_a = 0, "tokens"_a, "log_probs"_a, "lengths"_a,
+             "max_new_tokens"_a, "stops"_a = true, "stream"_a,
+             "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, "
+             "d]; or the encoder's states [lines, S, E], where the weights have cross_keys; "
+             "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. "
+             "Unless "
+             "it `stops`, every line gets max_new_tokens. With heads of 64, a call with other addresses or sizes than "
+             "earlier "
+             "ones captures a graph first.");
+    auto const obstacle =
+        [&module](char const* name, bool (*possible)(GreedyDecoderConfig const&, char const**), char const* what)
+    {
+        module.def(
+            name,
+            [possible](py::dict const& config) -> py::object
+            {
+                char const* reason = nullptr;
+                bool const served = possible(parseGreedyConfig(config), &reason);
+                return served ? py::object(py::none()) : py::object(py::str(reason));
+            },
+            "config"_a, what);
+    };
+    obstacle("greedy_decoder_obstacle", canDecodeGreedily,
+             "Why this GPU or these sizes are not served; None where they are.");
+    obstacle("greedy_states_obstacle", canAttendToStates,
+             "Why the decoder cannot attend to the encoder's states themselves; None where it can.");
+    module.def(
+        "greedy_blob_bytes",
+        [](py::dict const& config)
+        {
+            GreedyDecoderConfig const parsed = parseGreedyConfig(config);
+            py::dict sizes;
+            if (decodesInTeams(parsed))
+            {
+                TeamBytes const bytes = teamBytes();
+                sizes["layers"] = bytes.layer;
+                sizes["constants"] = bytes.constants;
+                sizes["head"] = bytes.head;
+            }
+            else
+            {
+                ChainBytes const bytes = chainBytes(parsed);
+                sizes["self"] = bytes.self;
+                sizes["cross"] = bytes.cross;
+                sizes["feed_forward"] = bytes.feedForward;
+            }
+            return sizes;
+        },
+        "config"_a, "Bytes of the pieces of packed weights, by name.");
+}
+
+}  // namespace trocr

@@ -1,0 +1,107 @@
+#pragma once
+
+// In place of plugins/common/mma.cuh.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace trocr
+{
+
+//! Rank in the cluster, plus one, and offset: see cpu_cuda::memory.
+inline uint32_t sharedAddress(void const* pointer)
+{
+    return static_cast<uint32_t>(cpu_cuda::running->block->rank + 1) << 24 |
+           static_cast<uint32_t>(cpu_cuda::offsetOf(pointer));
+}
+
+inline void loadMatrices(uint32_t (&matrices)[4], uint32_t row)
+{
+    uint64_t const* const rows = cpu_cuda::show(row);
+    int const lane = cpu_cuda::lane();
+    for (int i = 0; i < 4; ++i)
+    {
+        std::memcpy(&matrices[i], cpu_cuda::memory(rows[8 * i + lane / 4]) + lane % 4 * 4, 4);
+    }
+}
+
+inline void loadMatricesTransposed(uint32_t (&matrices)[4], uint32_t row)
+{
+    uint64_t const* const rows = cpu_cuda::show(row);
+    int const lane = cpu_cuda::lane();
+    for (int i = 0; i < 4; ++i)
+    {
+        uint16_t element[2];
+        for (int e = 0; e < 2; ++e)
+        {
+            std::memcpy(&element[e], cpu_cuda::memory(rows[8 * i + lane % 4 * 2 + e]) + lane / 4 * 2, 2);
+        }
+        std::memcpy(&matrices[i], element, 4);
+    }
+}
+
+//! Two elements of type T.
+template <typename T>
+float2 unpackElements(uint32_t bits)
+{
+    T elements[2];
+    std::memcpy(elements, &bits, 4);
+    return {static_cast<float>(elements[0]), static_cast<float>(elements[1])};
+}
+
+//! A lane's operands of mma.m16n8k16.
+struct MmaOperands
+{
+    float* c;
+    uint32_t const* a;
+    uint32_t b[2];
+};
+
+//! c += a b, by the lane that comes last for all of the warp.
+template <typename T>
+void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
+{
+    MmaOperands const mine{c, a, {b0, b1}};
+    cpu_cuda::Warp& warp = cpu_cuda::warp();
+    uint64_t* const shown = warp.shown[warp.barrier.turn % 2];
+    shown[cpu_cuda::lane()] = cpu_cuda::bitsOf(&mine);
+    if (warp.barrier.arrived + 1 == cpu_cuda::kLANES)
+    {
+        float left[16][16];
+        float right[16][8];
+        auto const of = [&](int lane) { return *cpu_cuda::valueOf<MmaOperands const*>(shown[lane]); };
+        for (int lane = 0; lane < cpu_cuda::kLANES; ++lane)
+        {
+            int const g = lane / 4;
+            int const t = lane % 4;
+            for (int i = 0; i < 4; ++i)
+            {
+                float2 const pair = unpackElements<T>(of(lane).a[i]);
+                left[g + i % 2 * 8][i / 2 * 8 + 2 * t] = pair.x;
+                left[g + i % 2 * 8][i / 2 * 8 + 2 * t + 1] = pair.y;
+            }
+            for (int i = 0; i < 2; ++i)
+            {
+                float2 const pair = unpackElements<T>(of(lane).b[i]);
+                right[8 * i + 2 * t][g] = pair.x;
+                right[8 * i + 2 * t + 1][g] = pair.y;
+            }
+        }
+        for (int lane = 0; lane < cpu_cuda::kLANES; ++lane)
+        {
+            for (int i = 0; i < 4; ++i)
+            {
+                float sum = 0.0F;
+                for (int k = 0; k < 16; ++k)
+                {
+                    sum += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+                }
+                of(lane).c[i] += sum;
+            }
+        }
+    }
+    warp.barrier.wait(cpu_cuda::kLANES);
+}
+
+}  // namespace trocr

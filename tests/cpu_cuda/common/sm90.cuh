@@ -1,0 +1,249 @@
+#pragma once
+
+// In place of plugins/common/sm90.cuh, as far as the decoders need it: what each wrapper's instruction does.
+
+#include "common/mma.cuh"
+
+#define TROCR_DYNAMIC_SHARED(NAME, ALIGNMENT) uint8_t* const NAME = cpu_cuda::running->block->shared
+
+namespace trocr::sm90
+{
+
+// ---- mbarrier ----
+
+//! 64 bits of shared memory.
+struct BarrierState
+{
+    int32_t bytes;  //!< still to come
+    uint8_t arrivals;
+    uint8_t pending;
+    uint8_t parity;
+
+    void arrive()
+    {
+        if (pending == 0)
+        {
+            std::abort();  // more than announced
+        }
+        --pending;
+        check();
+    }
+
+    void check()
+    {
+        if (pending == 0 && bytes == 0)
+        {
+            parity ^= 1;
+            pending = arrivals;
+        }
+    }
+};
+
+inline BarrierState& barrierAt(uint32_t address)
+{
+    return *reinterpret_cast<BarrierState*>(cpu_cuda::memory(address));
+}
+
+inline void barrierInit(uint32_t barrier, uint32_t arrivals)
+{
+    auto const count = static_cast<uint8_t>(arrivals);
+    barrierAt(barrier) = {0, count, count, 0};
+}
+
+inline void barrierInitFence() {}
+
+inline void barrierArriveExpect(uint32_t barrier, uint32_t bytes)
+{
+    barrierAt(barrier).bytes += static_cast<int32_t>(bytes);
+    barrierAt(barrier).arrive();
+}
+
+inline void barrierArrive(uint32_t barrier)
+{
+    barrierAt(barrier).arrive();
+}
+
+inline void barrierWait(uint32_t barrier, uint32_t parity)
+{
+    while (barrierAt(barrier).parity == parity)
+    {
+        cpu_cuda::yield();
+    }
+}
+
+inline void waitForCluster(uint32_t barrier, uint32_t parity)
+{
+    barrierWait(barrier, parity);
+}
+
+// ---- block cluster and dependent launch ----
+
+inline uint32_t mapToRank(uint32_t address, uint32_t rank)
+{
+    return (address & 0xffffff) | (rank + 1) << 24;
+}
+
+template <typename P>
+P* atRank(P* pointer, int rank)
+{
+    return reinterpret_cast<P*>(cpu_cuda::running->block->cluster->blocks[rank].shared + cpu_cuda::offsetOf(pointer));
+}
+
+inline void clusterSync()
+{
+    cpu_cuda::Cluster& cluster = *cpu_cuda::running->block->cluster;
+    cluster.barrier.wait(cluster.alive);
+}
+
+inline void clusterSyncRelaxed()
+{
+    clusterSync();
+}
+
+// Kernels run one after another.
+inline void waitForPriorGrids() {}
+inline void launchDependents() {}
+
+//! Bytes that arrive for a barrier some time later.
+inline void deliver(uint8_t* to, void const* from, uint32_t bytes, uint32_t barrier)
+{
+    if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    {
+        std::abort();
+    }
+    BarrierState* const counted = &barrierAt(barrier);
+    cpu_cuda::later(
+        [=]()
+        {
+            std::memcpy(to, from, bytes);
+            counted->bytes -= static_cast<int32_t>(bytes);
+            counted->check();
+        });
+}
+
+template <typename T>
+void deliverValue(uint32_t remote, T const& value, uint32_t barrier)
+{
+    uint8_t* const to = cpu_cuda::memory(remote);
+    BarrierState* const counted = &barrierAt(barrier);
+    cpu_cuda::later(
+        [=]()
+        {
+            std::memcpy(to, &value, sizeof(value));
+            counted->bytes -= static_cast<int32_t>(sizeof(value));
+            counted->check();
+        });
+}
+
+inline void send(uint32_t remote, float value, uint32_t barrier)
+{
+    deliverValue(remote, value, barrier);
+}
+
+inline void send(uint32_t remote, uint4 const& value, uint32_t barrier)
+{
+    deliverValue(remote, value, barrier);
+}
+
+// ---- bulk copies ----
+
+inline void copyBulk(void* to, void const* from, uint32_t bytes, uint32_t barrier)
+{
+    deliver(static_cast<uint8_t*>(to), from, bytes, barrier);
+}
+
+inline void copyBulk(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier, uint64_t /*policy*/)
+{
+    deliver(cpu_cuda::memory(to), from, bytes, barrier);
+}
+
+struct CachePolicies
+{
+    uint64_t keep;
+    uint64_t drop;
+
+    static CachePolicies make()
+    {
+        return {};
+    }
+};
+
+// ---- words between blocks, through global memory ----
+
+inline int2 loadEarly(int2 const* address)
+{
+    return *address;
+}
+
+struct alignas(16) Quad
+{
+    uint64_t low;
+    uint64_t high;
+};
+
+inline void publish(ulonglong2* to, uint64_t first, uint64_t second)
+{
+    *to = {first, second};
+}
+
+inline void publish(Quad* to, Quad const& value)
+{
+    *to = value;
+}
+
+//! Who reads waits for others: they are to go on.
+template <typename T>
+T readPublished(T const* from)
+{
+    cpu_cuda::yield();
+    return *from;
+}
+
+inline int countArrival(int* arrived)
+{
+    return atomicAdd(arrived, 1);
+}
+
+// ---- threads of a block ----
+
+template <int kBARRIER, int kTHREADS>
+void syncSome()
+{
+    cpu_cuda::running->block->barriers[kBARRIER].wait(kTHREADS);
+}
+
+template <int kBARRIER, int kTHREADS>
+bool syncSomeAny(bool condition)
+{
+    cpu_cuda::Block& block = *cpu_cuda::running->block;
+    cpu_cuda::Barrier& barrier = block.barriers[kBARRIER];
+    bool& any = block.any[barrier.turn % 2];
+    any = (barrier.arrived > 0 && any) || condition;
+    barrier.wait(kTHREADS);
+    return any;
+}
+
+inline void keepHere(float& /*a*/, float& /*b*/) {}
+
+inline uint4 loadShared(uint32_t address)
+{
+    if (address % 16 != 0)
+    {
+        std::abort();
+    }
+    uint4 value;
+    std::memcpy(&value, cpu_cuda::memory(address), sizeof(value));
+    return value;
+}
+
+template <int kREGISTERS>
+void growRegisters()
+{
+}
+
+template <int kREGISTERS>
+void shrinkRegisters()
+{
+}
+
+}  // namespace trocr::sm90
