@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <utility>
@@ -89,11 +88,14 @@ extern dim3 gridSize;
 //! Lets the other threads go on.
 void yield();
 
+//! Ends the launch with an error, from one of its threads.
+[[noreturn]] void fail(char const* why);
+
 //! Runs `work` later, at any time: an asynchronous copy.
 void later(std::function<void()> work);
 
 //! Runs a kernel; `together`: all clusters at once.
-void run(dim3 blocks, unsigned threads, unsigned cluster, bool together, std::function<void()> kernel);
+cudaError_t run(dim3 blocks, unsigned threads, unsigned cluster, bool together, std::function<void()> kernel);
 
 //! Runs a kernel, or records it in the graph that is captured.
 cudaError_t launch(cudaLaunchConfig_t const& config, std::function<void()> kernel);
@@ -164,7 +166,7 @@ inline uint8_t* memory(uint32_t address)
     size_t const offset = address & 0xffffff;
     if (rank >= blocks.size() || offset >= kSHARED_BYTES)
     {
-        std::abort();
+        fail("an address outside of the cluster's shared memory");
     }
     return blocks[rank].shared + offset;
 }
@@ -175,7 +177,7 @@ inline size_t offsetOf(void const* pointer)
     size_t const offset = static_cast<uint8_t const*>(pointer) - running->block->shared;
     if (offset >= kSHARED_BYTES)
     {
-        std::abort();
+        fail("a pointer that is not into the block's shared memory");
     }
     return offset;
 }

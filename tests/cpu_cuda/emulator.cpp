@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <memory>
 
@@ -48,6 +49,7 @@ std::vector<std::function<void()>> copies;
 std::vector<std::unique_ptr<char[]>> stacks;
 std::vector<uint8_t*> sharedMemories;
 uint32_t randomState = 1;
+bool failed;  // the launch under way
 
 uint32_t randomNumber()
 {
@@ -123,15 +125,10 @@ void runTogether(std::vector<Cluster>& clusters, unsigned threads)
     bool goesOn = true;
     for (int round = 0; goesOn; ++round)
     {
-        if (round == kMOST_ROUNDS)
-        {
-            std::fprintf(stderr, "a kernel does not end: %u blocks of %u threads\n", gridSize.x, threads);
-            std::abort();
-        }
         goesOn = false;
         for (Thread& thread : all)
         {
-            if (!thread.ended)
+            if (!thread.ended && !failed)
             {
                 goesOn = true;
                 running = &thread;
@@ -139,6 +136,15 @@ void runTogether(std::vector<Cluster>& clusters, unsigned threads)
             }
         }
         deliverSome(false);
+        if (round == kMOST_ROUNDS)
+        {
+            std::fprintf(stderr, "a kernel does not end: %u blocks of %u threads\n", gridSize.x, threads);
+            failed = true;
+        }
+    }
+    if (failed)
+    {
+        copies.clear();
     }
     deliverSome(true);
 }
@@ -156,7 +162,7 @@ struct Graph
     std::vector<Node> nodes;
     std::vector<std::unique_ptr<unsigned>> conditions;
 
-    void run() const
+    cudaError_t run() const
     {
         for (Node const& node : nodes)
         {
@@ -165,11 +171,12 @@ struct Graph
                 node.kernel();
                 continue;
             }
-            for (*node.condition = 1; *node.condition != 0;)
+            for (*node.condition = 1; *node.condition != 0 && !failed;)
             {
                 node.body->run();
             }
         }
+        return failed ? cudaErrorLaunchFailure : cudaSuccess;
     }
 };
 
@@ -187,20 +194,30 @@ void yield()
     switchStack(&running->stack, scheduler);
 }
 
+void fail(char const* why)
+{
+    std::fprintf(stderr, "thread %u of block (%u, %u): %s\n", running->index, running->block->index.x,
+                 running->block->index.y, why);
+    failed = true;
+    yield();
+    std::abort();
+}
+
 void later(std::function<void()> work)
 {
     copies.push_back(std::move(work));
 }
 
-void run(dim3 blocks, unsigned threads, unsigned cluster, bool together, std::function<void()> run)
+cudaError_t run(dim3 blocks, unsigned threads, unsigned cluster, bool together, std::function<void()> run)
 {
+    failed = false;
     gridSize = blocks;
     kernel = &run;
     std::vector<Cluster> clusters;
     size_t memories = 0;
-    for (unsigned y = 0; y < blocks.y; ++y)
+    for (unsigned y = 0; y < blocks.y && !failed; ++y)
     {
-        for (unsigned x = 0; x < blocks.x; x += cluster)
+        for (unsigned x = 0; x < blocks.x && !failed; x += cluster)
         {
             Cluster made{};
             for (unsigned rank = 0; rank < cluster; ++rank)
@@ -231,6 +248,7 @@ void run(dim3 blocks, unsigned threads, unsigned cluster, bool together, std::fu
     {
         runTogether(clusters, threads);
     }
+    return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
 cudaError_t launch(cudaLaunchConfig_t const& config, std::function<void()> kernel)
@@ -248,15 +266,12 @@ cudaError_t launch(cudaLaunchConfig_t const& config, std::function<void()> kerne
         return cudaErrorInvalidValue;
     }
     auto run = [=, blocks = config.gridDim, threads = config.blockDim.x]()
-    { cpu_cuda::run(blocks, threads, cluster, together, kernel); };
-    if (captured != nullptr)
+    { return cpu_cuda::run(blocks, threads, cluster, together, kernel); };
+    if (captured == nullptr)
     {
-        captured->nodes.push_back({std::move(run), nullptr, nullptr});
+        return run();
     }
-    else
-    {
-        run();
-    }
+    captured->nodes.push_back({std::move(run), nullptr, nullptr});
     return cudaSuccess;
 }
 
@@ -406,7 +421,6 @@ extern "C"
 
     cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t /*stream*/)
     {
-        graphOf(executable).run();
-        return cudaSuccess;
+        return graphOf(executable).run();
     }
 }

@@ -23,7 +23,7 @@ struct BarrierState
     {
         if (pending == 0)
         {
-            std::abort();  // more than announced
+            cpu_cuda::fail("more arrivals at an mbarrier than it counts");
         }
         --pending;
         check();
@@ -109,7 +109,7 @@ inline void deliver(uint8_t* to, void const* from, uint32_t bytes, uint32_t barr
 {
     if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
     {
-        std::abort();
+        cpu_cuda::fail("a bulk copy that is not of multiples of 16 bytes");
     }
     BarrierState* const counted = &barrierAt(barrier);
     cpu_cuda::later(
@@ -229,7 +229,7 @@ inline uint4 loadShared(uint32_t address)
 {
     if (address % 16 != 0)
     {
-        std::abort();
+        cpu_cuda::fail("16 bytes of shared memory that do not lie on a multiple of 16");
     }
     uint4 value;
     std::memcpy(&value, cpu_cuda::memory(address), sizeof(value));
