@@ -38,6 +38,7 @@ from runtime.backends.base import BackendError
 from runtime.backends.tensorrt_backend import GREEDY_SLOTS, TensorRTBackend
 from runtime.bench import measure
 from runtime.images import load_image
+from runtime.search import GREEDY
 
 MOST_TOKENS = 64
 
@@ -61,14 +62,14 @@ def compare(backend: TensorRTBackend, pixels: torch.Tensor) -> dict[str, Any]:
     Raises BackendError where the backend does not search so many lines at once.
     """
     encoding = backend.encode(pixels)
-    found = backend.greedy(encoding, MOST_TOKENS)
+    found = backend.search(encoding, MOST_TOKENS, GREEDY)
     if found is None:
         raise BackendError(f"the CUDA greedy decoder does not take {len(pixels)} lines here")
     lengths = found.lengths.tolist()
-    times = measure(lambda: backend.greedy(encoding, MOST_TOKENS))
+    times = measure(lambda: backend.search(encoding, MOST_TOKENS, GREEDY))
     steps = round(statistics.mean(lengths))
     full = backend.encode(pixels[:GREEDY_SLOTS])
-    full_times = measure(lambda: backend.greedy(full, steps, stop=False))
+    full_times = measure(lambda: backend.search(full, steps, GREEDY, stop=False))
     rows = min(GREEDY_SLOTS, len(pixels))
     search, without_idle = (statistics.median(t) for t in (times, full_times))
     without_idle *= sum(lengths) / (rows * steps)

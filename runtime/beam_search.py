@@ -16,6 +16,7 @@ from runtime.search import (
     Search,
     SearchSettings,
     ban_repeated_ngrams,
+    length_penalties,
     make_generation,
 )
 
@@ -56,9 +57,7 @@ class BeamSearch(Search):
         self.improvable = self._tensor(1, dtype=torch.bool)
 
         device = backend.device
-        # Python's own powers, in double precision, rounded once: by the number of tokens.
-        penalties = [max(length, 1) ** settings.length_penalty for length in range(1 + max_new_tokens)]
-        self.penalties = torch.tensor(penalties, dtype=torch.float32, device=device)
+        self.penalties = length_penalties(max_new_tokens, settings.length_penalty).to(device)
         self.first_rows = torch.arange(images, device=device)[:, None] * beams
         self.is_best = torch.arange(self.candidates, device=device) < beams
 

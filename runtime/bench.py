@@ -185,7 +185,8 @@ class BackendVariant:
     def check(self, case: Case) -> None:
         largest = self.backend.max_batch
         if case.part != "encoder":
-            largest = self.backend.largest_batch(case.num_beams, whole=True)
+            whole = self.backend.searches(SearchSettings(case.num_beams))
+            largest = self.backend.largest_batch(case.num_beams, whole)
         limits = [("batch", case.batch, largest)]
         if case.tokens is not None:
             limits.append(("tokens", case.tokens, self.backend.max_steps))
@@ -195,23 +196,20 @@ class BackendVariant:
                 raise Unavailable(f"{self.folder} is built for {what} up to {limit}{beams}")
 
     def decoder(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
-        if num_beams == 1:
-            encoding = self.backend.encode(pixels)
-            found = self.backend.greedy(encoding, tokens, stop=False)
-            if found is not None:
-                times = measure(lambda: self.backend.greedy(encoding, tokens, stop=False))
-                return Measurement(times, self.backend.greedy(encoding, tokens).tokens.long())
+        settings = SearchSettings(num_beams)
+        encoding = self.backend.encode(pixels)
+        if self.backend.search(encoding, tokens, settings, stop=False) is not None:
+            times = measure(lambda: self.backend.search(encoding, tokens, settings, stop=False))
+            return Measurement(times, self.backend.search(encoding, tokens, settings).tokens.long())
         search, start, steps = self._search(pixels, tokens, num_beams)
         times = measure(steps, start, self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
 
     def end_to_end(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
         pixels = pixels.to(self.backend.device)
-        if (
-            num_beams == 1
-            and self.backend.greedy(self.backend.encode(pixels), tokens, stop=False) is not None
-        ):
-            return self._whole_search(pixels, tokens)
+        settings = SearchSettings(num_beams)
+        if self.backend.search(self.backend.encode(pixels), tokens, settings, stop=False) is not None:
+            return self._whole_search(pixels, tokens, settings)
         search, start, steps = self._search(pixels, tokens, num_beams)
 
         def run() -> None:
@@ -222,11 +220,11 @@ class BackendVariant:
         times = measure(run, device=self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
 
-    def _whole_search(self, pixels: torch.Tensor, tokens: int) -> Measurement:
+    def _whole_search(self, pixels: torch.Tensor, tokens: int, settings: SearchSettings) -> Measurement:
         """Encoding, and the backend's search as a whole; the tokens are those of a search that stops."""
 
         def run(stop: bool = False) -> torch.Tensor:
-            found = self.backend.greedy(self.backend.encode(pixels), tokens, stop).tokens
+            found = self.backend.search(self.backend.encode(pixels), tokens, settings, stop).tokens
             found.tolist()
             return found
 

@@ -134,7 +134,7 @@ class Decoder:
                 f"max_new_tokens is {max_new_tokens}, and the {backend.name} engine has room for "
                 f"{backend.max_steps}; choose fewer, or build the engine for more"
             )
-        if backend.largest_batch(settings.num_beams) == 0:
+        if not backend.searches(settings) and backend.largest_batch(settings.num_beams) == 0:
             raise GenerationError(
                 f"num_beams is {settings.num_beams}, and the {backend.name} engine decodes at most "
                 f"{backend.max_rows} rows; choose fewer, or build the engine with --num-beams"
@@ -151,10 +151,9 @@ class Decoder:
     @torch.inference_mode()
     def decode(self, encoding: Encoding, images: int) -> Generation:
         """Recognise what `Backend.encode` made of so many images."""
-        if self.settings == GREEDY:
-            found = self.backend.greedy(encoding, self.max_new_tokens)
-            if found is not None:
-                return make_generation(found.tokens, found.lengths, found.log_probs / found.lengths)
+        found = self.backend.search(encoding, self.max_new_tokens, self.settings)
+        if found is not None:
+            return make_generation(found.tokens, found.lengths, found.log_probs / found.lengths)
         search = self.search(images)
         search.state = self.backend.begin(encoding, self.settings.num_beams)
         search.reset()

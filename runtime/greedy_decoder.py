@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.search import SearchSettings, length_penalties
+
 CHUNK = 32  # inputs of a product that a lane of the kernel reads at once, times four lanes
 TILE = 8  # outputs of a tile
 TEAM_HEADS = 8  # of the team decoder, and its feed-forward columns a head
@@ -220,6 +222,8 @@ class GreedyDecoder:
         self._blobs = pack_blobs(weights, config)
         self.attends_to_states = "cross_keys" in self._blobs
         self._device = self._blobs["head"].device
+        self._kernels, self._config = kernels, dict(config)
+        self._penalties: dict[tuple[int, float], Tensor] = {}
         self._decoder = kernels.GreedyDecoder(
             dict(config),
             {name: blob.data_ptr() for name, blob in self._blobs.items()},
@@ -250,21 +254,63 @@ class GreedyDecoder:
             slots: lines at a time; a finished line's row takes the next one. Default: as many as there are.
             stop: False for texts of exactly max_new_tokens, whatever ends them: for measurements.
         """
-        tokens, log_probs, lengths = outputs
-        lines, max_new_tokens = tokens.shape
-        if isinstance(attended, Tensor):
-            sources = {"states": attended.data_ptr()}
-        else:
-            keys, values = ([tensor.data_ptr() for tensor in tensors] for tensors in attended)
-            sources = {"cross_keys": keys, "cross_values": values}
-        self._decoder.run(
-            lines=lines,
-            slots=min(lines, slots or self.max_slots, self.max_slots),
-            **sources,
-            tokens=tokens.data_ptr(),
-            log_probs=log_probs.data_ptr(),
-            lengths=lengths.data_ptr(),
-            max_new_tokens=max_new_tokens,
-            stops=stop,
-            stream=torch.cuda.current_stream().cuda_stream if self._device.type == "cuda" else 0,
-        )
+        lines = len(outputs[0])
+        slots = min(lines, slots or self.max_slots, self.max_slots)
+        self._decoder.run(lines=lines, slots=slots, **_pointers(attended, outputs, stop))
+
+    def searches_beams(self, beams: int) -> bool:
+        """Whether `search_beams` has so many beams."""
+        return self._kernels.beam_search_obstacle(self._config, beams) is None
+
+    def search_beams(
+        self,
+        attended: Tensor | tuple[Sequence[Tensor], Sequence[Tensor]],
+        outputs: tuple[Tensor, Tensor, Tensor],
+        settings: SearchSettings,
+        stop: bool = True,
+    ) -> None:
+        """As `run`, but beam search, as runtime.beam_search.BeamSearch has it."""
+        images, max_new_tokens = outputs[0].shape
+        key = (max_new_tokens, settings.length_penalty)
+        if key not in self._penalties:
+            penalties = length_penalties(max_new_tokens, settings.length_penalty)
+            self._penalties[key] = penalties.to(self._device)
+        most = min(self._decoder.most_rows, STATE_ROWS) // settings.num_beams
+        groups = -(-images // most)
+        for group in range(groups):
+            part = slice(images * group // groups, images * (group + 1) // groups)
+            if isinstance(attended, Tensor):
+                mine = attended[part]
+            else:
+                mine = tuple([tensor[part] for tensor in tensors] for tensors in attended)
+            self._decoder.search_beams(
+                images=part.stop - part.start,
+                beams=settings.num_beams,
+                no_repeat_ngram=settings.no_repeat_ngram_size,
+                stops_early=settings.early_stopping is True,
+                hopes_long=settings.early_stopping == "never" and settings.length_penalty > 0,
+                penalties=self._penalties[key].data_ptr(),
+                **_pointers(mine, tuple(tensor[part] for tensor in outputs), stop),
+            )
+
+
+def _pointers(
+    attended: Tensor | tuple[Sequence[Tensor], Sequence[Tensor]],
+    outputs: tuple[Tensor, Tensor, Tensor],
+    stop: bool,
+) -> dict:
+    """What every search of the kernels' decoder is given."""
+    if isinstance(attended, Tensor):
+        sources = {"states": attended.data_ptr()}
+    else:
+        keys, values = ([tensor.data_ptr() for tensor in tensors] for tensors in attended)
+        sources = {"cross_keys": keys, "cross_values": values}
+    names = ("tokens", "log_probs", "lengths")
+    pointers = {name: tensor.data_ptr() for name, tensor in zip(names, outputs, strict=True)}
+    return {
+        **sources,
+        **pointers,
+        "max_new_tokens": outputs[0].shape[1],
+        "stops": stop,
+        "stream": torch.cuda.current_stream().cuda_stream if outputs[0].is_cuda else 0,
+    }

@@ -22,7 +22,7 @@ COLOURS = {
     "encoder": "blue",
     "cross_kv": "purple",
     "decode step": "orange",
-    "greedy search": "orange",
+    "search": "orange",
     "detokenise": "red",
 }
 

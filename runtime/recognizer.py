@@ -23,7 +23,7 @@ from runtime.device_resize import DeviceResize
 from runtime.generation import Decoder, new_token_limit
 from runtime.images import ImageError, ImageSource, load_image, load_pixels
 from runtime.ranges import stage, staged
-from runtime.search import GREEDY, SearchSettings
+from runtime.search import SearchSettings
 from runtime.tokenizer import load_tokenizer
 
 DEFAULT_BATCH = {"cpu": 8, "cuda": 128}
@@ -267,7 +267,8 @@ class Recognizer:
             )
 
     def _check_batch_size(self, batch_size: int | None) -> int:
-        largest = self.backend.largest_batch(self.settings.num_beams, self.settings == GREEDY)
+        whole = self.backend.searches(self.settings)
+        largest = self.backend.largest_batch(self.settings.num_beams, whole)
         if batch_size is None:
             default = DEFAULT_BATCH[self.backend.device.type]
             return default if largest is None else min(default, largest)

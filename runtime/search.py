@@ -75,6 +75,15 @@ def make_generation(
     return Generation([row[:length] for row, length in rows], mean_log_probs.tolist())
 
 
+def length_penalties(max_new_tokens: int, exponent: float) -> torch.Tensor:
+    """float32 [1 + max_new_tokens]: what the log-probability of so many tokens is divided by.
+
+    Python's own powers, in double precision, rounded once.
+    """
+    penalties = [max(length, 1) ** exponent for length in range(1 + max_new_tokens)]
+    return torch.tensor(penalties, dtype=torch.float32)
+
+
 class Search(ABC):
     """A search for one number of images.
 

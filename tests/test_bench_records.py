@@ -300,7 +300,9 @@ def test_what_a_variant_does_not_measure():
         vars(made).update(fields)
         return made
 
-    backend = SimpleNamespace(max_batch=16, max_steps=96, largest_batch=lambda beams, whole: 16)
+    backend = SimpleNamespace(
+        max_batch=16, max_steps=96, searches=lambda settings: True, largest_batch=lambda beams, whole: 16
+    )
     steps = variant(EngineVariant, backend=backend, folder=Path("engines/x"), steps_only=True)
     fused = variant(EngineVariant, backend=backend, folder=Path("engines/x"), steps_only=False)
     for part in ("encoder", "page"):

@@ -206,6 +206,25 @@ def test_one_search_of_more_lines_than_the_engines_batch(checkpoint, tmp_path):
         assert found.mean_log_probs == [value for part in alone for value in part.mean_log_probs]
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="the decoder's own beam search needs compute capability 9.0",
+)
+def test_beam_search_as_a_whole(checkpoint, tmp_path):
+    """More rows than the engines have room for; as step by step, but for near ties of two roundings."""
+    folder = build(str(checkpoint("wide")), "fused", "fp16", (1, 2, 4), tmp_path, timing_cache=TIMING_CACHE)
+    whole, steps = TensorRTBackend(folder), TensorRTBackend(folder, greedy_kernels=False)
+    settings = SearchSettings(4, 2.0, 3, True)
+    assert whole.searches(settings) and not steps.searches(settings)
+    images = pixels(whole, 11)
+    decode = Decoder(whole, TOKENS, settings)
+    found = decode(images)
+    assert decode(images) == found
+    by_step = Decoder(steps, TOKENS, settings)
+    expected = [by_step(images[i : i + 1]).token_ids[0] for i in range(len(images))]
+    assert sum(map(list.__eq__, found.token_ids, expected)) >= 10
+
+
 def test_batch_above_the_profile(engines):
     backend = TensorRTBackend(engines("fused"), greedy_kernels=False)
     with pytest.raises(EngineError, match=r"encoder.engine: a batch of 5 is above 4.*--batch"):

@@ -168,12 +168,12 @@ void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std:
 void bindGreedyDecoder(py::module_& module)
 {
     // Local, because trocr_cpu_kernels (tests/cpu_cuda) has one of its own.
-    py::class_<GreedyDecoder>(
+    py::class_<GreedyDecoder> decoder(
         module, "GreedyDecoder", py::module_local(),
         "Greedy decoding of a whole batch in one launch: config as runtime.greedy_weights.decoder_config makes it, "
         "weights: "
-        "addresses of what runtime.greedy_decoder.pack_blobs makes. Owns its caches: one run at a time.")
-        .def(py::init(&makeGreedyDecoder), "config"_a, "weights"_a, py::kw_only(), "max_slots"_a, "capacity"_a)
+        "addresses of what runtime.greedy_decoder.pack_blobs makes. Owns its caches: one run at a time.");
+    decoder.def(py::init(&makeGreedyDecoder), "config"_a, "weights"_a, py::kw_only(), "max_slots"_a, "capacity"_a)
         .def("run", &runGreedyDecoder, py::kw_only(), "lines"_a, "slots"_a, "cross_keys"_a = std::vector<uintptr_t>{},
              "cross_values"_a = std::vector<uintptr_t>{}, "states"_a = 0, "tokens"_a, "log_probs"_a, "lengths"_a,
              "max_new_tokens"_a, "stops"_a = true, "stream"_a,
@@ -184,6 +184,26 @@ void bindGreedyDecoder(py::module_& module)
              "it `stops`, every line gets max_new_tokens. With heads of 64, a call with other addresses or sizes than "
              "earlier "
              "ones captures a graph first.");
+    decoder
+        .def(
+            "search_beams", &runBeamSearch, py::kw_only(), "images"_a, "beams"_a, "no_repeat_ngram"_a = 0,
+            "stops_early"_a = false, "hopes_long"_a = false, "penalties"_a, "cross_keys"_a = std::vector<uintptr_t>{},
+            "cross_values"_a = std::vector<uintptr_t>{}, "states"_a = 0, "tokens"_a, "log_probs"_a, "lengths"_a,
+            "max_new_tokens"_a, "stops"_a = true, "stream"_a,
+            "Enqueues a beam search of `images` lines with `beams` rows each, most_rows together. penalties float32 [1 "
+            "+ max_new_tokens]: a hypothesis of so many tokens is worth its log-probability divided by it. An image "
+            "ends with its last complete hypothesis, if it stops_early, else when no running one is better, taken as "
+            "if it had all tokens, if one hopes_long. The rest as in run.")
+        .def_property_readonly("most_rows", &GreedyDecoder::mostRows, "Rows of a beam search.");
+    module.def(
+        "beam_search_obstacle",
+        [](py::dict const& config, int32_t beams) -> py::object
+        {
+            char const* reason = nullptr;
+            bool const served = canSearchBeams(parseGreedyConfig(config), beams, &reason);
+            return served ? py::object(py::none()) : py::object(py::str(reason));
+        },
+        "config"_a, "beams"_a, "Why the decoder cannot search with so many beams; None where it can.");
     auto const obstacle =
         [&module](char const* name, bool (*possible)(GreedyDecoderConfig const&, char const**), char const* what)
     {

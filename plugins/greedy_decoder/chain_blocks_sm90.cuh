@@ -8,6 +8,7 @@
 #include "common/device.cuh"
 #include "common/mma.cuh"
 #include "common/sm90.cuh"
+#include "greedy_decoder/beams.h"
 #include "greedy_decoder/common.cuh"
 
 namespace trocr::greedy
@@ -43,13 +44,6 @@ __device__ __forceinline__ float2 fromSum(int2 words)
     // A negative low half has borrowed one from the high half.
     return {words.x * kSTEP, (words.y + (words.x < 0 ? 1 : 0)) * kSTEP};
 }
-
-//! What a row works on.
-struct RowState
-{
-    int line;      //!< -1: idle
-    int position;  //!< of its newest token
-};
 
 //! What every kernel of the chain is given.
 struct Link
@@ -402,6 +396,28 @@ __device__ __forceinline__ void multiplyToSums(Link const& link, Pass<kROWS> con
 
 // ---- attention of one query a row ----
 
+//! Where a row's keys lie: in its own cache.
+struct OwnCache
+{
+    static __device__ __forceinline__ int behind(int /*index*/)
+    {
+        return 0;
+    }
+};
+
+//! Where a running hypothesis's keys lie: in its ancestors' rows, whose caches are those of its own row so far behind.
+struct AncestorCaches
+{
+    int const* owners;  //!< of the row
+    int row;
+    ptrdiff_t cacheSize;  //!< elements of a row's keys
+
+    __device__ __forceinline__ ptrdiff_t behind(int index) const
+    {
+        return (__ldcg(owners + index) - row) * cacheSize;
+    }
+};
+
 //! Keys and values that one lane holds. A key is shared by kLANES neighbouring lanes, eight elements each; kROW_WARPS
 //! warps take turns at a row's keys.
 template <typename T, int kHEAD_DIM, int kROW_WARPS, int kPASSES>
@@ -422,7 +438,9 @@ struct Keys
     }
 
     //! Keys first to first + kSPAN of [keys, kHEAD_DIM], as far as they lie before `last`.
-    __device__ __forceinline__ void load(T const* allKeys, T const* allValues, int first, int last)
+    template <typename Caches = OwnCache>
+    __device__ __forceinline__ void load(T const* allKeys, T const* allValues, int first, int last,
+                                         Caches const& caches = {})
     {
         int const offset = threadIdx.x % kLANES * 8;
 #pragma unroll
@@ -432,8 +450,9 @@ struct Keys
             keys[pass] = values[pass] = uint4{};
             if (index < last)
             {
-                keys[pass] = __ldcg(reinterpret_cast<uint4 const*>(allKeys + index * kHEAD_DIM + offset));
-                values[pass] = __ldcg(reinterpret_cast<uint4 const*>(allValues + index * kHEAD_DIM + offset));
+                auto const at = caches.behind(index) + index * kHEAD_DIM + offset;
+                keys[pass] = __ldcg(reinterpret_cast<uint4 const*>(allKeys + at));
+                values[pass] = __ldcg(reinterpret_cast<uint4 const*>(allValues + at));
             }
         }
     }

@@ -29,12 +29,13 @@ struct SelfParams
     void* values;
     int heads;
     int capacity;
+    int const* owners;  //!< [slots, capacity], of a beam search
 };
 
 //! sums += W_out attention(W_qkv h) + b + h, h = LayerNorm(sums before). A cluster a head; a block computes eight
 //! columns each of the head's query, key and value, and gives them to its cluster. With more than one row the cluster's
-//! blocks attend for a part of the rows each.
-template <typename T, int kHEAD_DIM, int kROWS>
+//! blocks attend for a part of the rows each. kBEAMS: rows are running hypotheses.
+template <typename T, int kHEAD_DIM, int kROWS, bool kBEAMS>
 __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
 {
     constexpr int kBLOCKS = kHEAD_DIM / 8;  // of a cluster
@@ -91,9 +92,21 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
         size_t const cache = ((first + row) * static_cast<size_t>(p.heads) + head) * headSize;
         T* const allKeys = static_cast<T*>(p.keys) + cache;
         T* const allValues = static_cast<T*>(p.values) + cache;
+        auto const caches = [&]()
+        {
+            if constexpr (kBEAMS)
+            {
+                return AncestorCaches{p.owners + static_cast<size_t>(first + row) * p.capacity, first + row,
+                                      static_cast<ptrdiff_t>(headSize) * p.heads};
+            }
+            else
+            {
+                return OwnCache{};
+            }
+        }();
         // The cache is on its way while the query is computed.
         HeadKeys held;
-        held.load(allKeys, allValues, 0, attends ? position : 0);
+        held.load(allKeys, allValues, 0, attends ? position : 0, caches);
         constants.waitForNorm();
         rowNorm.run(p.link, first, pass.count, p.link.norm == nullptr ? nullptr : norm, hidden, pitch, scales);
         constants.waitForBlob();
@@ -125,7 +138,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
             {
                 if (key > 0)
                 {
-                    held.load(allKeys, allValues, key, position);
+                    held.load(allKeys, allValues, key, position, caches);
                 }
                 insertNewest(held, key, position, newest + kHEAD_DIM, newest + 2 * kHEAD_DIM);
                 softmax.add(held, key, position + 1);
@@ -470,6 +483,7 @@ struct HeadParams
     void const* weights;  //!< T [tiles, D / 32, 8, 32]
     int vocabulary;
     float4* choices;  //!< [blocks, rows]: best logit, its token (bits), sum of exp(logit - best)
+    float* logits;    //!< [rows, V], of a beam search, in place of choices
 };
 
 //! The best of some logits, the lowest token among equals, and what log softmax needs.
@@ -511,7 +525,8 @@ struct BestLogit
 };
 
 //! Every block chooses among its tokens, a tile of eight a warp, for kROWS rows at once: so often are weights read.
-template <typename T, int kHEAD_DIM, int kROWS>
+//! kBEAMS: no choice, but all logits.
+template <typename T, int kHEAD_DIM, int kROWS, bool kBEAMS>
 __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
 {
     constexpr int kTILE_ROWS = kROWS < 16 ? kROWS : 16;
@@ -627,35 +642,46 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
 #pragma unroll
                 for (int i = 0; i < (kROWS > 8 ? 4 : 2); ++i)
                 {
-                    if (token + i % 2 < p.vocabulary)
+                    if constexpr (kBEAMS)
+                    {
+                        int const row = (2 * m + i / 2) * 8 + lane / 4;
+                        if (token + i % 2 < p.vocabulary && row < count)
+                        {
+                            p.logits[static_cast<size_t>(first + row) * p.vocabulary + token + i % 2] = c[m][i];
+                        }
+                    }
+                    else if (token + i % 2 < p.vocabulary)
                     {
                         best[2 * m + i / 2].take(c[m][i], token + i % 2);
                     }
                 }
             }
         }
+        if constexpr (!kBEAMS)
+        {
 #pragma unroll
-        for (int i = 0; i < kMINE; ++i)
-        {
-            best[i].merge(best[i].shuffled(1));
-            best[i].merge(best[i].shuffled(2));
-            int const row = i * 8 + lane / 4;
-            if (lane % 4 == 0 && row < count)
+            for (int i = 0; i < kMINE; ++i)
             {
-                choices[warp * count + row] = best[i];
+                best[i].merge(best[i].shuffled(1));
+                best[i].merge(best[i].shuffled(2));
+                int const row = i * 8 + lane / 4;
+                if (lane % 4 == 0 && row < count)
+                {
+                    choices[warp * count + row] = best[i];
+                }
             }
-        }
-        __syncthreads();
-        for (int row = threadIdx.x; row < count; row += kTHREADS)
-        {
-            BestLogit choice = choices[row];
+            __syncthreads();
+            for (int row = threadIdx.x; row < count; row += kTHREADS)
+            {
+                BestLogit choice = choices[row];
 #pragma unroll 1
-            for (int other = 1; other < kWARPS; ++other)
-            {
-                choice.merge(choices[other * count + row]);
+                for (int other = 1; other < kWARPS; ++other)
+                {
+                    choice.merge(choices[other * count + row]);
+                }
+                p.choices[static_cast<size_t>(blockIdx.x) * p.link.rows + first + row] = {
+                    choice.best, __int_as_float(choice.token), choice.total, 0.0F};
             }
-            p.choices[static_cast<size_t>(blockIdx.x) * p.link.rows + first + row] = {
-                choice.best, __int_as_float(choice.token), choice.total, 0.0F};
         }
         __syncthreads();
         if (first + kROWS < p.link.rows)
@@ -695,8 +721,8 @@ struct NextParams
 };
 
 //! Sums of the row's newest token: its embedding and its place's.
-template <typename T>
-__device__ __forceinline__ void embed(NextParams const& p, int row, int input, int position)
+template <typename T, typename Params>
+__device__ __forceinline__ void embed(Params const& p, int row, int input, int position)
 {
     auto const* const token = static_cast<T const*>(p.embedding) + static_cast<size_t>(input) * p.width;
     auto const* const place = static_cast<T const*>(p.positions) + static_cast<size_t>(position) * p.width;
@@ -825,6 +851,39 @@ __global__ void __launch_bounds__(kTHREADS) next(NextParams p)
             *p.state.arrived = 0;
             cudaGraphSetConditional(p.conditional, __ldcg(p.state.remaining) > 0 ? 1U : 0U);
         }
+    }
+}
+
+// ---- a step of a beam search ----
+
+struct EmbedParams
+{
+    RowState const* rows;  //!< [rows]
+    int const* inputs;     //!< [rows]
+    int width;
+    float embedScale;
+    void const* embedding;  //!< T [V, D]
+    void const* positions;  //!< T [positions, D]
+    SumPair* sums;          //!< of the first layer
+    SumPair* cleared;       //!< that the first layer adds to
+};
+
+//! Embeds every row's newest token. A block a row.
+template <typename T>
+__global__ void __launch_bounds__(kTHREADS) embedRows(EmbedParams p)
+{
+    int const row = blockIdx.x;
+    sm90::launchDependents();
+    sm90::waitForPriorGrids();
+    int2 const words = loadEarly(reinterpret_cast<int2 const*>(p.rows + row));
+    RowState const state{words.x, words.y};
+    if (state.line >= 0)
+    {
+        embed<T>(p, row, __ldcg(p.inputs + row), state.position);
+    }
+    for (int pair = threadIdx.x; pair < p.width / 2; pair += kTHREADS)
+    {
+        p.cleared[static_cast<size_t>(row) * p.width / 2 + pair] = 0;
     }
 }
 

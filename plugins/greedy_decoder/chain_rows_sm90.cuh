@@ -441,10 +441,11 @@ struct AttendParams
     void* context;  //!< T [rows, H, d]
     int heads;
     int capacity;
+    int const* owners;  //!< [rows, capacity], of a beam search
 };
 
-//! A warp a row and head; the newest key and value go into the cache.
-template <typename T, int kHEAD_DIM>
+//! A warp a row and head; the newest key and value go into the cache. kBEAMS: rows are running hypotheses.
+template <typename T, int kHEAD_DIM, bool kBEAMS>
 __global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
 {
     using HeadKeys = Keys<T, kHEAD_DIM, 1, 8>;
@@ -479,7 +480,16 @@ __global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
     for (int key = 0; key <= state.position; key += HeadKeys::kSPAN)
     {
         HeadKeys held;
-        held.load(allKeys, allValues, key, state.position);
+        if constexpr (kBEAMS)
+        {
+            AncestorCaches const caches{p.owners + static_cast<size_t>(row) * p.capacity, row,
+                                        static_cast<ptrdiff_t>(p.heads) * p.capacity * kHEAD_DIM};
+            held.load(allKeys, allValues, key, state.position, caches);
+        }
+        else
+        {
+            held.load(allKeys, allValues, key, state.position);
+        }
 #pragma unroll
         for (int pass = 0; pass < 8; ++pass)
         {

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <type_traits>
 #include <utility>
 
@@ -8,6 +7,7 @@
 #include "greedy_decoder/chain_kernels_sm90.cuh"
 #include "greedy_decoder/chain_rows_sm90.cuh"
 #include "greedy_decoder/kernel.h"
+#include "greedy_decoder/while_graph.h"
 
 namespace trocr
 {
@@ -20,7 +20,6 @@ using namespace greedy;
 //! Tokens in one turn of the WHILE node: a turn costs 5 us by itself, and a text's end inside a turn the idle rest of
 //! it.
 constexpr int kTOKENS_A_TURN = 2;
-constexpr size_t kMAX_GRAPHS = 64;
 
 //! Where things lie in the workspace.
 struct Workspace
@@ -126,58 +125,6 @@ struct StatesKernel
     }
 };
 
-//! Adds a WHILE node that runs after all that is in `graph`; its body is empty so far.
-cudaError_t addWhile(cudaGraph_t graph, cudaGraphConditionalHandle& conditional, cudaGraph_t& body)
-{
-    // 1 whenever the graph is launched: the first turn always runs.
-    cudaError_t status = cudaGraphConditionalHandleCreate(&conditional, graph, 1, cudaGraphCondAssignDefault);
-    size_t count = 0;
-    if (status == cudaSuccess)
-    {
-        status = cudaGraphGetNodes(graph, nullptr, &count);
-    }
-    std::vector<cudaGraphNode_t> before(count);
-    if (status == cudaSuccess)
-    {
-        status = cudaGraphGetNodes(graph, before.data(), &count);
-    }
-    if (status != cudaSuccess)
-    {
-        return status;
-    }
-    cudaGraphNodeParams params{};
-    params.type = cudaGraphNodeTypeConditional;
-    params.conditional.handle = conditional;
-    params.conditional.type = cudaGraphCondTypeWhile;
-    params.conditional.size = 1;
-    cudaGraphNode_t node{};
-#if CUDART_VERSION >= 13000
-    status = cudaGraphAddNode(&node, graph, before.data(), nullptr, count, &params);
-#else
-    status = cudaGraphAddNode(&node, graph, before.data(), count, &params);
-#endif
-    if (status == cudaSuccess)
-    {
-        body = params.conditional.phGraph_out[0];
-    }
-    return status;
-}
-
-//! Captures what `enqueue` launches on `stream` into `graph`.
-template <typename Enqueue>
-cudaError_t captureInto(cudaGraph_t graph, cudaStream_t stream, Enqueue const& enqueue)
-{
-    cudaError_t status =
-        cudaStreamBeginCaptureToGraph(stream, graph, nullptr, nullptr, 0, cudaStreamCaptureModeThreadLocal);
-    if (status != cudaSuccess)
-    {
-        return status;
-    }
-    status = enqueue();
-    cudaError_t const ended = cudaStreamEndCapture(stream, &graph);
-    return status != cudaSuccess ? status : ended;
-}
-
 }  // namespace
 
 ChainBytes chainBytes(GreedyDecoderConfig const& config)
@@ -200,46 +147,48 @@ public:
     cudaError_t run(GreedyRequest const& request, cudaStream_t stream) override;
 
 private:
-    struct Graph
+    int32_t mostRows() const override
     {
-        cudaGraph_t graph{};
-        cudaGraphExec_t executable{};
+        return mMaxSlots;
+    }
 
-        ~Graph()
-        {
-            if (executable != nullptr)
-            {
-                cudaGraphExecDestroy(executable);
-            }
-            if (graph != nullptr)
-            {
-                cudaGraphDestroy(graph);
-            }
-        }
+    cudaError_t enqueueStep(BeamRequest const& request, BeamSearch const& search, cudaStream_t stream) override;
+
+    //! A token's chain and what is behind it: of a greedy search `next`, of a beam search (`beams`) nothing.
+    struct Token
+    {
+        GreedyRequest const& request;
+        BeamSearch const* beams;
+        RowState const* states;  //!< [slots]
+        unsigned long long conditional;
+        bool last;  //!< of a turn
     };
 
-    cudaError_t capture(GreedyRequest const& request, std::unique_ptr<Graph>& graph);
     template <typename T, int kHEAD_DIM>
-    cudaError_t enqueueRows(GreedyRequest const& request, unsigned long long conditional, bool last,
-                            cudaStream_t stream);
+    cudaError_t enqueueRows(Token const& token, cudaStream_t stream);
     template <typename T, int kROW_TILES>
-    cudaError_t enqueueRowsToken(GreedyRequest const& request, unsigned long long conditional, bool last,
-                                 cudaStream_t stream);
-    template <typename T>
-    cudaError_t enqueueHead(GreedyRequest const& request, Link const& link, cudaStream_t stream);
-    Link linkAt(GreedyRequest const& request, int index) const;
+    cudaError_t enqueueRowsToken(Token const& token, cudaStream_t stream);
     template <typename T, int kHEAD_DIM, int kROWS>
-    cudaError_t enqueueToken(GreedyRequest const& request, unsigned long long conditional, bool last,
-                             cudaStream_t stream);
+    cudaError_t enqueueToken(Token const& token, cudaStream_t stream);
+    template <typename T>
+    cudaError_t enqueueHead(Token const& token, Link const& link, cudaStream_t stream);
     template <typename T>
     cudaError_t enqueueNext(GreedyRequest const& request, bool first, unsigned long long conditional, bool last,
                             cudaStream_t stream);
+    template <typename T>
+    cudaError_t enqueueEmbed(BeamSearch const& search, cudaStream_t stream);
+    Link linkAt(Token const& token, int index) const;
+
+    RowState* greedyStates() const
+    {
+        Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
+        return reinterpret_cast<RowState*>(mWorkspace + at.states);
+    }
 
     ChainWeights mWeights;
     int32_t mMultiprocessors{};
     uint8_t* mWorkspace{};
-    cudaStream_t mCaptureStream{};
-    std::map<std::vector<uintptr_t>, std::unique_ptr<Graph>> mGraphs;
+    WhileGraphs mGraphs;
 };
 
 ChainDecoder::ChainDecoder(GreedyDecoderConfig config, ChainWeights weights, int32_t maxSlots, int32_t capacity)
@@ -257,19 +206,10 @@ ChainDecoder::ChainDecoder(GreedyDecoderConfig config, ChainWeights weights, int
         // The sums of rows that never had a line are read as well.
         mStatus = cudaMemset(mWorkspace, 0, bytes);
     }
-    if (mStatus == cudaSuccess)
-    {
-        mStatus = cudaStreamCreateWithFlags(&mCaptureStream, cudaStreamNonBlocking);
-    }
 }
 
 ChainDecoder::~ChainDecoder()
 {
-    mGraphs.clear();
-    if (mCaptureStream != nullptr)
-    {
-        cudaStreamDestroy(mCaptureStream);
-    }
     cudaFree(mWorkspace);
 }
 
@@ -280,7 +220,7 @@ cudaError_t ChainDecoder::enqueueNext(GreedyRequest const& request, bool first, 
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
     auto* const scalars = reinterpret_cast<int*>(mWorkspace + at.scalars);
     NextParams params{};
-    params.state = {reinterpret_cast<RowState*>(mWorkspace + at.states), scalars, scalars + 1, scalars + 2};
+    params.state = {greedyStates(), scalars, scalars + 1, scalars + 2};
     params.choices = reinterpret_cast<float4 const*>(mWorkspace + at.choices);
     params.choosers = mMultiprocessors;
     params.rows = request.slots;
@@ -305,13 +245,13 @@ cudaError_t ChainDecoder::enqueueNext(GreedyRequest const& request, bool first, 
 }
 
 //! Link `index` of a token's chain; also the number of its norm.
-Link ChainDecoder::linkAt(GreedyRequest const& request, int index) const
+Link ChainDecoder::linkAt(Token const& token, int index) const
 {
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
     auto const sums = [&](int i) { return reinterpret_cast<SumPair*>(mWorkspace + at.sums[i % 3]); };
     bool const identity = index == 0 && !mConfig.embeddingNorm;
     Link link{};
-    link.rows = request.slots;
+    link.rows = token.request.slots;
     link.width = mConfig.width;
     link.input = sums(index);
     link.output = sums(index + 1);
@@ -321,32 +261,50 @@ Link ChainDecoder::linkAt(GreedyRequest const& request, int index) const
                                static_cast<size_t>(index) * 2 * mConfig.width * kELEMENT;
     link.epsilon = mConfig.epsilon;
     link.inverseWidth = 1.0F / static_cast<float>(mConfig.width);
-    link.states = reinterpret_cast<RowState const*>(mWorkspace + at.states);
+    link.states = token.states;
     return link;
 }
 
+//! The head's kernel for so many rows at once: so often are its weights read.
+template <typename T, bool kBEAMS>
+auto headOf(int rows) -> void (*)(HeadParams)
+{
+    constexpr int kHEAD_DIM = 64;
+    return rows == 1    ? head<T, kHEAD_DIM, 1, kBEAMS>
+           : rows == 16 ? head<T, kHEAD_DIM, 16, kBEAMS>
+           : rows == 32 ? head<T, kHEAD_DIM, 32, kBEAMS>
+                        : head<T, kHEAD_DIM, 64, kBEAMS>;
+}
+
 template <typename T>
-cudaError_t ChainDecoder::enqueueHead(GreedyRequest const& request, Link const& link, cudaStream_t stream)
+cudaError_t ChainDecoder::enqueueHead(Token const& token, Link const& link, cudaStream_t stream)
 {
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
-    HeadParams const params{link, mWeights.head, mConfig.vocabulary,
-                            reinterpret_cast<float4*>(mWorkspace + at.choices)};
-    // Weights are read once for so many rows.
-    constexpr int kHEAD_DIM = 64;
-    int const rows = request.slots <= 1 ? 1 : std::min(ceilDiv(request.slots, 16), 4) * 16;
-    void (*const kernel)(HeadParams) = rows == 1    ? head<T, kHEAD_DIM, 1>
-                                       : rows == 16 ? head<T, kHEAD_DIM, 16>
-                                       : rows == 32 ? head<T, kHEAD_DIM, 32>
-                                                    : head<T, kHEAD_DIM, 64>;
-    return launchLink(kernel, dim3(mMultiprocessors), 1, HeadLayout(mConfig.width, std::min(request.slots, rows)).bytes,
-                      stream, params);
+    int const slots = token.request.slots;
+    HeadParams const params{link, mWeights.head, mConfig.vocabulary, reinterpret_cast<float4*>(mWorkspace + at.choices),
+                            token.beams != nullptr ? token.beams->logits : nullptr};
+    int const rows = slots <= 1 ? 1 : std::min(ceilDiv(slots, 16), 4) * 16;
+    return launchLink(token.beams != nullptr ? headOf<T, true>(rows) : headOf<T, false>(rows), dim3(mMultiprocessors),
+                      1, HeadLayout(mConfig.width, std::min(slots, rows)).bytes, stream, params);
+}
+
+//! The rows' newest tokens, to the first sums.
+template <typename T>
+cudaError_t ChainDecoder::enqueueEmbed(BeamSearch const& search, cudaStream_t stream)
+{
+    Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
+    auto const sums = [&](int i) { return reinterpret_cast<SumPair*>(mWorkspace + at.sums[i]); };
+    EmbedParams const params{
+        search.rows, search.inputs, mConfig.width, mConfig.embedScale, mWeights.embedding, mWeights.positionEmbedding,
+        sums(0),     sums(1)};
+    return launchLink(embedRows<T>, dim3(search.images * search.beams), 1, 0, stream, params);
 }
 
 //! A step of many rows: chain_rows_sm90.cuh.
 template <typename T, int kROW_TILES>
-cudaError_t ChainDecoder::enqueueRowsToken(GreedyRequest const& request, unsigned long long conditional, bool last,
-                                           cudaStream_t stream)
+cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stream)
 {
+    GreedyRequest const& request = token.request;
     constexpr int kHEAD_DIM = 64;
     constexpr int kCLUSTER = kHEAD_DIM / 8;  // blocks that share a head in the packed weights
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
@@ -357,7 +315,7 @@ cudaError_t ChainDecoder::enqueueRowsToken(GreedyRequest const& request, unsigne
     int const encoded = mConfig.encoderWidth;
     int const columns = width / kCLUSTER;
     int const rows = request.slots;
-    auto const* const states = reinterpret_cast<RowState const*>(mWorkspace + at.states);
+    auto const* const states = token.states;
     auto* const hidden = mWorkspace + at.hidden;
     auto* const wide = mWorkspace + at.inner;
     auto* const context = mWorkspace + at.context;
@@ -377,7 +335,7 @@ cudaError_t ChainDecoder::enqueueRowsToken(GreedyRequest const& request, unsigne
     Link link{};
     auto const normalizeSums = [&]()
     {
-        link = linkAt(request, index++);
+        link = linkAt(token, index++);
         launch(normalize<T>, dim3(rows), 0,
                NormalizeParams{link.input, link.output, link.norm, hidden, states, width, link.epsilon});
     };
@@ -447,9 +405,11 @@ cudaError_t ChainDecoder::enqueueRowsToken(GreedyRequest const& request, unsigne
         p.blockColumns = 8;
         p.tileColumns = width;  // eight columns each of query, key and value
         store(Three{}, p, heads * kCLUSTER, wide, 3 * width);
-        launch(attendSelf<T, kHEAD_DIM>, dim3(rows, ceilDiv(heads, kWARPS)), 0,
+        launch(token.beams != nullptr ? attendSelf<T, kHEAD_DIM, true> : attendSelf<T, kHEAD_DIM, false>,
+               dim3(rows, ceilDiv(heads, kWARPS)), 0,
                AttendParams{rows, states, wide, mWorkspace + at.keys + layer * at.layerCache,
-                            mWorkspace + at.values + layer * at.layerCache, context, heads, mCapacity});
+                            mWorkspace + at.values + layer * at.layerCache, context, heads, mCapacity,
+                            token.beams != nullptr ? token.beams->owners : nullptr});
         addOutput(self, blob.self, selfTiles + 24 * width * kELEMENT, 24 * 4);
 
         normalizeSums();
@@ -488,15 +448,17 @@ cudaError_t ChainDecoder::enqueueRowsToken(GreedyRequest const& request, unsigne
     }
     if (status == cudaSuccess)
     {
-        status = enqueueHead<T>(request, linkAt(request, index), stream);
+        status = enqueueHead<T>(token, linkAt(token, index), stream);
     }
-    return status != cudaSuccess ? status : enqueueNext<T>(request, false, conditional, last, stream);
+    return status != cudaSuccess || token.beams != nullptr
+               ? status
+               : enqueueNext<T>(request, false, token.conditional, token.last, stream);
 }
 
 template <typename T, int kHEAD_DIM, int kROWS>
-cudaError_t ChainDecoder::enqueueToken(GreedyRequest const& request, unsigned long long conditional, bool last,
-                                       cudaStream_t stream)
+cudaError_t ChainDecoder::enqueueToken(Token const& token, cudaStream_t stream)
 {
+    GreedyRequest const& request = token.request;
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
     int const width = mConfig.width;
     int const heads = mConfig.heads;
@@ -511,7 +473,7 @@ cudaError_t ChainDecoder::enqueueToken(GreedyRequest const& request, unsigned lo
     ChainBytes const blob = chainBytes(mConfig);
 
     int index = 0;  // in the chain; also of the norm
-    auto const link = [&]() { return linkAt(request, index++); };
+    auto const link = [&]() { return linkAt(token, index++); };
 
     cudaError_t status = cudaSuccess;
     for (int layer = 0; layer < mConfig.layers && status == cudaSuccess; ++layer)
@@ -522,8 +484,11 @@ cudaError_t ChainDecoder::enqueueToken(GreedyRequest const& request, unsigned lo
             mWorkspace + at.keys + layer * at.layerCache,
             mWorkspace + at.values + layer * at.layerCache,
             heads,
-            mCapacity};
-        status = launchLink(selfAttention<T, kHEAD_DIM, kROWS>, dim3(headBlocks, sideBySide(headBlocks)), kCLUSTER,
+            mCapacity,
+            token.beams != nullptr ? token.beams->owners : nullptr};
+        auto* const selfKernel = token.beams != nullptr ? selfAttention<T, kHEAD_DIM, kROWS, true>
+                                                        : selfAttention<T, kHEAD_DIM, kROWS, false>;
+        status = launchLink(selfKernel, dim3(headBlocks, sideBySide(headBlocks)), kCLUSTER,
                             SelfLayout(kHEAD_DIM, width, rows, kROWS).bytes, stream, self);
         if (status != cudaSuccess)
         {
@@ -551,82 +516,43 @@ cudaError_t ChainDecoder::enqueueToken(GreedyRequest const& request, unsigned lo
     }
     if (status == cudaSuccess)
     {
-        status = enqueueHead<T>(request, link(), stream);
+        status = enqueueHead<T>(token, link(), stream);
     }
-    return status != cudaSuccess ? status : enqueueNext<T>(request, false, conditional, last, stream);
+    return status != cudaSuccess || token.beams != nullptr
+               ? status
+               : enqueueNext<T>(request, false, token.conditional, token.last, stream);
 }
 
 template <typename T, int kHEAD_DIM>
-cudaError_t ChainDecoder::enqueueRows(GreedyRequest const& request, unsigned long long conditional, bool last,
-                                      cudaStream_t stream)
+cudaError_t ChainDecoder::enqueueRows(Token const& token, cudaStream_t stream)
 {
+    GreedyRequest const& request = token.request;
     if (request.states != nullptr)
     {
-        return request.slots <= 16   ? enqueueRowsToken<T, 1>(request, conditional, last, stream)
-               : request.slots <= 32 ? enqueueRowsToken<T, 2>(request, conditional, last, stream)
-                                     : enqueueRowsToken<T, 4>(request, conditional, last, stream);
+        return request.slots <= 16   ? enqueueRowsToken<T, 1>(token, stream)
+               : request.slots <= 32 ? enqueueRowsToken<T, 2>(token, stream)
+                                     : enqueueRowsToken<T, 4>(token, stream);
     }
     // As few rows a block as still make one wave of blocks, at most 8: with 16, a block takes more than
     // half of a multiprocessor's shared memory, and with one block on each only 15 of base's 16 clusters find room.
     constexpr int kMOST = 8;
     int const sideBySide = std::max(1, mMultiprocessors / (mConfig.heads * kHEAD_DIM / 8));
     int const rows = ceilDiv(request.slots, sideBySide);
-    return rows <= 1   ? enqueueToken<T, kHEAD_DIM, 1>(request, conditional, last, stream)
-           : rows <= 4 ? enqueueToken<T, kHEAD_DIM, 4>(request, conditional, last, stream)
-                       : enqueueToken<T, kHEAD_DIM, kMOST>(request, conditional, last, stream);
+    return rows <= 1   ? enqueueToken<T, kHEAD_DIM, 1>(token, stream)
+           : rows <= 4 ? enqueueToken<T, kHEAD_DIM, 4>(token, stream)
+                       : enqueueToken<T, kHEAD_DIM, kMOST>(token, stream);
 }
 
-cudaError_t ChainDecoder::capture(GreedyRequest const& request, std::unique_ptr<Graph>& captured)
+cudaError_t ChainDecoder::enqueueStep(BeamRequest const& request, BeamSearch const& search, cudaStream_t stream)
 {
-    auto graph = std::make_unique<Graph>();
-    bool const half = mConfig.dataType == DataType::kHALF;
-    cudaError_t status = cudaGraphCreate(&graph->graph, 0);
-    if (status == cudaSuccess)
+    Token const token{request.images, &search, search.rows, 0, false};
+    auto const enqueue = [&](auto type)
     {
-        status = captureInto(graph->graph, mCaptureStream,
-                             [&]()
-                             {
-                                 return half ? enqueueNext<__half>(request, true, 0, false, mCaptureStream)
-                                             : enqueueNext<__nv_bfloat16>(request, true, 0, false, mCaptureStream);
-                             });
-    }
-    cudaGraphConditionalHandle conditional{};
-    cudaGraph_t body{};
-    if (status == cudaSuccess)
-    {
-        status = addWhile(graph->graph, conditional, body);
-    }
-    if (status == cudaSuccess)
-    {
-        status = captureInto(body, mCaptureStream,
-                             [&]()
-                             {
-                                 cudaError_t enqueued = cudaSuccess;
-                                 for (int token = 0; token < kTOKENS_A_TURN && enqueued == cudaSuccess; ++token)
-                                 {
-                                     bool const last = token == kTOKENS_A_TURN - 1;
-                                     if (half)
-                                     {
-                                         enqueued = enqueueRows<__half, 64>(request, conditional, last, mCaptureStream);
-                                     }
-                                     else
-                                     {
-                                         enqueued =
-                                             enqueueRows<__nv_bfloat16, 64>(request, conditional, last, mCaptureStream);
-                                     }
-                                 }
-                                 return enqueued;
-                             });
-    }
-    if (status == cudaSuccess)
-    {
-        status = cudaGraphInstantiate(&graph->executable, graph->graph, 0);
-    }
-    if (status == cudaSuccess)
-    {
-        captured = std::move(graph);
-    }
-    return status;
+        using T = decltype(type);
+        cudaError_t const status = enqueueEmbed<T>(search, stream);
+        return status != cudaSuccess ? status : enqueueRows<T, 64>(token, stream);
+    };
+    return mConfig.dataType == DataType::kHALF ? enqueue(__half{}) : enqueue(__nv_bfloat16{});
 }
 
 cudaError_t ChainDecoder::run(GreedyRequest const& request, cudaStream_t stream)
@@ -635,34 +561,24 @@ cudaError_t ChainDecoder::run(GreedyRequest const& request, cudaStream_t stream)
     {
         return cudaErrorInvalidValue;
     }
-    std::vector<uintptr_t> key = {
-        static_cast<uintptr_t>(request.lines),        static_cast<uintptr_t>(request.slots),
-        static_cast<uintptr_t>(request.maxNewTokens), static_cast<uintptr_t>(request.stops),
-        reinterpret_cast<uintptr_t>(request.tokens),  reinterpret_cast<uintptr_t>(request.logProbs),
-        reinterpret_cast<uintptr_t>(request.lengths), reinterpret_cast<uintptr_t>(request.states)};
-    for (auto const* pointers : {&request.crossKeys, &request.crossValues})
+    bool const half = mConfig.dataType == DataType::kHALF;
+    auto const begin = [&](cudaStream_t on)
     {
-        for (void const* pointer : *pointers)
-        {
-            key.push_back(reinterpret_cast<uintptr_t>(pointer));
-        }
-    }
-    auto found = mGraphs.find(key);
-    if (found == mGraphs.end())
+        return half ? enqueueNext<__half>(request, true, 0, false, on)
+                    : enqueueNext<__nv_bfloat16>(request, true, 0, false, on);
+    };
+    auto const turn = [&](cudaGraphConditionalHandle conditional, cudaStream_t on)
     {
-        if (mGraphs.size() >= kMAX_GRAPHS)
+        cudaError_t enqueued = cudaSuccess;
+        for (int token = 0; token < kTOKENS_A_TURN && enqueued == cudaSuccess; ++token)
         {
-            mGraphs.clear();
+            bool const last = token == kTOKENS_A_TURN - 1;
+            Token const of{request, nullptr, greedyStates(), conditional, last};
+            enqueued = half ? enqueueRows<__half, 64>(of, on) : enqueueRows<__nv_bfloat16, 64>(of, on);
         }
-        std::unique_ptr<Graph> graph;
-        cudaError_t const status = capture(request, graph);
-        if (status != cudaSuccess)
-        {
-            return status;
-        }
-        found = mGraphs.emplace(std::move(key), std::move(graph)).first;
-    }
-    return cudaGraphLaunch(found->second->executable, stream);
+        return enqueued;
+    };
+    return mGraphs.launch(keyOf(request), begin, turn, stream);
 }
 
 }  // namespace

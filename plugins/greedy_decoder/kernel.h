@@ -2,13 +2,17 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <utility>
 #include <vector>
 
 #include "common/data_type.h"
+#include "greedy_decoder/beams.h"
+#include "greedy_decoder/while_graph.h"
 
 //! Greedy decoding of a whole batch in one launch: a CUDA graph whose WHILE node repeats a chain of fused kernels until
 //! every line has ended. See README.md for the design.
@@ -86,11 +90,25 @@ struct GreedyRequest
     int32_t* lengths;                      //!< [lines]: tokens, the end of text included
 };
 
+//! A beam search of one batch.
+struct BeamRequest
+{
+    GreedyRequest images;  //!< a greedy search of them; a line is an image, `slots` all rows, images * beams
+    int32_t beams;         //!< n, rows of an image
+    int32_t noRepeatNgram;
+    bool stopsEarly;
+    bool hopesLong;
+    float const* penalties;  //!< [1 + maxNewTokens], see BeamSearch
+};
+
 //! Whether the current device and these sizes are served; the reason where not.
 bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason);
 
 //! The most rows at a time of a request with `states`.
 constexpr int32_t kMOST_STATE_ROWS = 64;
+
+//! Whether so many beams are served, where canDecodeGreedily; the reason where not.
+bool canSearchBeams(GreedyDecoderConfig const& config, int32_t beams, char const** reason);
 
 //! Whether requests may have `states` in place of keys and values, where canDecodeGreedily; the reason where not.
 bool canAttendToStates(GreedyDecoderConfig const& config, char const** reason);
@@ -125,12 +143,18 @@ TeamBytes teamBytes();
 class GreedyDecoder
 {
 public:
-    virtual ~GreedyDecoder() = default;
+    virtual ~GreedyDecoder();
     GreedyDecoder(GreedyDecoder const&) = delete;
     GreedyDecoder& operator=(GreedyDecoder const&) = delete;
 
     //! Enqueues the search on `stream`; returns at once.
     virtual cudaError_t run(GreedyRequest const& request, cudaStream_t stream) = 0;
+
+    //! Enqueues a beam search: a graph of steps, see WhileGraphs.
+    cudaError_t search(BeamRequest const& request, cudaStream_t stream);
+
+    //! The most rows of a beam search.
+    virtual int32_t mostRows() const = 0;
 
     cudaError_t status() const
     {
@@ -158,6 +182,10 @@ protected:
     {
     }
 
+    //! Enqueues a step of a beam search: logits of every row whose image is open.
+    virtual cudaError_t enqueueStep(BeamRequest const& request, greedy::BeamSearch const& search,
+                                    cudaStream_t stream) = 0;
+
     bool isPossible(GreedyRequest const& request) const
     {
         auto const layers = static_cast<size_t>(mConfig.layers);
@@ -168,10 +196,33 @@ protected:
                request.maxNewTokens <= mCapacity && request.maxNewTokens <= mConfig.positions && attends;
     }
 
+    //! All of a request, for WhileGraphs.
+    static std::vector<uintptr_t> keyOf(GreedyRequest const& request)
+    {
+        auto const word = [](void const* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+        std::vector<uintptr_t> key = {static_cast<uintptr_t>(request.lines),
+                                      static_cast<uintptr_t>(request.slots),
+                                      static_cast<uintptr_t>(request.maxNewTokens),
+                                      static_cast<uintptr_t>(request.stops),
+                                      word(request.tokens),
+                                      word(request.logProbs),
+                                      word(request.lengths),
+                                      word(request.states)};
+        for (auto const* pointers : {&request.crossKeys, &request.crossValues})
+        {
+            std::transform(pointers->begin(), pointers->end(), std::back_inserter(key), word);
+        }
+        return key;
+    }
+
     GreedyDecoderConfig mConfig;
     int32_t mMaxSlots;
     int32_t mCapacity;
     cudaError_t mStatus{cudaSuccess};
+
+private:
+    uint8_t* mBeams{};  //!< what a beam search keeps, from the first on
+    greedy::WhileGraphs mBeamGraphs;
 };
 
 //! A CUDA graph whose WHILE node repeats a chain of fused kernels. A request that differs in any member from earlier

@@ -15,13 +15,13 @@ using namespace greedy;
 
 using Kernel = void (*)(TeamParams);
 
-template <typename T>
+template <typename T, bool kBEAMS>
 Kernel kernelOf(int rows)
 {
-    return rows <= 1   ? decodeInTeams<T, 1>
-           : rows <= 2 ? decodeInTeams<T, 2>
-           : rows <= 4 ? decodeInTeams<T, 4>
-                       : decodeInTeams<T, kMAX_ROWS>;
+    return rows <= 1   ? decodeInTeams<T, 1, kBEAMS>
+           : rows <= 2 ? decodeInTeams<T, 2, kBEAMS>
+           : rows <= 4 ? decodeInTeams<T, 4, kBEAMS>
+                       : decodeInTeams<T, kMAX_ROWS, kBEAMS>;
 }
 
 //! Rows of the kernel that serves teams of so many.
@@ -51,9 +51,12 @@ public:
         }
         for (int rows : {1, 2, 4, kMAX_ROWS})
         {
-            if (mStatus == cudaSuccess)
+            for (bool beams : {false, true})
             {
-                mStatus = findClusters(rows);
+                if (mStatus == cudaSuccess)
+                {
+                    mStatus = findClusters(rows, beams);
+                }
             }
         }
     }
@@ -69,10 +72,40 @@ public:
         {
             return cudaErrorInvalidValue;
         }
-        int const slots = std::min({request.slots, kMAX_SLOTS, mClusters * kMAX_ROWS});
-        int const teams = std::min(mClusters, slots);
-        int const rows = kernelRows(ceilDiv(slots, teams));
+        int const slots = std::min(request.slots, mostRows());
+        TeamParams params = paramsOf(slots, request.crossKeys, request.crossValues);
+        params.tokens = request.tokens;
+        params.logProbs = request.logProbs;
+        params.lengths = request.lengths;
+        params.lines = request.lines;
+        params.maxNewTokens = request.maxNewTokens;
+        std::copy(mConfig.endIds.begin(), mConfig.endIds.end(), params.endIds);
+        params.ends = request.stops ? static_cast<int>(mConfig.endIds.size()) : 0;
+        return launch(params, false, stream);
+    }
 
+    int32_t mostRows() const override
+    {
+        return std::min({mMaxSlots, kMAX_SLOTS, mClusters * kMAX_ROWS});
+    }
+
+private:
+    cudaError_t enqueueStep(BeamRequest const& request, BeamSearch const& search, cudaStream_t stream) override
+    {
+        TeamParams params =
+            paramsOf(search.images * search.beams, request.images.crossKeys, request.images.crossValues);
+        params.beams = search.rows;
+        params.inputs = search.inputs;
+        params.owners = search.owners;
+        params.logits = search.logits;
+        return launch(params, true, stream);
+    }
+
+    //! What a launch for so many rows is given, but for what is searched.
+    TeamParams paramsOf(int slots, std::vector<void const*> const& crossKeys,
+                        std::vector<void const*> const& crossValues) const
+    {
+        int const teams = std::min(mClusters, slots);
         TeamParams params{};
         params.weights = static_cast<uint8_t const*>(mWeights.layers);
         params.constants = static_cast<uint8_t const*>(mWeights.constants);
@@ -80,41 +113,38 @@ public:
         params.embeddingNorm = mConfig.embeddingNorm ? mWeights.embeddingNorm : nullptr;
         params.embedding = mWeights.embedding;
         params.positions = mWeights.positionEmbedding;
-        std::copy(request.crossKeys.begin(), request.crossKeys.end(), params.crossKeys);
-        std::copy(request.crossValues.begin(), request.crossValues.end(), params.crossValues);
+        std::copy(crossKeys.begin(), crossKeys.end(), params.crossKeys);
+        std::copy(crossValues.begin(), crossValues.end(), params.crossValues);
         params.keys = mWorkspace + mKeys;
         params.values = mWorkspace + mValues;
         params.hidden = reinterpret_cast<ulonglong2*>(mWorkspace + mHidden);
         params.choices = reinterpret_cast<sm90::Quad*>(mWorkspace + mChoices);
         params.counters = reinterpret_cast<TeamCounters*>(mWorkspace + mCounters);
-        params.tokens = request.tokens;
-        params.logProbs = request.logProbs;
-        params.lengths = request.lengths;
         params.layers = mConfig.layers;
         params.heads = mConfig.heads;
         params.inverseWidth = 1.0F / static_cast<float>(mConfig.width);
-        params.lines = request.lines;
         params.slots = slots;
         params.teams = teams;
         params.teamRows = slots / teams;
         params.largerTeams = slots % teams;
         params.capacity = mCapacity;
-        params.maxNewTokens = request.maxNewTokens;
         params.sourceLength = mConfig.sourceLength;
         params.vocabulary = mConfig.vocabulary;
         params.startId = mConfig.startId;
         params.padId = mConfig.padId;
-        std::copy(mConfig.endIds.begin(), mConfig.endIds.end(), params.endIds);
-        params.ends = request.stops ? static_cast<int>(mConfig.endIds.size()) : 0;
         params.embedScale = mConfig.embedScale;
         params.epsilon = mConfig.epsilon;
         params.gelu = mConfig.gelu;
-
-        Launch launch(sharedBytes(rows), mClusters, stream);
-        return cudaLaunchKernelEx(&launch.config, kernelOf(rows), params);
+        return params;
     }
 
-private:
+    cudaError_t launch(TeamParams const& params, bool beams, cudaStream_t stream) const
+    {
+        int const rows = kernelRows(ceilDiv(params.slots, params.teams));
+        Launch launch(sharedBytes(rows), mClusters, stream);
+        return cudaLaunchKernelEx(&launch.config, kernelOf(rows, beams), params);
+    }
+
     struct Launch
     {
         cudaLaunchAttribute attributes[2]{};
@@ -135,10 +165,13 @@ private:
         }
     };
 
-    Kernel kernelOf(int rows) const
+    Kernel kernelOf(int rows, bool beams) const
     {
-        return mConfig.dataType == DataType::kHALF ? trocr::kernelOf<__half>(rows)
-                                                   : trocr::kernelOf<__nv_bfloat16>(rows);
+        if (mConfig.dataType == DataType::kHALF)
+        {
+            return beams ? trocr::kernelOf<__half, true>(rows) : trocr::kernelOf<__half, false>(rows);
+        }
+        return beams ? trocr::kernelOf<__nv_bfloat16, true>(rows) : trocr::kernelOf<__nv_bfloat16, false>(rows);
     }
 
     static int sharedBytes(int rows)
@@ -150,9 +183,9 @@ private:
     }
 
     //! Sets up the kernel for teams of `rows` and finds how many clusters of it run at once.
-    cudaError_t findClusters(int rows)
+    cudaError_t findClusters(int rows, bool beams)
     {
-        auto const* const kernel = reinterpret_cast<void const*>(kernelOf(rows));
+        auto const* const kernel = reinterpret_cast<void const*>(kernelOf(rows, beams));
         cudaError_t status =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sharedBytes(rows));
         Launch launch(sharedBytes(rows), 1, nullptr);

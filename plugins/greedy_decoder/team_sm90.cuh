@@ -5,6 +5,7 @@
 // A warp runs most instructions of a layer once a token, so their number is what time there is to save: sizes are
 // constants, and what every warp would compute alike is computed by as few as possible.
 
+#include "greedy_decoder/beams.h"
 #include "greedy_decoder/kernel.h"
 #include "greedy_decoder/team_pieces_sm90.cuh"
 
@@ -62,13 +63,18 @@ struct TeamParams
     float embedScale;
     float epsilon;
     bool gelu;
+    // Of one step of a beam search.
+    RowState const* beams;  //!< [slots]
+    int const* inputs;      //!< [slots], their newest tokens
+    int const* owners;      //!< [slots, capacity]: the row whose cache has the key of a position
+    float* logits;          //!< [slots, V]
 };
 
 // ---- the kernel ----
 
 //! What a block works with: its place in the grid, its place in the stream, what it shares with its team. Every thread
-//! has one.
-template <typename T, int kROWS>
+//! has one. kBEAMS: of one step of a beam search, which leaves logits, else of a whole greedy search.
+template <typename T, int kROWS, bool kBEAMS>
 struct Block
 {
     using Layout = TeamLayout<kROWS>;
@@ -450,15 +456,22 @@ struct Block
         return index * p.capacity * kHEAD + lane() * 8;
     }
 
-    //! Keys `first` to first + 15, as far as they lie before the newest.
-    __device__ __forceinline__ void load(Cached& cached, size_t cache, int first, int newest) const
+    //! Keys `first` to first + 15, as far as they lie before the newest. A hypothesis has those of its ancestors from
+    //! their rows' caches, which lie as this row's does.
+    __device__ __forceinline__ void load(Cached& cached, size_t cache, int row, int first, int newest) const
     {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
         {
-            if (first + i * 8 + lane() / 4 < newest)
+            int const key = first + i * 8 + lane() / 4;
+            if (key < newest)
             {
-                size_t const offset = cache + (first + i * 8) * kHEAD;
+                size_t offset = cache + (first + i * 8) * kHEAD;
+                if constexpr (kBEAMS)
+                {
+                    int const behind = __ldg(p.owners + rowOf(row) * p.capacity + key) - rowOf(row);
+                    offset += static_cast<ptrdiff_t>(behind) * (kTEAM_BLOCKS * kHEAD) * p.capacity;
+                }
                 cached.keys[i] = *reinterpret_cast<uint4 const*>(static_cast<T const*>(p.keys) + offset);
                 cached.values[i] = *reinterpret_cast<uint4 const*>(static_cast<T const*>(p.values) + offset);
             }
@@ -486,7 +499,7 @@ struct Block
         {
             if (first > mine)
             {
-                load(cached, cache, first, newest);
+                load(cached, cache, row, first, newest);
                 __syncwarp();  // the scratch has been read
             }
 #pragma unroll
@@ -636,7 +649,7 @@ struct Block
             if (selfRow < kROWS)
             {
                 // On its way while the query is computed.
-                load(cached, inCache(layer, selfRow), warp() % kSELF_WARPS * 16, positions()[selfRow]);
+                load(cached, inCache(layer, selfRow), selfRow, warp() % kSELF_WARPS * 16, positions()[selfRow]);
             }
             int const buffer = layersSeen % 2;
             sm90::barrierWait(base() + barrier(kCONSTANTS_FULL) + buffer * 8, layersSeen / 2 % 2);
@@ -826,8 +839,9 @@ struct Block
         return computeAny(works);
     }
 
-    //! Every row's best token among this block's share of the vocabulary, to p.choices. A warp takes 16 tokens of a
-    //! slot for eight rows, which it keeps in registers; where there are few rows, several slots are worked on at once.
+    //! Every row's best token among this block's share of the vocabulary, to p.choices; or all logits, to p.logits. A
+    //! warp takes 16 tokens of a slot for eight rows, which it keeps in registers; where there are few rows, several
+    //! slots are worked on at once.
     __device__ __forceinline__ void chooseTokens()
     {
         // Powers of two all, and no division by what the compiler does not know to be one.
@@ -876,7 +890,20 @@ struct Block
                 for (int half = 0; half < 2; ++half)
                 {
                     int const token = pieceOf(i) * kHEAD_TOKENS + warp() % 2 * 16 + half * 8 + lane() / 4;
-                    if (token < p.vocabulary)
+                    if constexpr (kBEAMS)
+                    {
+#pragma unroll
+                        for (int e = 0; e < 2; ++e)
+                        {
+                            int const mine = firstRow + lane() % 4 * 2 + e;
+                            if (token < p.vocabulary && mine < p.slots)
+                            {
+                                p.logits[static_cast<size_t>(mine) * p.vocabulary + token] =
+                                    c[2 * half + e] + odd[2 * half + e];
+                            }
+                        }
+                    }
+                    else if (token < p.vocabulary)
                     {
                         best[0].take(c[2 * half] + odd[2 * half], token);
                         best[1].take(c[2 * half + 1] + odd[2 * half + 1], token);
@@ -888,6 +915,17 @@ struct Block
                 ring.release<1>();
             }
         }
+        if constexpr (!kBEAMS)
+        {
+            publishChoices(best, firstRow, part, logParts);
+        }
+    }
+
+    //! Each row's best token of the block from those of its warps: this one's rows are lane % 4 * 2 and the next from
+    //! `firstRow`, and it is number `part` of 2^logParts.
+    __device__ __forceinline__ void publishChoices(Choice (&best)[2], int firstRow, int part, int logParts)
+    {
+        int const parts = 1 << logParts;
         auto* const choices = at<Choice>(Layout::headChoices);  // [row][part]
 #pragma unroll
         for (int e = 0; e < 2; ++e)
@@ -1095,7 +1133,66 @@ struct Block
         }
     }
 
-    //! The warps that compute.
+    //! A token's way from its embedding to the hidden states that the head multiplies, which are published.
+    __device__ __forceinline__ void decodeHidden()
+    {
+        bool const works = anyLine();
+        if (threadIdx.x == 0)
+        {
+            sm90::barrierArrive(base() + barrier(kDECIDED));
+            ++*number();
+        }
+        if (warp() < kROWS && lines()[warp()] >= 0)
+        {
+            embed(inputs()[warp()]);
+        }
+        computeSync();
+        if (works)
+        {
+            decodeLayers();
+        }
+        if (rank() == 0 && warp() < teamRows())
+        {
+            unsigned const mark = lines()[warp()] < 0 ? *number() | kIDLE : *number() & ~kIDLE;
+            uint4 const bits = at<uint4>(Layout::hidden + warp() * kPITCH)[lane()];
+            ulonglong2* const to = p.hidden + rowOf(warp()) * (kWIDTH / 4) + lane();
+            sm90::publish(to, withMark(bits.x, mark), withMark(bits.y, mark));
+            sm90::publish(to + kWARP_SIZE, withMark(bits.z, mark), withMark(bits.w, mark));
+        }
+    }
+
+    //! Lets the lane that fetches leave.
+    __device__ __forceinline__ void endFetching()
+    {
+        if (threadIdx.x == 0)
+        {
+            *allEnded() = 1;
+            sm90::barrierArrive(base() + barrier(kDECIDED));
+        }
+    }
+
+    //! The warps that compute, in a step of a beam search.
+    __device__ __forceinline__ void computeStep()
+    {
+        if (warp() == 0 && lane() < kMAX_ROWS)
+        {
+            RowState const state = lane() < teamRows() ? p.beams[rowOf(lane())] : RowState{-1, 0};
+            lines()[lane()] = state.line;
+            positions()[lane()] = state.line >= 0 ? state.position : 0;
+            inputs()[lane()] = state.line >= 0 ? p.inputs[rowOf(lane())] : p.startId;
+        }
+        if (threadIdx.x == 0)
+        {
+            *number() = p.counters->tokens;
+        }
+        computeSync();
+        decodeHidden();
+        awaitHidden();
+        chooseTokens();
+        endFetching();
+    }
+
+    //! The warps that compute, in a greedy search.
     __device__ __forceinline__ void compute()
     {
         if (warp() == 0 && lane() < kMAX_ROWS)
@@ -1115,36 +1212,10 @@ struct Block
 #pragma unroll 1
         while (true)
         {
-            bool const works = anyLine();
-            if (threadIdx.x == 0)
-            {
-                sm90::barrierArrive(base() + barrier(kDECIDED));
-                ++*number();
-            }
-            if (warp() < kROWS && lines()[warp()] >= 0)
-            {
-                embed(inputs()[warp()]);
-            }
-            computeSync();
-            if (works)
-            {
-                decodeLayers();
-            }
-            if (rank() == 0 && warp() < teamRows())
-            {
-                unsigned const mark = lines()[warp()] < 0 ? *number() | kIDLE : *number() & ~kIDLE;
-                uint4 const bits = at<uint4>(Layout::hidden + warp() * kPITCH)[lane()];
-                ulonglong2* const to = p.hidden + rowOf(warp()) * (kWIDTH / 4) + lane();
-                sm90::publish(to, withMark(bits.x, mark), withMark(bits.y, mark));
-                sm90::publish(to + kWARP_SIZE, withMark(bits.z, mark), withMark(bits.w, mark));
-            }
+            decodeHidden();
             if (!awaitHidden())
             {
-                if (threadIdx.x == 0)
-                {
-                    *allEnded() = 1;
-                    sm90::barrierArrive(base() + barrier(kDECIDED));
-                }
+                endFetching();
                 drain();
                 return;
             }
@@ -1188,11 +1259,11 @@ struct Block
 };
 
 //! Decodes all lines. Blocks 8 i to 8 i + 7 are a cluster and, while there are rows for it, a team; the rest take part
-//! in the head. All blocks must run at once.
-template <typename T, int kROWS>
+//! in the head. All blocks must run at once. kBEAMS: one step of a beam search, and no choice.
+template <typename T, int kROWS, bool kBEAMS>
 __global__ void __launch_bounds__(kTEAM_THREADS, 1) decodeInTeams(__grid_constant__ TeamParams const p)
 {
-    Block<T, kROWS> block{p};
+    Block<T, kROWS, kBEAMS> block{p};
     if (threadIdx.x == 0)
     {
         for (int slot = 0; slot < kRING; ++slot)
@@ -1211,7 +1282,14 @@ __global__ void __launch_bounds__(kTEAM_THREADS, 1) decodeInTeams(__grid_constan
     if (threadIdx.x < kTEAM_COMPUTE)
     {
         sm90::growRegisters<kCOMPUTE_REGISTERS>();
-        block.compute();
+        if constexpr (kBEAMS)
+        {
+            block.computeStep();
+        }
+        else
+        {
+            block.compute();
+        }
         if (threadIdx.x == 0 && atomicAdd(&p.counters->left, 1) + 1 == static_cast<int>(gridDim.x))
         {
             *p.counters = {0, 0, *block.number()};

@@ -15,6 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from graph_surgery.checkpoint import ModelSpec, Normalization
+    from runtime.search import SearchSettings
 
 Encoding = Any
 """Images that are encoded: what the decoder's cross-attention reads. Each backend has its own kind."""
@@ -33,8 +34,8 @@ def image_rows(images: torch.Tensor, beams: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class GreedyResult:
-    """What `Backend.greedy` found, on `Backend.device`.
+class SearchResult:
+    """What `Backend.search` found, on `Backend.device`.
 
     Attributes:
         tokens: int32 [B, max_new_tokens], without the start token, padded after the end of text.
@@ -91,7 +92,7 @@ class Backend(ABC):
     def largest_batch(self, beams: int, whole: bool = False) -> int | None:
         """The most images a batch with so many beams; 0 where the beams alone are too many, None: any.
 
-        `whole`: of greedy search as a whole, where the backend has it (`greedy`), else step by step.
+        `whole`: of a search as a whole that the backend has (`searches`), else step by step.
         """
         return None if self.max_batch is None else min(self.max_batch, self.max_rows // beams)
 
@@ -158,8 +159,17 @@ class Backend(ABC):
         """
         raise NotImplementedError
 
-    def greedy(self, encoding: Encoding, max_new_tokens: int, stop: bool = True) -> GreedyResult | None:
-        """Greedy search as a whole, where the backend has one that is faster than step by step; else None."""
+    def searches(self, settings: SearchSettings) -> bool:
+        """Whether the backend has such searches as a whole, and `search` is faster than step by step."""
+        return False
+
+    def search(
+        self, encoding: Encoding, max_new_tokens: int, settings: SearchSettings, stop: bool = True
+    ) -> SearchResult | None:
+        """A search as a whole, where the backend has it for these settings and so many images; else None.
+
+        `stop`: False for texts of exactly max_new_tokens, whatever ends them: for measurements.
+        """
         return None
 
     def capture(self, state: DecoderState, step: Callable[[], None]) -> Callable[[], None]:

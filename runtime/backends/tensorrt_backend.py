@@ -15,13 +15,14 @@ import torch
 
 from graph_surgery.checkpoint import load_normalization, load_spec
 from graph_surgery.fused_ops import CROSS_ATTENTION
-from runtime.backends.base import Backend, GreedyResult, check_bytes, image_rows, normalised
+from runtime.backends.base import Backend, SearchResult, check_bytes, image_rows, normalised
 from runtime.engine import ALIGNMENT, BoundEngine, Engine, EngineError, capture
 from runtime.greedy_decoder import GreedyDecoder
 from runtime.greedy_weights import FILE_NAME, GreedyWeightsError, load_decoder
 from runtime.kernels import optional_kernels
 from runtime.manifest import Manifest, ManifestError
 from runtime.ranges import stage, staged
+from runtime.search import GREEDY, SearchSettings
 
 T = TypeVar("T")
 
@@ -226,7 +227,7 @@ class TensorRTBackend(Backend):
         return self._greedy is not None and self._greedy.wants_states(images)
 
     def largest_batch(self, beams: int, whole: bool = False) -> int:
-        return self._max_lines if whole and beams == 1 else super().largest_batch(beams)
+        return self._max_lines if whole else super().largest_batch(beams)
 
     def _cross_buffers(self, rows: int) -> dict[str, torch.Tensor]:
         dtype = self.encoder.dtypes["last_hidden_state"]
@@ -356,13 +357,18 @@ class TensorRTBackend(Backend):
             tensor[: len(kept)] = tensor.index_select(0, kept)
         return selected
 
-    def greedy(self, encoding: Encoding, max_new_tokens: int, stop: bool = True) -> GreedyResult | None:
-        if self._greedy is None or not self._greedy.takes(encoding.images):
+    def searches(self, settings: SearchSettings) -> bool:
+        return self._greedy is not None and self._greedy.searches(settings)
+
+    def search(
+        self, encoding: Encoding, max_new_tokens: int, settings: SearchSettings, stop: bool = True
+    ) -> SearchResult | None:
+        if not self.searches(settings) or not self._greedy.takes(encoding.images):
             return None
         torch.cuda.current_stream().wait_event(encoding.ready)
-        with stage("greedy search", (encoding.images, max_new_tokens)):
+        with stage("search", (encoding.images, settings.num_beams, max_new_tokens)):
             states, cross = self._hidden[encoding.slot], self._cross[encoding.slot]
-            return self._greedy(states, cross, encoding.images, max_new_tokens, stop)
+            return self._greedy(states, cross, encoding.images, max_new_tokens, settings, stop)
 
     def capture(self, state: State, step: Callable[[], None]) -> Callable[[], None]:
         """One CUDA graph a state; with a growing cache, whose shapes change, one a position.
@@ -448,7 +454,7 @@ class TensorRTBackend(Backend):
 
 
 class GreedyKernels:
-    """The CUDA greedy decoder with one folder's weights.
+    """The CUDA decoder with one folder's weights.
 
     Its outputs are one set of tensors for each number of images: addresses are part of the decoder's graphs.
     """
@@ -496,13 +502,19 @@ class GreedyKernels:
         """That it is given at a time; None: any number."""
         return None if self._decoder.attends_to_states else self._most_by_keys
 
+    def searches(self, settings: SearchSettings) -> bool:
+        """Whether it has such searches."""
+        if settings.num_beams == 1:
+            return settings == GREEDY
+        return self.most_images is None and self._decoder.searches_beams(settings.num_beams)
+
     def takes(self, images: int) -> bool:
         """Whether one search of so many images is faster here than step by step."""
         return self.most_images is None or images <= self.most_images
 
-    def wants_states(self, images: int) -> bool:
-        """Whether such a search reads the encoder's states, and no keys and values."""
-        return self._decoder.attends_to_states and images > self._most_by_keys
+    def wants_states(self, rows: int) -> bool:
+        """Whether a search in so many rows reads the encoder's states, and no keys and values."""
+        return self._decoder.attends_to_states and rows > self._most_by_keys
 
     def __call__(
         self,
@@ -510,20 +522,24 @@ class GreedyKernels:
         cross: dict[str, torch.Tensor],
         images: int,
         max_new_tokens: int,
+        settings: SearchSettings,
         stop: bool,
-    ) -> GreedyResult:
+    ) -> SearchResult:
         """Decode images whose states, keys and values begin these; valid until the next call."""
         size = (images, max_new_tokens)
         outputs = self._outputs.get(size) or self._outputs.setdefault(size, self._decoder.outputs(*size))
-        if self.wants_states(images):
-            self._decoder.run(states, outputs, stop=stop)
+        if self.wants_states(images * settings.num_beams):
+            attended = states[:images]
         else:
-            keys, values = (
-                [cross[f"{layer}.encoder.{kind}"] for layer in range(self._layers)]
+            attended = tuple(
+                [cross[f"{layer}.encoder.{kind}"][:images] for layer in range(self._layers)]
                 for kind in ("key", "value")
             )
-            self._decoder.run((keys, values), outputs, stop=stop)
-        return GreedyResult(*outputs)
+        if settings.num_beams == 1:
+            self._decoder.run(attended, outputs, stop=stop)
+        else:
+            self._decoder.search_beams(attended, outputs, settings, stop)
+        return SearchResult(*outputs)
 
 
 def _bindable(ids: torch.Tensor, rows: int) -> torch.Tensor:

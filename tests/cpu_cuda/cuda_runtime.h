@@ -279,6 +279,12 @@ inline bool __all_sync(unsigned mask, bool vote)
     return __ballot_sync(mask, !vote) == 0;
 }
 
+inline unsigned __reduce_max_sync(unsigned /*mask*/, unsigned value)
+{
+    uint64_t const* const shown = cpu_cuda::show(value);
+    return static_cast<unsigned>(*std::max_element(shown, shown + cpu_cuda::kLANES));
+}
+
 inline int __reduce_min_sync(unsigned /*mask*/, int value)
 {
     uint64_t const* const shown = cpu_cuda::show(value);
@@ -289,6 +295,13 @@ inline int __reduce_min_sync(unsigned /*mask*/, int value)
     }
     return least;
 }
+
+inline int __ffs(int bits)
+{
+    return __builtin_ffs(bits);
+}
+
+inline void __threadfence() {}
 
 inline unsigned __float_as_uint(float value)
 {

@@ -1,0 +1,222 @@
+"""Beam search on the GPU against runtime.beam_search over a PyTorch decoder; what it refuses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from profiling.greedy_decoder import cross_of_states, random_cross, random_states
+from profiling.greedy_reference import ReferenceDecoder, forced_logits, greedy_reference
+from runtime.beam_search import BeamSearch
+from runtime.greedy_decoder import GreedyDecoder
+from runtime.search import SearchSettings
+from tests.test_greedy_decoder import hopper, kernels, settings, weights_of  # noqa: F401  (fixtures)
+
+FOUR = SearchSettings(4)
+SETTINGS = (
+    SearchSettings(2, length_penalty=0.0),
+    SearchSettings(3, length_penalty=2.0, no_repeat_ngram_size=2, early_stopping=True),
+    FOUR,
+    SearchSettings(4, length_penalty=0.8, no_repeat_ngram_size=1, early_stopping="never"),
+    SearchSettings(5, length_penalty=-1.0, early_stopping="never"),
+    SearchSettings(8, early_stopping=True),
+)
+
+
+class ReferenceBackend:
+    """A `ReferenceDecoder` in float32 as BeamSearch wants it."""
+
+    name = "reference"
+    device = torch.device("cuda")
+
+    def __init__(self, weights, config, cross, beams: int):
+        repeated = [[tensor.repeat_interleave(beams, 0) for tensor in tensors] for tensors in cross]
+        self.decoder = ReferenceDecoder(weights, config, *repeated)
+        self.spec = SimpleNamespace(
+            decoder=SimpleNamespace(vocab_size=config["vocab_size"]),
+            decoder_start_token_id=config["start_id"],
+            pad_token_id=config["pad_id"],
+            eos_token_ids=tuple(config["eos_ids"]),
+        )
+
+    def step(self, state, input_ids, position_ids):
+        return self.decoder.step(input_ids[:, 0])
+
+    def reorder(self, state, rows, position_ids):
+        for cache in (*self.decoder.keys, *self.decoder.values):
+            cache[:] = [tensor[rows] for tensor in cache]
+
+
+def attended(config, name, images, dtype, states):
+    """What cross-attention reads, and the keys and values that this is for the reference."""
+    if not states:
+        cross = random_cross(config, images, dtype, "cuda", seed=images)
+        return cross, cross
+    found = random_states(config, images, dtype, "cuda", seed=images)
+    return found, cross_of_states(weights_of(name, dtype), config, found)
+
+
+def with_ends(name, dtype, ends=1) -> dict:
+    """The decoder's configuration with ids that end a text: what many texts say, none at its beginning."""
+    config = settings(name, dtype)
+    _, cross = attended(config, name, 8, dtype, False)
+    tokens, _ = greedy_reference(weights_of(name, dtype), config, *cross, max_new_tokens=12)
+    early = set(tokens[:, :3].flatten().tolist())
+    texts = Counter(token for text in tokens.tolist() for token in set(text) - early)
+    return config | {"eos_ids": [token for token, _ in texts.most_common(ends)]}
+
+
+def search(hopper, name, dtype, config, source, images, steps, chosen, slots=64):  # noqa: F811
+    """The device's outputs from poisoned buffers, and its decoder."""
+    decoder = GreedyDecoder(hopper, weights_of(name, dtype), config, slots, steps)
+    outputs = decoder.outputs(images, steps)
+    outputs[0].fill_(-7)
+    outputs[1].fill_(torch.nan)
+    outputs[2].fill_(-7)
+    decoder.search_beams(source, outputs, chosen)
+    torch.cuda.synchronize()
+    return outputs, decoder
+
+
+def assert_right(name, dtype, config, cross, outputs, chosen) -> None:
+    """Every score is that of its tokens, and hardly any hypothesis is worth less than the reference's."""
+    tokens, log_probs, lengths = outputs
+    images, steps = tokens.shape
+    weights = weights_of(name, dtype)
+    start = torch.full_like(tokens[:, :1], config["start_id"])
+    inputs = torch.cat([start, tokens[:, :-1]], 1).clamp(0, config["vocab_size"] - 1)
+    exact = forced_logits(weights, config, *cross, inputs)
+    rounded = forced_logits(weights, config, *cross, inputs, dtype=dtype).float()
+    margin = 2 * (rounded - exact).abs().max() + 1e-3
+    valid = torch.arange(steps, device="cuda") < lengths[:, None]
+    assert (lengths >= 1).all() and (lengths <= steps).all()
+    assert (tokens[~valid] == config["pad_id"]).all()
+    chosen_tokens = tokens.clamp(0, config["vocab_size"] - 1).long()[..., None]
+    expected = (exact.log_softmax(-1).gather(-1, chosen_tokens)[..., 0] * valid).sum(1)
+    assert ((log_probs - expected).abs() / lengths).max() <= 2 * margin
+
+    backend = ReferenceBackend(weights, config, cross, chosen.num_beams)
+    reference = BeamSearch(backend, images, steps, chosen)
+    reference.reset()
+    with torch.inference_mode():
+        for _ in range(steps):
+            reference.step()
+            if reference.open_images == 0:
+                break
+    found = reference.result()
+    same = 0
+    for image in range(images):
+        length = int(lengths[image])
+        theirs = found.token_ids[image]
+        value = expected[image] / length**chosen.length_penalty
+        best = found.mean_log_probs[image] * len(theirs) / len(theirs) ** chosen.length_penalty
+        same += tokens[image, :length].tolist() == theirs or bool(value >= best - margin * length)
+    assert same >= 0.9 * images, f"{same} of {images}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chosen", SETTINGS, ids=str)
+@pytest.mark.parametrize("images", (1, 3, 8))
+@pytest.mark.parametrize(("name", "states"), (("bundled", False), ("small", False), ("relu", True)))
+def test_finds_what_the_reference_finds(hopper, name, states, images, chosen):  # noqa: F811
+    dtype = torch.float16
+    config = with_ends(name, dtype)
+    source, cross = attended(config, name, images, dtype, states)
+    outputs, _ = search(hopper, name, dtype, config, source, images, 12, chosen)
+    assert_right(name, dtype, config, cross, outputs, chosen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("images", (1, 2, 16))
+@pytest.mark.parametrize(
+    ("name", "states"),
+    (("bundled", False), ("small", False), ("base", False), ("base", True), ("odd", False)),
+)
+def test_decoders(hopper, name, states, images, dtype):  # noqa: F811
+    if name == "base" and not states and images * 4 > 8:
+        pytest.skip("so many rows attend to states")
+    config = with_ends(name, dtype, ends=2 if name == "small" else 1)
+    source, cross = attended(config, name, images, dtype, states)
+    outputs, _ = search(hopper, name, dtype, config, source, images, 20, FOUR)
+    assert_right(name, dtype, config, cross, outputs, FOUR)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ("bundled", "relu"))
+def test_long_texts(hopper, name):  # noqa: F811
+    """No end, and more tokens than a row's warps hold at once."""
+    dtype, config = torch.float16, settings(name, torch.float16)
+    config = config | {"eos_ids": [config["vocab_size"] - 1]}
+    source, cross = attended(config, name, 2, dtype, False)
+    outputs, _ = search(hopper, name, dtype, config, source, 2, 150, FOUR)
+    assert_right(name, dtype, config, cross, outputs, FOUR)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "states"), (("bundled", False), ("relu", True)))
+def test_an_image_does_not_depend_on_its_neighbours(hopper, name, states):  # noqa: F811
+    """In another order, and in groups: more rows than fit at once. The same bits."""
+    dtype, images = torch.float16, 37
+    config = with_ends(name, dtype, ends=2)
+    source, _ = attended(config, name, images, dtype, states)
+    outputs, decoder = search(hopper, name, dtype, config, source, images, 12, FOUR)
+    expected = [tensor.clone() for tensor in outputs]
+    assert expected[2].unique().numel() > 1  # texts of several lengths
+    order = torch.randperm(images, device="cuda")
+    if states:
+        shuffled = source[order].contiguous()
+    else:
+        shuffled = tuple([tensor[order].contiguous() for tensor in tensors] for tensors in source)
+    decoder.search_beams(shuffled, outputs, FOUR)
+    torch.cuda.synchronize()
+    for got, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(got, wanted[order])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ("bundled", "relu"))
+def test_searches_of_all_kinds_on_one_decoder(hopper, name):  # noqa: F811
+    """Greedy and beam searches of several sizes one after another, on other streams: the same every time."""
+    dtype = torch.float16
+    config = with_ends(name, dtype)
+    source, _ = attended(config, name, 6, dtype, False)
+    few = tuple([tensor[:2].contiguous() for tensor in tensors] for tensors in source)
+    decoder = GreedyDecoder(hopper, weights_of(name, dtype), config, 64, 12)
+    runs = [
+        (lambda outputs: decoder.run(source, outputs), 6),
+        (lambda outputs: decoder.search_beams(few, outputs, FOUR), 2),
+        (lambda outputs: decoder.search_beams(few, outputs, SETTINGS[1]), 2),
+        (lambda outputs: decoder.search_beams(few, outputs, FOUR, stop=False), 2),
+    ]
+    outputs = [decoder.outputs(images, 12) for _, images in runs]
+    seen = []
+    stream = torch.cuda.Stream()
+    for turn in range(3):
+        with torch.cuda.stream(stream if turn == 1 else torch.cuda.current_stream()):
+            for (run, _), its in zip(runs, outputs, strict=True):
+                for tensor in its:
+                    tensor.fill_(-3)
+                run(its)
+        torch.cuda.synchronize()
+        seen.append([tensor.clone() for its in outputs for tensor in its])
+    for later in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], later, strict=True))
+    assert (outputs[3][2] == 12).all()
+
+
+@pytest.mark.gpu
+def test_refuses(hopper):  # noqa: F811
+    dtype, name = torch.float16, "bundled"
+    config = settings(name, dtype) | {"eos_ids": [3]}
+    assert hopper.beam_search_obstacle(config, 8) is None
+    assert "more than 8" in hopper.beam_search_obstacle(config, 9)
+    assert "candidates" in hopper.beam_search_obstacle(config | {"eos_ids": [3, 4, 5, 6, 7]}, 6)
+    assert "131072" in hopper.beam_search_obstacle(config | {"vocab_size": 140000}, 2)
+    source, _ = attended(config, name, 2, dtype, False)
+    decoder = GreedyDecoder(hopper, weights_of(name, dtype), config, 64, 12)
+    with pytest.raises(RuntimeError, match="max_new_tokens"):
+        decoder.search_beams(source, decoder.outputs(2, 13), FOUR)
