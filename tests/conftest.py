@@ -1,6 +1,9 @@
 """Fixtures that several test files share."""
 
+import importlib
 import os
+import platform
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: its threads would fight for the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: its threads
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -24,6 +28,16 @@ def give_gpu_memory_back():
     yield
     if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def cpu_kernels() -> ModuleType:
+    """The decoders' kernels on the CPU (tests/cpu_cuda/README.md), which `make test` has built."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the coroutines of tests/cpu_cuda are x86-64's")
+    root = Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(root / os.environ.get("TROCR_BUILD_DIR", "build")))
+    return importlib.import_module("trocr_cpu_kernels")
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from profiling.greedy_decoder import cross_of_states, random_cross, random_states
-from profiling.greedy_reference import ReferenceDecoder, forced_logits, greedy_reference
-from runtime.beam_search import BeamSearch
 from runtime.greedy_decoder import GreedyDecoder
 from runtime.search import SearchSettings
+from tests.beam_reference import assert_right, likely_ends
 from tests.test_greedy_decoder import hopper, kernels, settings, weights_of  # noqa: F401  (fixtures)
 
 FOUR = SearchSettings(4)
@@ -26,30 +22,6 @@ SETTINGS = (
 )
 
 
-class ReferenceBackend:
-    """A `ReferenceDecoder` in float32 as BeamSearch wants it."""
-
-    name = "reference"
-    device = torch.device("cuda")
-
-    def __init__(self, weights, config, cross, beams: int):
-        repeated = [[tensor.repeat_interleave(beams, 0) for tensor in tensors] for tensors in cross]
-        self.decoder = ReferenceDecoder(weights, config, *repeated)
-        self.spec = SimpleNamespace(
-            decoder=SimpleNamespace(vocab_size=config["vocab_size"]),
-            decoder_start_token_id=config["start_id"],
-            pad_token_id=config["pad_id"],
-            eos_token_ids=tuple(config["eos_ids"]),
-        )
-
-    def step(self, state, input_ids, position_ids):
-        return self.decoder.step(input_ids[:, 0])
-
-    def reorder(self, state, rows, position_ids):
-        for cache in (*self.decoder.keys, *self.decoder.values):
-            cache[:] = [tensor[rows] for tensor in cache]
-
-
 def attended(config, name, images, dtype, states):
     """What cross-attention reads, and the keys and values that this is for the reference."""
     if not states:
@@ -60,13 +32,10 @@ def attended(config, name, images, dtype, states):
 
 
 def with_ends(name, dtype, ends=1) -> dict:
-    """The decoder's configuration with ids that end a text: what many texts say, none at its beginning."""
+    """The decoder's configuration with so many ids that end a text."""
     config = settings(name, dtype)
     _, cross = attended(config, name, 8, dtype, False)
-    tokens, _ = greedy_reference(weights_of(name, dtype), config, *cross, max_new_tokens=12)
-    early = set(tokens[:, :3].flatten().tolist())
-    texts = Counter(token for text in tokens.tolist() for token in set(text) - early)
-    return config | {"eos_ids": [token for token, _ in texts.most_common(ends)]}
+    return config | {"eos_ids": likely_ends(weights_of(name, dtype), config, cross, ends)}
 
 
 def search(hopper, name, dtype, config, source, images, steps, chosen, slots=64):  # noqa: F811
@@ -81,42 +50,6 @@ def search(hopper, name, dtype, config, source, images, steps, chosen, slots=64)
     return outputs, decoder
 
 
-def assert_right(name, dtype, config, cross, outputs, chosen) -> None:
-    """Every score is that of its tokens, and hardly any hypothesis is worth less than the reference's."""
-    tokens, log_probs, lengths = outputs
-    images, steps = tokens.shape
-    weights = weights_of(name, dtype)
-    start = torch.full_like(tokens[:, :1], config["start_id"])
-    inputs = torch.cat([start, tokens[:, :-1]], 1).clamp(0, config["vocab_size"] - 1)
-    exact = forced_logits(weights, config, *cross, inputs)
-    rounded = forced_logits(weights, config, *cross, inputs, dtype=dtype).float()
-    margin = 2 * (rounded - exact).abs().max() + 1e-3
-    valid = torch.arange(steps, device="cuda") < lengths[:, None]
-    assert (lengths >= 1).all() and (lengths <= steps).all()
-    assert (tokens[~valid] == config["pad_id"]).all()
-    chosen_tokens = tokens.clamp(0, config["vocab_size"] - 1).long()[..., None]
-    expected = (exact.log_softmax(-1).gather(-1, chosen_tokens)[..., 0] * valid).sum(1)
-    assert ((log_probs - expected).abs() / lengths).max() <= 2 * margin
-
-    backend = ReferenceBackend(weights, config, cross, chosen.num_beams)
-    reference = BeamSearch(backend, images, steps, chosen)
-    reference.reset()
-    with torch.inference_mode():
-        for _ in range(steps):
-            reference.step()
-            if reference.open_images == 0:
-                break
-    found = reference.result()
-    same = 0
-    for image in range(images):
-        length = int(lengths[image])
-        theirs = found.token_ids[image]
-        value = expected[image] / length**chosen.length_penalty
-        best = found.mean_log_probs[image] * len(theirs) / len(theirs) ** chosen.length_penalty
-        same += tokens[image, :length].tolist() == theirs or bool(value >= best - margin * length)
-    assert same >= 0.9 * images, f"{same} of {images}"
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("chosen", SETTINGS, ids=str)
 @pytest.mark.parametrize("images", (1, 3, 8))
@@ -126,7 +59,7 @@ def test_finds_what_the_reference_finds(hopper, name, states, images, chosen):  
     config = with_ends(name, dtype)
     source, cross = attended(config, name, images, dtype, states)
     outputs, _ = search(hopper, name, dtype, config, source, images, 12, chosen)
-    assert_right(name, dtype, config, cross, outputs, chosen)
+    assert_right(weights_of(name, dtype), config, cross, outputs, chosen)
 
 
 @pytest.mark.gpu
@@ -142,7 +75,7 @@ def test_decoders(hopper, name, states, images, dtype):  # noqa: F811
     config = with_ends(name, dtype, ends=2 if name == "small" else 1)
     source, cross = attended(config, name, images, dtype, states)
     outputs, _ = search(hopper, name, dtype, config, source, images, 20, FOUR)
-    assert_right(name, dtype, config, cross, outputs, FOUR)
+    assert_right(weights_of(name, dtype), config, cross, outputs, FOUR)
 
 
 @pytest.mark.gpu
@@ -153,7 +86,7 @@ def test_long_texts(hopper, name):  # noqa: F811
     config = config | {"eos_ids": [config["vocab_size"] - 1]}
     source, cross = attended(config, name, 2, dtype, False)
     outputs, _ = search(hopper, name, dtype, config, source, 2, 150, FOUR)
-    assert_right(name, dtype, config, cross, outputs, FOUR)
+    assert_right(weights_of(name, dtype), config, cross, outputs, FOUR)
 
 
 @pytest.mark.gpu

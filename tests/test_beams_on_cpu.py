@@ -12,7 +12,6 @@ import torch
 
 from runtime.beam_search import BeamSearch
 from runtime.search import Generation, SearchSettings, length_penalties, make_generation
-from tests.test_decoders_on_cpu import kernels  # noqa: F401  (a fixture)
 
 START, PAD = 5, 1
 INTEGERS = (
@@ -180,7 +179,7 @@ def on_host(logits: Logits, steps: int, settings: SearchSettings) -> Generation:
 
 @pytest.mark.parametrize("vocabulary", (40, 97, 1024, 1025, 3000))
 @pytest.mark.parametrize("beams", (2, 3, 4, 8))
-def test_is_that_of_the_host(kernels, vocabulary: int, beams: int):
+def test_is_that_of_the_host(cpu_kernels, vocabulary: int, beams: int):
     """Every length penalty, n-gram size and kind of end, on random languages."""
     choices = random.Random(f"{vocabulary} {beams}")
     lengths = set()
@@ -190,7 +189,7 @@ def test_is_that_of_the_host(kernels, vocabulary: int, beams: int):
         settings = SearchSettings(beams, penalty, ngram, early_stopping)
         steps = choices.choice((1, 6, 12))
         logits = Logits(choices.choice((1, 2, 3)), steps, vocabulary, ends, seed)
-        found, expected = on_device(kernels, logits, steps, settings), on_host(logits, steps, settings)
+        found, expected = on_device(cpu_kernels, logits, steps, settings), on_host(logits, steps, settings)
         assert found.token_ids == expected.token_ids, (settings, ends, steps)
         assert found.mean_log_probs == pytest.approx(expected.mean_log_probs, abs=1e-4)
         lengths |= {(len(ids), steps) for ids in found.token_ids}

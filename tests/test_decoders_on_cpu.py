@@ -6,10 +6,6 @@ teams, so that 3 and 9 lines already need teams of two and of eight rows.
 
 from __future__ import annotations
 
-import importlib
-import platform
-from types import ModuleType
-
 import pytest
 import torch
 
@@ -22,7 +18,8 @@ from profiling.greedy_decoder import (
     random_weights,
 )
 from runtime.greedy_decoder import GreedyDecoder
-from runtime.kernels import load_kernels
+from runtime.search import SearchSettings
+from tests import beam_reference
 
 TEAM = DECODERS["bundled"] | {"num_layers": 2, "source_length": 150}
 CHAIN = DECODERS["base"] | {
@@ -42,14 +39,6 @@ CASES = {
     "wide states": CHAIN | {"encoder_size": 1024, "num_layers": 1},
     "base states": CHAIN | {"encoder_size": 768, "num_layers": 1, "source_length": 300},
 }
-
-
-@pytest.fixture(scope="module")
-def kernels() -> ModuleType:
-    if platform.machine() != "x86_64":
-        pytest.skip("coroutines of tests/cpu_cuda are x86-64's")
-    load_kernels()  # from the same folder
-    return importlib.import_module("trocr_cpu_kernels")
 
 
 def search(
@@ -78,36 +67,71 @@ def assert_right(outputs, attended, config, weights) -> None:
 
 @pytest.mark.parametrize("lines", (1, 3, 6, 9))
 @pytest.mark.parametrize("name", ("team", "narrow team"))
-def test_teams(kernels, name, lines):
+def test_teams(cpu_kernels, name, lines):
     dtype = torch.bfloat16 if lines == 3 else torch.float16
-    assert_right(*search(kernels, name, lines, 4, dtype=dtype))
+    assert_right(*search(cpu_kernels, name, lines, 4, dtype=dtype))
 
 
 @pytest.mark.parametrize("lines", (1, 3, 9))
 @pytest.mark.parametrize("name", ("chain", "relu"))
-def test_the_chain_by_keys(kernels, name, lines):
-    assert_right(*search(kernels, name, lines, 4))
+def test_the_chain_by_keys(cpu_kernels, name, lines):
+    assert_right(*search(cpu_kernels, name, lines, 4))
 
 
 @pytest.mark.parametrize(
     ("name", "lines"),
     (("chain", 1), ("relu", 17), ("chain", 33), ("wide states", 2), ("base states", 3), ("relu", 70)),
 )
-def test_the_chain_by_states(kernels, name, lines):
+def test_the_chain_by_states(cpu_kernels, name, lines):
     dtype = torch.bfloat16 if lines == 3 else torch.float16
-    assert_right(*search(kernels, name, lines, 3, slots=min(lines, 64), states=True, dtype=dtype))
+    assert_right(*search(cpu_kernels, name, lines, 3, slots=min(lines, 64), states=True, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", ("team", "relu"))
-def test_a_text_longer_than_what_its_warps_hold(kernels, name):
-    assert_right(*search(kernels, name, 1, 66, num_layers=1, source_length=8))
+def test_a_text_longer_than_what_its_warps_hold(cpu_kernels, name):
+    assert_right(*search(cpu_kernels, name, 1, 66, num_layers=1, source_length=8))
 
 
 @pytest.mark.parametrize(("name", "slots"), (("team", 5), ("relu", 2)))
-def test_finished_rows_take_the_next_line(kernels, name, slots):
+def test_finished_rows_take_the_next_line(cpu_kernels, name, slots):
     lines, steps = 8, 5
-    free, attended, _, _ = search(kernels, name, lines, steps)
+    free, attended, _, _ = search(cpu_kernels, name, lines, steps)
     ends = free[0][::3, 2].unique().tolist()
-    outputs, _, config, weights = search(kernels, name, lines, steps, slots, attended=attended, eos_ids=ends)
+    outputs, _, config, weights = search(
+        cpu_kernels, name, lines, steps, slots, attended=attended, eos_ids=ends
+    )
     assert 1 <= outputs[2].min() < outputs[2].max()
     assert_right(outputs, attended, config, weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "states", "settings"),
+    (
+        ("team", 1, False, SearchSettings(4)),
+        ("narrow team", 2, False, SearchSettings(3, 2.0, 2, True)),
+        ("team", 4, False, SearchSettings(4, 0.8, 1, "never")),
+        ("chain", 1, False, SearchSettings(2, 0.0)),
+        ("relu", 2, False, SearchSettings(4, -1.0, 0, "never")),
+        ("chain", 1, True, SearchSettings(8)),
+        ("relu", 5, True, SearchSettings(4, 2.0, 3, True)),
+        ("chain", 17, True, SearchSettings(4)),  # more rows than one search has
+    ),
+    ids=str,
+)
+def test_beam_search(cpu_kernels, name, images, states, settings):
+    config, dtype, steps = CASES[name] | {"dtype": "float16"}, torch.float16, 7
+    weights = random_weights(config, dtype, "cpu")
+    if states:
+        attended = random_states(config, images, dtype, "cpu", seed=images)
+        cross = cross_of_states(weights, config, attended)
+    else:
+        attended = cross = random_cross(config, images, dtype, "cpu", seed=images)
+    config["eos_ids"] = beam_reference.likely_ends(weights, config, cross, 1)
+    decoder = GreedyDecoder(cpu_kernels, weights, config, 64, steps)
+    assert decoder.searches_beams(settings.num_beams) and not decoder.searches_beams(9)
+    outputs = decoder.outputs(images, steps)
+    decoder.search_beams(attended, outputs, settings)
+    beam_reference.assert_right(weights, config, cross, outputs, settings)
+    first = [tensor.clone() for tensor in outputs]
+    decoder.search_beams(attended, outputs, settings)
+    assert all(map(torch.equal, first, outputs))

@@ -107,16 +107,14 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(py::dict const& config, py::dic
     return decoder;
 }
 
-void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std::vector<uintptr_t> const& crossKeys,
-                      std::vector<uintptr_t> const& crossValues, uintptr_t states, uintptr_t tokens, uintptr_t logProbs,
-                      uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
+//! What a search of so many lines in so many rows is given; fails where it cannot be.
+GreedyRequest requestOf(GreedyDecoder const& decoder, int32_t lines, int32_t slots,
+                        std::vector<uintptr_t> const& crossKeys, std::vector<uintptr_t> const& crossValues,
+                        uintptr_t states, uintptr_t tokens, uintptr_t logProbs, uintptr_t lengths, int32_t maxNewTokens,
+                        bool stops)
 {
     std::string const op = "greedy_decoder";
     auto const layers = static_cast<size_t>(decoder.config().layers);
-    if (lines < 1 || slots < 1 || slots > decoder.maxSlots())
-    {
-        fail(op, "lines must be at least 1, slots 1 to " + std::to_string(decoder.maxSlots()));
-    }
     if (maxNewTokens < 1 || maxNewTokens > decoder.capacity() || maxNewTokens > decoder.config().positions)
     {
         fail(op, "max_new_tokens is not in 1 to the capacity and the number of positions");
@@ -156,11 +154,58 @@ void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std:
     {
         fail(op, "a pointer is null or not aligned");
     }
-    cudaError_t const status = decoder.run(request, reinterpret_cast<cudaStream_t>(stream));
+    return request;
+}
+
+void checkSearch(cudaError_t status)
+{
     if (status != cudaSuccess)
     {
-        throw std::runtime_error(op + " failed: " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+        throw std::runtime_error(std::string("greedy_decoder failed: ") + cudaGetErrorString(status) + " (" +
+                                 cudaGetErrorName(status) + ")");
     }
+}
+
+void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std::vector<uintptr_t> const& crossKeys,
+                      std::vector<uintptr_t> const& crossValues, uintptr_t states, uintptr_t tokens, uintptr_t logProbs,
+                      uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
+{
+    if (lines < 1 || slots < 1 || slots > decoder.maxSlots())
+    {
+        fail("greedy_decoder", "lines must be at least 1, slots 1 to " + std::to_string(decoder.maxSlots()));
+    }
+    GreedyRequest const request = requestOf(decoder, lines, slots, crossKeys, crossValues, states, tokens, logProbs,
+                                            lengths, maxNewTokens, stops);
+    checkSearch(decoder.run(request, reinterpret_cast<cudaStream_t>(stream)));
+}
+
+void runBeamSearch(GreedyDecoder& decoder, int32_t images, int32_t beams, int32_t noRepeatNgram, bool stopsEarly,
+                   bool hopesLong, uintptr_t penalties, std::vector<uintptr_t> const& crossKeys,
+                   std::vector<uintptr_t> const& crossValues, uintptr_t states, uintptr_t tokens, uintptr_t logProbs,
+                   uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
+{
+    std::string const op = "greedy_decoder";
+    char const* reason = nullptr;
+    if (!canSearchBeams(decoder.config(), beams, &reason))
+    {
+        fail(op, "cannot search because " + std::string(reason));
+    }
+    if (images < 1 || images > decoder.mostRows() / beams)
+    {
+        fail(op, "images must be 1 to " + std::to_string(decoder.mostRows() / beams) + " with so many beams");
+    }
+    if (noRepeatNgram < 0 || !areAligned(4, input(penalties)))
+    {
+        fail(op, "no_repeat_ngram is negative, or penalties are null or not aligned");
+    }
+    BeamRequest const request{requestOf(decoder, images, images * beams, crossKeys, crossValues, states, tokens,
+                                        logProbs, lengths, maxNewTokens, stops),
+                              beams,
+                              noRepeatNgram,
+                              stopsEarly,
+                              hopesLong,
+                              static_cast<float const*>(input(penalties))};
+    checkSearch(decoder.search(request, reinterpret_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace

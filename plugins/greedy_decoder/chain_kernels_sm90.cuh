@@ -875,7 +875,7 @@ __global__ void __launch_bounds__(kTHREADS) embedRows(EmbedParams p)
     int const row = blockIdx.x;
     sm90::launchDependents();
     sm90::waitForPriorGrids();
-    int2 const words = loadEarly(reinterpret_cast<int2 const*>(p.rows + row));
+    int2 const words = sm90::loadEarly(reinterpret_cast<int2 const*>(p.rows + row));
     RowState const state{words.x, words.y};
     if (state.line >= 0)
     {
