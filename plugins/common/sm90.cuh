@@ -317,7 +317,9 @@ __device__ __forceinline__ int countArrival(int* arrived)
 // ---- threads of a block ----
 
 //! Declares NAME, the block's dynamic shared memory.
-#define TROCR_DYNAMIC_SHARED(NAME, ALIGNMENT) extern __shared__ __align__(ALIGNMENT) uint8_t NAME[]
+#define TROCR_DYNAMIC_SHARED(NAME, ALIGNMENT) \
+    extern __shared__ __align__(ALIGNMENT)    \
+    uint8_t NAME[]
 
 //! bar.sync: a barrier, number kBARRIER (0 is __syncthreads'), of kTHREADS threads.
 template <int kBARRIER, int kTHREADS>
