@@ -115,5 +115,6 @@ def test_the_headline_has_each_model_where_it_was_measured_last(tmp_path: Path):
         ("old", "n"),
     ]
     text = headline(tmp_path)
-    assert "### m on new" in text and "### n on old" in text and "### m on old" not in text
+    assert "<summary>m on new," in text and "<summary>n on old," in text
+    assert "<summary>m on old," not in text
     assert f"Earlier, on other GPUs: [{tmp_path.name}/old/m]" in text

@@ -146,12 +146,12 @@ public:
 
     cudaError_t run(GreedyRequest const& request, cudaStream_t stream) override;
 
-private:
     int32_t mostRows() const override
     {
         return mMaxSlots;
     }
 
+private:
     cudaError_t enqueueStep(BeamRequest const& request, BeamSearch const& search, cudaStream_t stream) override;
 
     //! A token's chain and what is behind it: of a greedy search `next`, of a beam search (`beams`) nothing.
