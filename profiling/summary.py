@@ -279,11 +279,16 @@ def summarize(folder: Path) -> str:
 
 
 def overview(results: Path) -> str:
-    """The table at the top of README.md: a page, and lines from pixels to token ids, of every model."""
+    """The table at the top of README.md: pages, and lines from pixels to token ids, of every model in fp16."""
     measured = read_all(results)
-    found = sorted((measured[bench] for bench in latest(measured)), key=_first_time)
+    found = [
+        [record for record in measured[bench] if record.precision == "fp16"] for bench in latest(measured)
+    ]
+    found = sorted(filter(None, found), key=_first_time)
+    gpus = dict.fromkeys(records[0].gpu for records in found)
     rows = []
     for records in found:
+        model = records[0].model + (f" on {records[0].gpu}" if len(gpus) > 1 else "")
         of_page = [record for record in records if record.part == "page"]
         best = {
             name: min((record.page_s * 1e3 for record in of_page if record.variant == name), default=None)
@@ -291,18 +296,14 @@ def overview(results: Path) -> str:
         }
         if best["fused"] is not None:
             lines = of_page[0].lines
-            rows.append(
-                _overview_row(f"{records[0].model}: a page of {lines} lines, images to texts", lines, best)
-            )
+            rows.append(_overview_row(f"{model}: a page of {lines} lines, images to texts", lines, best))
         for batch in OVERVIEW_BATCHES:
             alike = [record for record in _usual(records, "end_to_end") if record.num_beams == 1]
             times = {record.variant: record.median_ms for record in alike if record.batch == batch}
             if "fused" in times:
                 lines = f"{batch} line{'s' * (batch > 1)} of {alike[0].tokens} tokens"
-                what = f"{records[0].model}: {lines}, pixels to ids"
-                rows.append(_overview_row(what, batch, times))
+                rows.append(_overview_row(f"{model}: {lines}, pixels to ids", batch, times))
     header = ["median ms", "PyTorch", "stock TensorRT", "fused", "times PyTorch", "times stock", "lines/s"]
-    gpus = dict.fromkeys(records[0].gpu for records in found)
     return f"On {', '.join(gpus)}, float16:\n\n{_table(rows, header)}"
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="no matplotlib here: make setup")
 from profiling import records
 from profiling.charts import charts, main, numbered
 from profiling.records import ROOT
-from profiling.summary import headline
+from profiling.summary import headline, overview
 from tests.test_bench_records import record
 
 COMMITTED = ROOT / "docs" / "charts"
@@ -118,3 +118,24 @@ def test_the_headline_has_each_model_where_it_was_measured_last(tmp_path: Path):
     assert "<summary>m on new," in text and "<summary>n on old," in text
     assert "<summary>m on old," not in text
     assert f"Earlier, on other GPUs: [{tmp_path.name}/old/m]" in text
+
+
+def test_the_overview_has_the_best_page_and_the_usual_tokens(tmp_path: Path):
+    def timed(part: str, variant: str, ms: float, **fields):
+        return record(part=part, variant=variant, median_ms=ms, **fields)
+
+    ends = {"tokens": 20, "batch": 1}
+    measured = [
+        timed("end_to_end", "fused", 2.0, **ends),
+        timed("end_to_end", "stock", 5.0, **ends),
+        timed("end_to_end", "fused", 9.0, **ends, num_beams=4),
+        timed("end_to_end", "fused", 7.0, **ends, precision="bf16"),
+        *(timed("page", "fused", s, batch=b, lines=100, page_s=s) for b, s in ((32, 0.05), (64, 0.04))),
+        timed("page", "torch", 1.0, batch=32, lines=100, page_s=1.0),
+    ]
+    records.write(measured, tmp_path / "gpu" / "m" / "bench.json")
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in overview(tmp_path).splitlines()[4:]]
+    assert rows == [
+        ["1e+03", "-", "40", "25.0", "-", "2500"],
+        ["-", "5", "2", "-", "2.5", "500"],
+    ]
