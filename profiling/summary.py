@@ -279,7 +279,7 @@ def summarize(folder: Path) -> str:
 
 
 def overview(results: Path) -> str:
-    """The table at the top of README.md: pages, and lines from pixels to token ids, of every model in fp16."""
+    """The table at the top of README.md: pages, and lines from pixels to token ids, of each model in fp16."""
     measured = read_all(results)
     found = [
         [record for record in measured[bench] if record.precision == "fp16"] for bench in latest(measured)
