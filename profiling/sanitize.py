@@ -284,24 +284,28 @@ def image_resize(ops) -> None:
         torch.cuda.synchronize()
 
 
-def greedy_decoder(ops, name: str = "small", states: bool = False) -> None:
+def greedy_decoder(ops, name: str = "small", states: bool = False, beams: int = 1) -> None:
     import torch
 
     from profiling.greedy_decoder import DECODERS, random_cross, random_states, random_weights
     from runtime.greedy_decoder import GreedyDecoder
+    from runtime.search import SearchSettings
 
     small = {"num_layers": 2, "vocab_size": 997, "source_length": 97, "dtype": "float16"}
     config = DECODERS[name] | small
     # Made on the host: on the device another kernel would write them.
     weights = {key: value.cuda() for key, value in random_weights(config, torch.float16, "cpu").items()}
-    decoder = GreedyDecoder(ops.kernels, weights, config, 3, 32)
+    decoder = GreedyDecoder(ops.kernels, weights, config, 3 if beams == 1 else 5 * beams, 32)
     outputs = decoder.outputs(5, 4)
     if states:
         attended = _on_gpu(random_states(config, 5, torch.float16, "cpu"))
     else:
         cross = random_cross(config, 5, torch.float16, "cpu")
         attended = tuple(list(map(_on_gpu, tensors)) for tensors in cross)
-    decoder.run(attended, outputs, 3)
+    if beams == 1:
+        decoder.run(attended, outputs, 3)
+    else:
+        decoder.search_beams(attended, outputs, SearchSettings(beams, no_repeat_ngram_size=2))
     torch.cuda.synchronize()
 
 
@@ -313,6 +317,15 @@ def greedy_decoder_wide(ops) -> None:
 def greedy_decoder_states(ops) -> None:
     """The step of many rows, which attends to the encoder's states."""
     greedy_decoder(ops, "base", states=True)
+
+
+def beam_search(ops) -> None:
+    greedy_decoder(ops, beams=3)
+
+
+def beam_search_wide(ops) -> None:
+    """Of the step of many rows."""
+    greedy_decoder(ops, "base", states=True, beams=3)
 
 
 KERNELS: dict[str, Callable] = {
@@ -331,6 +344,8 @@ KERNELS: dict[str, Callable] = {
         greedy_decoder,
         greedy_decoder_wide,
         greedy_decoder_states,
+        beam_search,
+        beam_search_wide,
     )
 }
 
