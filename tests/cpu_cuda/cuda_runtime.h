@@ -41,7 +41,7 @@ struct Cluster;
 struct Barrier
 {
     int arrived = 0;
-    int turn = 0;
+    uint8_t turn = 0;
 
     void wait(int threads);
     //! Lets those go who wait, where fewer are left to come.
@@ -80,6 +80,9 @@ struct Thread
     Block* block;
     unsigned index;
     bool ended;
+    //! What it waits for: that this is no more what it was. nullptr: nothing.
+    uint8_t const* watched;
+    uint8_t seen;
 };
 
 extern Thread* running;
@@ -87,6 +90,9 @@ extern dim3 gridSize;
 
 //! Lets the other threads go on.
 void yield();
+
+//! Lets them go on until the byte is another. It is spared the switches that looking for itself would take.
+void waitWhile(uint8_t const& byte, uint8_t value);
 
 //! Ends the launch with an error, from one of its threads.
 [[noreturn]] void fail(char const* why);
@@ -102,13 +108,10 @@ cudaError_t launch(cudaLaunchConfig_t const& config, std::function<void()> kerne
 
 inline void Barrier::wait(int threads)
 {
-    int const mine = turn;
+    uint8_t const mine = turn;
     ++arrived;
     lose(threads);
-    while (turn == mine)
-    {
-        yield();
-    }
+    waitWhile(turn, mine);
 }
 
 inline void Barrier::lose(int threads)

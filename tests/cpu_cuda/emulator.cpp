@@ -118,7 +118,7 @@ void runTogether(std::vector<Cluster>& clusters, unsigned threads)
                 {
                     stacks.emplace_back(new char[kSTACK_BYTES]);
                 }
-                all.push_back({freshStack(stacks[all.size()].get()), &block, i, false});
+                all.push_back({freshStack(stacks[all.size()].get()), &block, i, false, nullptr, 0});
             }
         }
     }
@@ -128,12 +128,18 @@ void runTogether(std::vector<Cluster>& clusters, unsigned threads)
         goesOn = false;
         for (Thread& thread : all)
         {
-            if (!thread.ended && !failed)
+            if (thread.ended || failed)
             {
-                goesOn = true;
-                running = &thread;
-                switchStack(&scheduler, thread.stack);
+                continue;
             }
+            goesOn = true;
+            if (thread.watched != nullptr && *thread.watched == thread.seen)
+            {
+                continue;
+            }
+            thread.watched = nullptr;
+            running = &thread;
+            switchStack(&scheduler, thread.stack);
         }
         deliverSome(false);
         if (round == kMOST_ROUNDS)
@@ -192,6 +198,16 @@ Graph& graphOf(void* handle)
 void yield()
 {
     switchStack(&running->stack, scheduler);
+}
+
+void waitWhile(uint8_t const& byte, uint8_t value)
+{
+    if (byte == value)
+    {
+        running->watched = &byte;
+        running->seen = value;
+        yield();
+    }
 }
 
 void fail(char const* why)

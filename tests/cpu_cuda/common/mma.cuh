@@ -41,13 +41,31 @@ inline void loadMatricesTransposed(uint32_t (&matrices)[4], uint32_t row)
     }
 }
 
+//! The values of all elements of type T, by their bits: conversions take most of the time else.
+template <typename T>
+float const* elementValues()
+{
+    static std::vector<float> const values = []()
+    {
+        std::vector<float> made(1 << 16);
+        for (size_t bits = 0; bits < made.size(); ++bits)
+        {
+            auto const word = static_cast<uint16_t>(bits);
+            T element;
+            std::memcpy(&element, &word, 2);
+            made[bits] = static_cast<float>(element);
+        }
+        return made;
+    }();
+    return values.data();
+}
+
 //! Two elements of type T.
 template <typename T>
 float2 unpackElements(uint32_t bits)
 {
-    T elements[2];
-    std::memcpy(elements, &bits, 4);
-    return {static_cast<float>(elements[0]), static_cast<float>(elements[1])};
+    float const* const values = elementValues<T>();
+    return {values[bits & 0xffff], values[bits >> 16]};
 }
 
 //! A lane's operands of mma.m16n8k16.
@@ -69,7 +87,7 @@ void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1
     if (warp.barrier.arrived + 1 == cpu_cuda::kLANES)
     {
         float left[16][16];
-        float right[16][8];
+        float right[8][16];
         auto const of = [&](int lane) { return *cpu_cuda::valueOf<MmaOperands const*>(shown[lane]); };
         for (int lane = 0; lane < cpu_cuda::kLANES; ++lane)
         {
@@ -84,8 +102,8 @@ void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1
             for (int i = 0; i < 2; ++i)
             {
                 float2 const pair = unpackElements<T>(of(lane).b[i]);
-                right[8 * i + 2 * t][g] = pair.x;
-                right[8 * i + 2 * t + 1][g] = pair.y;
+                right[g][8 * i + 2 * t] = pair.x;
+                right[g][8 * i + 2 * t + 1] = pair.y;
             }
         }
         for (int lane = 0; lane < cpu_cuda::kLANES; ++lane)
@@ -95,7 +113,7 @@ void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1
                 float sum = 0.0F;
                 for (int k = 0; k < 16; ++k)
                 {
-                    sum += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+                    sum += left[lane / 4 + i / 2 * 8][k] * right[lane % 4 * 2 + i % 2][k];
                 }
                 of(lane).c[i] += sum;
             }

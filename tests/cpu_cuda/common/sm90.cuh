@@ -65,10 +65,7 @@ inline void barrierArrive(uint32_t barrier)
 
 inline void barrierWait(uint32_t barrier, uint32_t parity)
 {
-    while (barrierAt(barrier).parity == parity)
-    {
-        cpu_cuda::yield();
-    }
+    cpu_cuda::waitWhile(barrierAt(barrier).parity, static_cast<uint8_t>(parity));
 }
 
 inline void waitForCluster(uint32_t barrier, uint32_t parity)
