@@ -197,8 +197,8 @@ class BackendVariant:
 
     def decoder(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
         settings = SearchSettings(num_beams)
-        encoding = self.backend.encode(pixels)
-        if self.backend.search(encoding, tokens, settings, stop=False) is not None:
+        if self._searches_whole(pixels, tokens, settings):
+            encoding = self.backend.encode(pixels)
             times = measure(lambda: self.backend.search(encoding, tokens, settings, stop=False))
             return Measurement(times, self.backend.search(encoding, tokens, settings).tokens.long())
         search, start, steps = self._search(pixels, tokens, num_beams)
@@ -208,7 +208,7 @@ class BackendVariant:
     def end_to_end(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
         pixels = pixels.to(self.backend.device)
         settings = SearchSettings(num_beams)
-        if self.backend.search(self.backend.encode(pixels), tokens, settings, stop=False) is not None:
+        if self._searches_whole(pixels, tokens, settings):
             return self._whole_search(pixels, tokens, settings)
         search, start, steps = self._search(pixels, tokens, num_beams)
 
@@ -219,6 +219,11 @@ class BackendVariant:
 
         times = measure(run, device=self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
+
+    def _searches_whole(self, pixels: torch.Tensor, tokens: int, settings: SearchSettings) -> bool:
+        if not self.backend.searches(settings):
+            return False
+        return self.backend.search(self.backend.encode(pixels), tokens, settings, stop=False) is not None
 
     def _whole_search(self, pixels: torch.Tensor, tokens: int, settings: SearchSettings) -> Measurement:
         """Encoding, and the backend's search as a whole; the tokens are those of a search that stops."""

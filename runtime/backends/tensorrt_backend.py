@@ -534,10 +534,10 @@ class GreedyKernels:
         size = (images, max_new_tokens)
         outputs = self._outputs.get(size) or self._outputs.setdefault(size, self._decoder.outputs(*size))
         if self.wants_states(images * settings.num_beams):
-            attended = states[:images]
+            attended = states
         else:
             attended = tuple(
-                [cross[f"{layer}.encoder.{kind}"][:images] for layer in range(self._layers)]
+                [cross[f"{layer}.encoder.{kind}"] for layer in range(self._layers)]
                 for kind in ("key", "value")
             )
         if settings.num_beams == 1:
