@@ -108,7 +108,7 @@ class BeamSearch(Search):
 
         penalty = self.penalties[length]
         self._complete(ids, scores / penalty, ends & self.is_best, length)
-        if settings.early_stopping == "never" and settings.length_penalty > 0:
+        if settings.hopes_long:
             penalty = self.penalties[-1]
         worst = self.complete_scores.amin(dim=1, keepdim=True).expand_as(self.is_complete)
         worst = worst.masked_fill(~self.is_complete, IMPOSSIBLE)

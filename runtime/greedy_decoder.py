@@ -288,7 +288,7 @@ class GreedyDecoder:
                 beams=settings.num_beams,
                 no_repeat_ngram=settings.no_repeat_ngram_size,
                 stops_early=settings.early_stopping is True,
-                hopes_long=settings.early_stopping == "never" and settings.length_penalty > 0,
+                hopes_long=settings.hopes_long,
                 penalties=self._penalties[key].data_ptr(),
                 **_pointers(mine, tuple(tensor[part] for tensor in outputs), stop),
             )

@@ -13,8 +13,8 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_kernels() -> ModuleType:
-    """The extension module `trocr_kernels` out of CMake's build folder (TROCR_BUILD_DIR, by default `build`).
+def load_kernels(name: str = "trocr_kernels") -> ModuleType:
+    """The extension module of that name out of CMake's build folder (TROCR_BUILD_DIR, by default `build`).
 
     Raises:
         ImportError: it is not built there, or not for this Python; the message says where and what to do.
@@ -23,10 +23,10 @@ def load_kernels() -> ModuleType:
     if str(build) not in sys.path:
         sys.path.insert(0, str(build))
     try:
-        return importlib.import_module("trocr_kernels")
+        return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"no trocr_kernels for this Python in {build} ({error}); "
+            f"no {name} for this Python in {build} ({error}); "
             "build it: cmake -S . -B build && cmake --build build"
         ) from error
 

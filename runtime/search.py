@@ -49,6 +49,11 @@ class SearchSettings:
         if self.early_stopping not in (False, True, "never"):
             raise GenerationError(f"early_stopping is {self.early_stopping!r}; choose False, True or 'never'")
 
+    @property
+    def hopes_long(self) -> bool:
+        """Whether running hypotheses are compared as if they had all the tokens they may have."""
+        return self.early_stopping == "never" and self.length_penalty > 0
+
 
 GREEDY = SearchSettings()
 

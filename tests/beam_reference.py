@@ -49,11 +49,9 @@ def likely_ends(weights: Mapping[str, Tensor], config: Mapping, cross: Cross, en
 
 
 @torch.inference_mode()
-def reference_search(
-    weights: Mapping[str, Tensor], config: Mapping, cross: Cross, steps: int, settings: SearchSettings
-) -> Generation:
-    backend = ReferenceBackend(weights, config, cross, settings.num_beams)
-    search = BeamSearch(backend, len(cross[0][0]), steps, settings)
+def host_search(backend, images: int, steps: int, settings: SearchSettings) -> Generation:
+    """runtime.beam_search over any backend that has `step`, `reorder`, `spec` and `device`."""
+    search = BeamSearch(backend, images, steps, settings)
     search.reset()
     for _ in range(steps):
         search.step()
@@ -84,7 +82,8 @@ def assert_right(
     expected = (exact.log_softmax(-1).gather(-1, chosen)[..., 0] * valid).sum(1)
     assert ((log_probs - expected).abs() / lengths).max() <= 2 * margin
 
-    found = reference_search(weights, config, cross, steps, settings)
+    backend = ReferenceBackend(weights, config, cross, settings.num_beams)
+    found = host_search(backend, images, steps, settings)
     good = 0
     for image, theirs in enumerate(found.token_ids):
         length = int(lengths[image])

@@ -1,9 +1,7 @@
 """Fixtures that several test files share."""
 
-import importlib
 import os
 import platform
-import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: its threads would fight for the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +15,7 @@ import pytest
 import torch
 
 from build import build
+from runtime.kernels import load_kernels
 from tests.checkpoints import random_checkpoint
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "trocr-tiny-printed"
@@ -35,9 +34,7 @@ def cpu_kernels() -> ModuleType:
     """The decoders' kernels on the CPU (tests/cpu_cuda/README.md), which `make test` has built."""
     if platform.machine() != "x86_64":
         pytest.skip("the coroutines of tests/cpu_cuda are x86-64's")
-    root = Path(__file__).resolve().parent.parent
-    sys.path.insert(0, str(root / os.environ.get("TROCR_BUILD_DIR", "build")))
-    return importlib.import_module("trocr_cpu_kernels")
+    return load_kernels("trocr_cpu_kernels")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The kernels of a beam search (plugins/greedy_decoder/beams.cu), on a CPU, against runtime.beam_search."""
+"""The kernels between two steps of a beam search (beams_sm90.cu), on a CPU, against runtime.beam_search."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime.beam_search import BeamSearch
 from runtime.search import Generation, SearchSettings, length_penalties, make_generation
+from tests.beam_reference import host_search
 
 START, PAD = 5, 1
 INTEGERS = (
@@ -115,7 +115,7 @@ def on_device(kernels, logits: Logits, steps: int, settings: SearchSettings) -> 
         max_new_tokens=steps,
         no_repeat_ngram=settings.no_repeat_ngram_size,
         stops_early=settings.early_stopping is True,
-        hopes_long=settings.early_stopping == "never" and settings.length_penalty > 0,
+        hopes_long=settings.hopes_long,
         start_id=START,
         pad_id=PAD,
         end_ids=(ctypes.c_int * 8)(*logits.ends),
@@ -167,16 +167,6 @@ class StepBackend:
         pass
 
 
-def on_host(logits: Logits, steps: int, settings: SearchSettings) -> Generation:
-    search = BeamSearch(StepBackend(logits, settings.num_beams), logits.images, steps, settings)
-    search.reset()
-    for _ in range(steps):
-        search.step()
-        if search.open_images == 0:
-            break
-    return search.result()
-
-
 @pytest.mark.parametrize("vocabulary", (40, 97, 1024, 1025, 3000))
 @pytest.mark.parametrize("beams", (2, 3, 4, 8))
 def test_is_that_of_the_host(cpu_kernels, vocabulary: int, beams: int):
@@ -189,7 +179,8 @@ def test_is_that_of_the_host(cpu_kernels, vocabulary: int, beams: int):
         settings = SearchSettings(beams, penalty, ngram, early_stopping)
         steps = choices.choice((1, 6, 12))
         logits = Logits(choices.choice((1, 2, 3)), steps, vocabulary, ends, seed)
-        found, expected = on_device(cpu_kernels, logits, steps, settings), on_host(logits, steps, settings)
+        found = on_device(cpu_kernels, logits, steps, settings)
+        expected = host_search(StepBackend(logits, beams), logits.images, steps, settings)
         assert found.token_ids == expected.token_ids, (settings, ends, steps)
         assert found.mean_log_probs == pytest.approx(expected.mean_log_probs, abs=1e-4)
         lengths |= {(len(ids), steps) for ids in found.token_ids}

@@ -76,8 +76,8 @@ cudaError_t beginBeams(BeamSearch const& search, cudaStream_t stream);
 //! The best tokens of every part of every row's vocabulary, from its logits.
 cudaError_t rankTokens(BeamSearch const& search, cudaStream_t stream);
 
-//! Ends a step: the best of the ranked tokens extend their rows' hypotheses. Sets the WHILE node's condition, unless
-//! it is 0: whether an image is open.
+//! Ends a step: the best of the ranked tokens extend their rows' hypotheses. Sets the WHILE node's condition: whether
+//! an image is open.
 cudaError_t advanceBeams(BeamSearch const& search, unsigned long long conditional, cudaStream_t stream);
 
 }  // namespace trocr::greedy

@@ -1,5 +1,6 @@
 #include "common/device.cuh"
 #include "common/launch.h"
+#include "common/sm90.cuh"
 #include "greedy_decoder/beams.h"
 
 namespace trocr::greedy
@@ -376,15 +377,10 @@ __global__ void __launch_bounds__(kBLOCK) advance(BeamSearch const s, cudaGraphC
     if (threadIdx.x == 0)
     {
         // The block that arrives last knows what all have subtracted.
-        __threadfence();
-        if (atomicAdd(s.arrived, 1) + 1 == static_cast<int>(gridDim.x))
+        if (sm90::countArrival(s.arrived) + 1 == static_cast<int>(gridDim.x))
         {
-            __threadfence();
             *s.arrived = 0;
-            if (conditional != 0)
-            {
-                cudaGraphSetConditional(conditional, *static_cast<int volatile*>(s.open) > 0 ? 1U : 0U);
-            }
+            cudaGraphSetConditional(conditional, __ldcg(s.open) > 0 ? 1U : 0U);
         }
     }
 }

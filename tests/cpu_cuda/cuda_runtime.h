@@ -304,8 +304,6 @@ inline int __ffs(int bits)
     return __builtin_ffs(bits);
 }
 
-inline void __threadfence() {}
-
 inline unsigned __float_as_uint(float value)
 {
     return cpu_cuda::valueOf<unsigned>(cpu_cuda::bitsOf(value));

@@ -101,18 +101,15 @@ inline void clusterSyncRelaxed()
 inline void waitForPriorGrids() {}
 inline void launchDependents() {}
 
-//! Bytes that arrive for a barrier some time later.
-inline void deliver(uint8_t* to, void const* from, uint32_t bytes, uint32_t barrier)
+//! What `copy` copies arrives some time later, so many bytes of those that the barrier waits for.
+template <typename Copy>
+void deliver(uint32_t bytes, uint32_t barrier, Copy const& copy)
 {
-    if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
-    {
-        cpu_cuda::fail("a bulk copy that is not of multiples of 16 bytes");
-    }
     BarrierState* const counted = &barrierAt(barrier);
     cpu_cuda::later(
         [=]()
         {
-            std::memcpy(to, from, bytes);
+            copy();
             counted->bytes -= static_cast<int32_t>(bytes);
             counted->check();
         });
@@ -122,14 +119,16 @@ template <typename T>
 void deliverValue(uint32_t remote, T const& value, uint32_t barrier)
 {
     uint8_t* const to = cpu_cuda::memory(remote);
-    BarrierState* const counted = &barrierAt(barrier);
-    cpu_cuda::later(
-        [=]()
-        {
-            std::memcpy(to, &value, sizeof(value));
-            counted->bytes -= static_cast<int32_t>(sizeof(value));
-            counted->check();
-        });
+    deliver(sizeof(value), barrier, [=]() { std::memcpy(to, &value, sizeof(value)); });
+}
+
+inline void deliverBulk(uint8_t* to, void const* from, uint32_t bytes, uint32_t barrier)
+{
+    if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    {
+        cpu_cuda::fail("a bulk copy that is not of multiples of 16 bytes");
+    }
+    deliver(bytes, barrier, [=]() { std::memcpy(to, from, bytes); });
 }
 
 inline void send(uint32_t remote, float value, uint32_t barrier)
@@ -146,12 +145,12 @@ inline void send(uint32_t remote, uint4 const& value, uint32_t barrier)
 
 inline void copyBulk(void* to, void const* from, uint32_t bytes, uint32_t barrier)
 {
-    deliver(static_cast<uint8_t*>(to), from, bytes, barrier);
+    deliverBulk(static_cast<uint8_t*>(to), from, bytes, barrier);
 }
 
 inline void copyBulk(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier, uint64_t /*policy*/)
 {
-    deliver(cpu_cuda::memory(to), from, bytes, barrier);
+    deliverBulk(cpu_cuda::memory(to), from, bytes, barrier);
 }
 
 struct CachePolicies
