@@ -213,7 +213,7 @@ def test_one_search_of_more_lines_than_the_engines_batch(checkpoint, tmp_path):
 def test_beam_search_as_a_whole(checkpoint, tmp_path):
     """More rows than the engines have room for; as step by step, but for near ties of two roundings."""
     folder = build(str(checkpoint("wide")), "fused", "fp16", (1, 2, 4), tmp_path, timing_cache=TIMING_CACHE)
-    whole, steps = TensorRTBackend(folder, beam_kernels=True), TensorRTBackend(folder)
+    whole, steps = TensorRTBackend(folder), TensorRTBackend(folder, greedy_kernels=False)
     settings = SearchSettings(4, 2.0, 3, True)
     assert whole.searches(settings) and not steps.searches(settings)
     images = pixels(whole, 11)

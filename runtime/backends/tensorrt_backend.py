@@ -124,7 +124,6 @@ class TensorRTBackend(Backend):
         cuda_graphs: bool = True,
         overlap: bool = True,
         greedy_kernels: bool = True,
-        beam_kernels: bool = False,
         engines: Sequence[Engine] | None = None,
     ):
         """
@@ -132,9 +131,8 @@ class TensorRTBackend(Backend):
             folder: made by build.py.
             cuda_graphs: replay graphs in place of enqueueing engines.
             overlap: encode one batch while another is decoded.
-            greedy_kernels: search greedily with the CUDA decoder, where the folder has its weights.
-            beam_kernels: let it do beam search too. Off until it has been run on a GPU: so far its kernels
-                were only run on a CPU (tests/cpu_cuda).
+            greedy_kernels: search with the CUDA decoder, greedily and with beams, where the folder has its
+                weights.
             engines: encoder, cross_kv and decoder in place of the folder's own.
 
         Raises:
@@ -150,7 +148,6 @@ class TensorRTBackend(Backend):
         if torch.cuda.current_stream() == torch.cuda.default_stream():
             torch.cuda.set_stream(torch.cuda.Stream(priority=-1))
         self.cuda_graphs = cuda_graphs
-        self._beam_kernels = beam_kernels
         self.fixed_cache = self.manifest.cache == "fixed"
         self.max_batch, self.max_rows = self.encoder.max_batch, self.decoder.max_batch
         self.max_steps = self.manifest.cache_capacity or self.manifest.max_length - 1
@@ -362,8 +359,7 @@ class TensorRTBackend(Backend):
         return selected
 
     def searches(self, settings: SearchSettings) -> bool:
-        allowed = settings.num_beams == 1 or self._beam_kernels
-        return allowed and self._greedy is not None and self._greedy.searches(settings)
+        return self._greedy is not None and self._greedy.searches(settings)
 
     def search(
         self, encoding: Encoding, max_new_tokens: int, settings: SearchSettings, stop: bool = True
