@@ -188,9 +188,9 @@ def tokens_chart(records: Sequence[Record]) -> Figure:
             axes.plot(x, y, **_style(variant, precision, records))
         axes.set_xlabel("tokens a line")
         axes.set_ylabel("ms a batch")
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log")
         axes.set_title(f"batch {batch}")
-    axes_row[0].legend()
+    figure.legend(*axes_row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

@@ -68,6 +68,9 @@ CHINESE = {
     "data movement": "数据搬运",
     "total": "合计",
     "decoder": "解码器",
+    "attends to": "交叉注意力读取",
+    "keys and values": "键和值",
+    "states": "编码器状态",
     "us/token": "微秒/词元",
     "byte floor us": "字节下限（微秒）",
     "of the floor": "占下限",
@@ -495,6 +498,7 @@ def _greedy_place(folder: Path, words: Sequence[str], language: str) -> str | No
     rows = [
         [
             row["decoder"],
+            _say(row["attends_to"], language),
             row["batch"],
             f"{row['us_per_token']:.0f}",
             f"{row['floor_us']:.0f}",
@@ -502,7 +506,7 @@ def _greedy_place(folder: Path, words: Sequence[str], language: str) -> str | No
         ]
         for row in _content(folder / "greedy_decoder.json") or []
     ]
-    header = ["decoder", "batch", "us/token", "byte floor us", "of the floor"]
+    header = ["decoder", "attends to", "batch", "us/token", "byte floor us", "of the floor"]
     return _table(rows, header, language) if rows else None
 
 

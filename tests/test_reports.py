@@ -60,14 +60,14 @@ def test_layers_and_greedy_decoder(tmp_path):
     op = {"op": "MatMul", "units": 2, "stock_ms": 0.5, "stock_shared_ms": 0.1, "fused_ms": 0.25}
     comparison = {"graph": "encoder", "batch": 1, "whole": {"stock": whole, "fused": whole}, "ops": [op]}
     (tmp_path / "gpu" / "layers" / "layers.json").write_text(json.dumps({"comparisons": [comparison]}))
-    row = {"decoder": "small", "batch": 1, "us_per_token": 20.4, "floor_us": 10.2, "of_floor": 0.5}
+    row = {"decoder": "small", "attends_to": "states", "batch": 1, "us_per_token": 20.4, "floor_us": 10.2, "of_floor": 0.5}
     (tmp_path / "gpu" / "greedy_decoder.json").write_text(json.dumps([row]))
     layers = re.sub(" +", " ", filled(place("layers gpu encoder 1"), tmp_path, "en"))
     assert "| stock | 3 | 0.500 | 0.250 |" in layers
     assert "| MatMul | 2 | 0.5000 | 20% | 0.2500 | 2.00x |" in layers
     assert "| total | | 0.5000 | | 0.2500 | 2.00x |" in layers
     greedy = re.sub(" +", " ", filled(place("greedy gpu"), tmp_path, "zh"))
-    assert "| small | 1 | 20 | 10 | 50% |" in greedy
+    assert "| small | 编码器状态 | 1 | 20 | 10 | 50% |" in greedy
     assert "`results/gpu/layers/layers.json`" in filled(place("layers gpu encoder 64"), tmp_path, "en")
 
 
