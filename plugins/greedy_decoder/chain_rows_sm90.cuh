@@ -18,18 +18,29 @@ struct ActiveRows
 {
     uint64_t mask;
 
-    __device__ __forceinline__ static ActiveRows load(RowState const* states, int rows)
-    {
-        int const lane = threadIdx.x % kWARP_SIZE;
-        auto const half = [&](int row)
-        { return __ballot_sync(kFULL_WARP, row < rows && __ldcg(&states[row].line) >= 0); };
-        uint64_t const low = half(lane);
-        return {low | static_cast<uint64_t>(half(kWARP_SIZE + lane)) << kWARP_SIZE};
-    }
-
     __device__ __forceinline__ bool has(int row) const
     {
         return (mask >> row & 1) != 0;
+    }
+};
+
+//! The lines of rows `lane` and `lane` + 32, on their way from memory: with what else a kernel reads first.
+struct RowLines
+{
+    int low;
+    int high;
+
+    __device__ __forceinline__ static RowLines load(RowState const* states, int rows)
+    {
+        int const lane = threadIdx.x % kWARP_SIZE;
+        auto const lineOf = [&](int row) { return row < rows ? __ldcg(&states[row].line) : -1; };
+        return {lineOf(lane), lineOf(kWARP_SIZE + lane)};
+    }
+
+    __device__ __forceinline__ ActiveRows active() const
+    {
+        uint64_t const first = __ballot_sync(kFULL_WARP, low >= 0);
+        return {first | static_cast<uint64_t>(__ballot_sync(kFULL_WARP, high >= 0)) << kWARP_SIZE};
     }
 };
 
@@ -177,10 +188,14 @@ constexpr int kPARTIAL_PITCH = kTILES % 4 == 0 ? 8 * kTILES + 8 : 8 * kTILES;
 
 constexpr int kADDERS = kWARPS / 2;  //!< partial sums of a block that lie in shared memory
 
+constexpr int kPRODUCT_BIAS = 128;  //!< behind the barrier: float32 [8 kTILES]
+constexpr int kPRODUCT_WEIGHTS = 256;
+
 template <int kROW_TILES, int kTILES>
-constexpr int productBytes(int blockChunks)
+__host__ __device__ constexpr int productBytes(int blockChunks)
 {
-    return 128 + blockChunks * kTILES * kTILE_BYTES + kADDERS * kROW_TILES * kROWS_A_TILE * kPARTIAL_PITCH<kTILES> * 4;
+    return kPRODUCT_WEIGHTS + blockChunks * kTILES * kTILE_BYTES +
+           kADDERS * kROW_TILES * kROWS_A_TILE * kPARTIAL_PITCH<kTILES> * 4;
 }
 
 //! Rows g and g + 8 of a tile of 16, in global memory, past L1; rows behind the last repeat it.
@@ -194,30 +209,55 @@ __device__ __forceinline__ Activations loadRows(T const* input, int pitch, int r
             __ldcg(reinterpret_cast<uint4 const*>(at + static_cast<size_t>(min(row + 8, rows - 1)) * pitch))};
 }
 
-//! input weights^T of all rows for 8 kTILES columns a block: activated and written, or added to sums. The block's warps
-//! deal the inputs.
-template <typename T, int kROW_TILES, int kTILES, bool kTO_SUMS>
-__global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(ProductParams p)
+//! A block's part of a product: 8 kTILES columns of all rows. Its warps deal the inputs.
+template <typename T, int kROW_TILES, int kTILES>
+struct BlockProduct
 {
-    constexpr int kAHEAD = kROW_TILES < 4 ? 4 : 2;  // chunks of a warp's activations on their way at once
-    constexpr int kPITCH = kPARTIAL_PITCH<kTILES>;
-    TROCR_DYNAMIC_SHARED(shared, 128);
-    int const warp = threadIdx.x / kWARP_SIZE;
-    int const lane = threadIdx.x % kWARP_SIZE;
-    int const firstChunk = blockIdx.y * p.blockChunks;
-    int const chunks = min(p.blockChunks, p.chunks - firstChunk);
-    uint32_t const barrier = sharedAddress(shared);
-    auto* const weights = reinterpret_cast<T*>(shared + 128);
-    auto* const partial = reinterpret_cast<float*>(shared + 128 + p.blockChunks * kTILES * kTILE_BYTES);
+    //! Chunks of a warp's activations on their way at once.
+    static constexpr int kAHEAD = kROW_TILES < 4 ? 4 : 2;
+    static constexpr int kPITCH = kPARTIAL_PITCH<kTILES>;
 
-    sm90::launchDependents();
-    if (warp == 0)
+    ProductParams const& p;
+    uint8_t* shared;  //!< productBytes
+    int firstChunk;
+    int chunks;
+
+    __device__ __forceinline__ BlockProduct(ProductParams const& params, uint8_t* memory)
+        : p(params),
+          shared(memory),
+          firstChunk(blockIdx.y * p.blockChunks),
+          chunks(min(p.blockChunks, p.chunks - firstChunk))
     {
+    }
+
+    __device__ __forceinline__ uint32_t barrier() const
+    {
+        return sharedAddress(shared);
+    }
+    __device__ __forceinline__ T* weights() const
+    {
+        return reinterpret_cast<T*>(shared + kPRODUCT_WEIGHTS);
+    }
+    __device__ __forceinline__ float* partial() const
+    {
+        return reinterpret_cast<float*>(shared + kPRODUCT_WEIGHTS + p.blockChunks * kTILES * kTILE_BYTES);
+    }
+
+    //! By one warp: its bias, if it adds one, and weights, and then `moreBytes` that the caller copies, on their way.
+    __device__ __forceinline__ void fetch(bool addsBias, uint32_t moreBytes = 0) const
+    {
+        constexpr int kBIAS_BYTES = 8 * kTILES * 4;
+        int const lane = threadIdx.x % kWARP_SIZE;
         if (lane == 0)
         {
-            sm90::barrierInit(barrier, 1);
+            sm90::barrierInit(barrier(), 1);
             sm90::barrierInitFence();
-            sm90::barrierArriveExpect(barrier, chunks * kTILES * kTILE_BYTES);
+            sm90::barrierArriveExpect(barrier(),
+                                      (addsBias ? kBIAS_BYTES : 0) + chunks * kTILES * kTILE_BYTES + moreBytes);
+            if (addsBias)
+            {
+                sm90::copyBulk(shared + kPRODUCT_BIAS, p.bias.of(blockIdx.x, p.group), kBIAS_BYTES, barrier());
+            }
         }
         __syncwarp();
         uint8_t const* const tiles = p.weights.of(blockIdx.x, p.group);
@@ -225,116 +265,164 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
         {
             int const chunk = firstChunk + i;
             sm90::copyBulk(
-                weights + i * kTILES * kTILE_BYTES / 2,
+                weights() + i * kTILES * kTILE_BYTES / 2,
                 tiles + chunk / p.inner * p.outerStride + chunk % p.inner * static_cast<size_t>(p.innerStride),
-                kTILES * kTILE_BYTES, barrier);
+                kTILES * kTILE_BYTES, barrier());
         }
     }
-    __syncthreads();
-    sm90::waitForPriorGrids();
 
-    auto const active = ActiveRows::load(p.states, p.rows);
-    auto const* const input =
-        static_cast<T const*>(p.input) + blockIdx.x / p.inputGroup * p.inputStride + firstChunk * kCHUNK;
-    float c[kROW_TILES][kTILES][4] = {};
-#pragma unroll 1
-    for (int first = warp; first < chunks; first += kWARPS * kAHEAD)
+    //! All that was fetched is there; for every warp, before the block ends.
+    __device__ __forceinline__ void wait() const
     {
-        Activations a[kAHEAD][kROW_TILES];
-#pragma unroll
-        for (int i = 0; i < kAHEAD; ++i)
+        sm90::barrierWait(barrier(), 0);
+    }
+
+    //! partial [adder][row][column], kADDERS of them to be added up.
+    __device__ __forceinline__ void multiply() const
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
+        auto const* const input =
+            static_cast<T const*>(p.input) + blockIdx.x / p.inputGroup * p.inputStride + firstChunk * kCHUNK;
+        float c[kROW_TILES][kTILES][4] = {};
+#pragma unroll 1
+        for (int first = warp; first < chunks; first += kWARPS * kAHEAD)
         {
-            int const chunk = first + i * kWARPS;
+            Activations a[kAHEAD][kROW_TILES];
 #pragma unroll
-            for (int m = 0; m < kROW_TILES; ++m)
+            for (int i = 0; i < kAHEAD; ++i)
             {
-                a[i][m] = chunk < chunks ? loadRows(input, p.inputPitch, p.rows, m, chunk) : Activations{};
-            }
-        }
-        sm90::barrierWait(barrier, 0);
+                int const chunk = first + i * kWARPS;
 #pragma unroll
-        for (int i = 0; i < kAHEAD; ++i)
-        {
-            int const chunk = first + i * kWARPS;
-            if (chunk < chunks)
-            {
-#pragma unroll
-                for (int tile = 0; tile < kTILES; ++tile)
+                for (int m = 0; m < kROW_TILES; ++m)
                 {
-                    uint4 const w = weightsOf(weights + (chunk * kTILES + tile) * 8 * kCHUNK);
-#pragma unroll
-                    for (int m = 0; m < kROW_TILES; ++m)
-                    {
-                        multiplyChunk<T>(c[m][tile], a[i][m], w);
-                    }
+                    a[i][m] = chunk < chunks ? loadRows(input, p.inputPitch, p.rows, m, chunk) : Activations{};
                 }
             }
-        }
-    }
-
-    // Sums over the warps, in a fixed order: the upper half's are stored, the lower half's added, the rest by columns.
-    float* const mine = partial + (warp % kADDERS * kROW_TILES * kROWS_A_TILE + lane / 4) * kPITCH + lane % 4 * 2;
+            wait();
 #pragma unroll
-    for (int turn = 0; turn < 2; ++turn)
-    {
-        if (warp / kADDERS != turn)
-        {
-#pragma unroll
-            for (int m = 0; m < kROW_TILES; ++m)
+            for (int i = 0; i < kAHEAD; ++i)
             {
-#pragma unroll
-                for (int tile = 0; tile < kTILES; ++tile)
+                int const chunk = first + i * kWARPS;
+                if (chunk < chunks)
                 {
 #pragma unroll
-                    for (int half = 0; half < 2; ++half)
+                    for (int tile = 0; tile < kTILES; ++tile)
                     {
-                        auto* const at =
-                            reinterpret_cast<float2*>(mine + (m * kROWS_A_TILE + half * 8) * kPITCH + tile * 8);
-                        float2 sum = {c[m][tile][2 * half], c[m][tile][2 * half + 1]};
-                        if (turn == 1)
+                        uint4 const w = weightsOf(weights() + (chunk * kTILES + tile) * 8 * kCHUNK);
+#pragma unroll
+                        for (int m = 0; m < kROW_TILES; ++m)
                         {
-                            float2 const other = *at;
-                            sum = {sum.x + other.x, sum.y + other.y};
+                            multiplyChunk<T>(c[m][tile], a[i][m], w);
                         }
-                        *at = sum;
                     }
                 }
             }
         }
-        __syncthreads();
-    }
-    auto const* const bias = reinterpret_cast<float const*>(p.bias.of(blockIdx.x, p.group));
-#pragma unroll 1
-    for (int i = threadIdx.x; i < p.rows * 4 * kTILES; i += kTHREADS)
-    {
-        int const row = i / (4 * kTILES);
-        int const pair = i % (4 * kTILES);
-        if (!active.has(row))
+
+        // Sums over the warps, in a fixed order: the upper half's are stored, the lower half's added, the rest by
+        // columns.
+        float* const mine = partial() + (warp % kADDERS * kROW_TILES * kROWS_A_TILE + lane / 4) * kPITCH + lane % 4 * 2;
+#pragma unroll
+        for (int turn = 0; turn < 2; ++turn)
         {
-            continue;
+            if (warp / kADDERS != turn)
+            {
+#pragma unroll
+                for (int m = 0; m < kROW_TILES; ++m)
+                {
+#pragma unroll
+                    for (int tile = 0; tile < kTILES; ++tile)
+                    {
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                        {
+                            auto* const at =
+                                reinterpret_cast<float2*>(mine + (m * kROWS_A_TILE + half * 8) * kPITCH + tile * 8);
+                            float2 sum = {c[m][tile][2 * half], c[m][tile][2 * half + 1]};
+                            if (turn == 1)
+                            {
+                                float2 const other = *at;
+                                sum = {sum.x + other.x, sum.y + other.y};
+                            }
+                            *at = sum;
+                        }
+                    }
+                }
+            }
+            __syncthreads();
         }
+    }
+
+    //! Columns 2 pair and 2 pair + 1 of a row.
+    __device__ __forceinline__ float2 collect(int row, int pair, bool addsBias) const
+    {
         float2 sum{};
 #pragma unroll
         for (int adder = 0; adder < kADDERS; ++adder)
         {
             float2 const part = *reinterpret_cast<float2 const*>(
-                partial + (adder * kROW_TILES * kROWS_A_TILE + row) * kPITCH + pair * 2);
+                partial() + (adder * kROW_TILES * kROWS_A_TILE + row) * kPITCH + pair * 2);
             sum = {sum.x + part.x, sum.y + part.y};
         }
-        if (!kTO_SUMS || blockIdx.y == 0)
+        if (addsBias)
         {
-            sum = {sum.x + bias[2 * pair], sum.y + bias[2 * pair + 1]};
+            float2 const bias = reinterpret_cast<float2 const*>(shared + kPRODUCT_BIAS)[pair];
+            sum = {sum.x + bias.x, sum.y + bias.y};
         }
-        int const column = blockIdx.x * p.blockColumns + pair / 4 * p.tileColumns + pair % 4 * 2;
-        size_t const index = (static_cast<size_t>(row) * p.outputPitch + column) / 2;
+        return sum;
+    }
+};
+
+//! input weights^T of all rows for 8 kTILES columns a block: activated and written, or added to sums.
+template <typename T, int kROW_TILES, int kTILES, bool kTO_SUMS>
+__global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(ProductParams p)
+{
+    TROCR_DYNAMIC_SHARED(shared, 128);
+    BlockProduct<T, kROW_TILES, kTILES> const mine(p, shared);
+    constexpr int kPAIRS = 4 * kTILES;                                                     // of a row
+    constexpr int kMINE = (kROW_TILES * kROWS_A_TILE * kPAIRS + kTHREADS - 1) / kTHREADS;  // of a thread
+    bool const isFirst = !kTO_SUMS || blockIdx.y == 0;                                     // adds bias and residual
+    sm90::launchDependents();
+    if (threadIdx.x < kWARP_SIZE)
+    {
+        mine.fetch(isFirst);
+    }
+    __syncthreads();
+    sm90::waitForPriorGrids();
+
+    auto const lines = RowLines::load(p.states, p.rows);
+    auto const rowOf = [](int i) { return static_cast<int>(i * kTHREADS + threadIdx.x) / kPAIRS; };
+    auto const pairOf = [](int i) { return static_cast<int>(i * kTHREADS + threadIdx.x) % kPAIRS; };
+    auto const indexOf = [&](int i)
+    {
+        int const column = blockIdx.x * p.blockColumns + pairOf(i) / 4 * p.tileColumns + pairOf(i) % 4 * 2;
+        return (static_cast<size_t>(rowOf(i)) * p.outputPitch + column) / 2;
+    };
+    unsigned residual[kMINE] = {};
+    if (kTO_SUMS && isFirst)
+    {
+#pragma unroll
+        for (int i = 0; i < kMINE; ++i)
+        {
+            residual[i] = rowOf(i) < p.rows ? __ldcg(static_cast<unsigned const*>(p.hidden) + indexOf(i)) : 0;
+        }
+    }
+    mine.multiply();
+    mine.wait();  // of a warp without inputs: for the bias; and no copy may be under way when the block ends
+    auto const active = lines.active();
+#pragma unroll(kTO_SUMS ? kMINE : 1)
+    for (int i = 0; i < kMINE; ++i)
+    {
+        if (rowOf(i) >= p.rows || !active.has(rowOf(i)))
+        {
+            continue;
+        }
+        float2 sum = mine.collect(rowOf(i), pairOf(i), isFirst);
         if constexpr (kTO_SUMS)
         {
-            if (blockIdx.y == 0)
-            {
-                float2 const h = unpackPair<T>(__ldcg(static_cast<unsigned const*>(p.hidden) + index));
-                sum = {sum.x + h.x, sum.y + h.y};
-            }
-            atomicAdd(p.sums + index, toSum(sum.x, sum.y));
+            float2 const h = unpackPair<T>(residual[i]);
+            atomicAdd(p.sums + indexOf(i), toSum(sum.x + h.x, sum.y + h.y));
         }
         else
         {
@@ -343,34 +431,91 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
                 bool const isGelu = p.activation == LinearActivation::kGELU;
                 sum = {isGelu ? gelu(sum.x) : fmaxf(sum.x, 0.0F), isGelu ? gelu(sum.y) : fmaxf(sum.y, 0.0F)};
             }
-            static_cast<unsigned*>(p.output)[index] = packPair<T>(sum.x, sum.y);
+            static_cast<unsigned*>(p.output)[indexOf(i)] = packPair<T>(sum.x, sum.y);
         }
     }
-    sm90::barrierWait(barrier, 0);  // of a warp without inputs: no copy may be under way when the block ends
 }
 
-struct ExpandParams
+// ---- two products of a head in one kernel ----
+//
+// A cluster is a head. Its blocks compute eight columns each of the head's first product, write them into all of their
+// shared memories, and multiply all of the head's columns with their part of the second product's weights.
+
+//! T [row][kHEAD_DIM], kPITCH elements apart, behind what the first product needs.
+template <typename T, int kHEAD_DIM>
+struct HeadRows
 {
-    int rows;
-    RowState const* states;
-    void const* query;    //!< T [rows, H, d]
-    void const* weights;  //!< T [H, 8, d / 32, E / 64, 8, 32]
-    void* output;         //!< T [rows, H, E]
+    static constexpr int kBLOCKS = kHEAD_DIM / 8;
+    static constexpr int kPITCH = rowPitch<T>(kHEAD_DIM);
+
+    T* rows;
+
+    //! This block's columns of every active row, to all blocks of the cluster.
+    template <typename Product>
+    __device__ __forceinline__ void exchange(Product const& product, ActiveRows const& active) const
+    {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < product.p.rows * 4; i += kTHREADS)
+        {
+            int const row = i / 4;
+            if (!active.has(row))
+            {
+                continue;
+            }
+            float2 const pair = product.collect(row, i % 4, true);
+            unsigned const bits = packPair<T>(pair.x, pair.y);
+            T* const to = rows + row * kPITCH + blockIdx.x % kBLOCKS * 8 + i % 4 * 2;
+#pragma unroll
+            for (int other = 0; other < kBLOCKS; ++other)
+            {
+                *reinterpret_cast<unsigned*>(sm90::atRank(to, other)) = bits;
+            }
+        }
+        sm90::clusterSync();
+    }
+
+    __device__ __forceinline__ Activations load(int tile, int count, int chunk) const
+    {
+        return Activations::load<kROWS_A_TILE>(rows + tile * kROWS_A_TILE * kPITCH, kPITCH, count - tile * kROWS_A_TILE,
+                                               chunk);
+    }
+};
+
+template <int kROW_TILES, int kHEAD_DIM>
+__host__ __device__ constexpr int headRowsBytes()
+{
+    return kROW_TILES * kROWS_A_TILE * rowPitch<__half>(kHEAD_DIM) * 2;
+}
+
+struct QueryParams
+{
+    ProductParams product;  //!< of the queries
+    void const* weights;    //!< T [H, 8, d / 32, E / 64, 8, 32]
+    void* output;           //!< T [rows, H, E]
     int heads;
     int width;  //!< E
 };
 
-//! Queries in terms of the encoder's states: output[row, head] = W_k[head]^T query[row, head]. A block has an eighth of
-//! a head's columns, and its warps deal them.
+//! Queries in terms of the encoder's states: output[row, head] = W_k[head]^T (W_q[head] input[row] + b). The second
+//! product's columns are dealt over the cluster, and over the warps of a block.
 template <typename T, int kHEAD_DIM, int kROW_TILES>
-__global__ void __launch_bounds__(kTHREADS) expandQuery(ExpandParams p)
+__global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
 {
     constexpr int kCHUNKS = kHEAD_DIM / kCHUNK;
     constexpr int kMOST = kMAX_WIDTH / 64 / kWARPS;  // tiles of a warp
+    TROCR_DYNAMIC_SHARED(shared, 128);
+    BlockProduct<T, kROW_TILES, 1> const queries(p.product, shared);
+    HeadRows<T, kHEAD_DIM> const head{
+        reinterpret_cast<T*>(shared + productBytes<kROW_TILES, 1>(p.product.blockChunks))};
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
     int const tiles = p.width / 64;
+    int const rows = p.product.rows;
     sm90::launchDependents();
+    if (warp == 0)
+    {
+        queries.fetch(true);
+    }
     uint4 w[kMOST][kCHUNKS];
     auto const* const weights =
         static_cast<uint4 const*>(p.weights) + static_cast<size_t>(blockIdx.x) * kCHUNKS * tiles * kWARP_SIZE + lane;
@@ -383,20 +528,14 @@ __global__ void __launch_bounds__(kTHREADS) expandQuery(ExpandParams p)
             w[i][chunk] = __ldg(weights + (chunk * tiles + min(warp + i * kWARPS, tiles - 1)) * kWARP_SIZE);
         }
     }
+    sm90::clusterSync();  // every block of the cluster runs: its shared memory may be written
     sm90::waitForPriorGrids();
 
-    auto const active = ActiveRows::load(p.states, p.rows);
-    auto const* const query = static_cast<T const*>(p.query) + blockIdx.x / 8 * kHEAD_DIM;
-    Activations a[kROW_TILES][kCHUNKS];
-#pragma unroll
-    for (int m = 0; m < kROW_TILES; ++m)
-    {
-#pragma unroll
-        for (int chunk = 0; chunk < kCHUNKS; ++chunk)
-        {
-            a[m][chunk] = loadRows(query, p.heads * kHEAD_DIM, p.rows, m, chunk);
-        }
-    }
+    auto const lines = RowLines::load(p.product.states, rows);
+    queries.multiply();
+    queries.wait();
+    auto const active = lines.active();
+    head.exchange(queries, active);
 #pragma unroll
     for (int i = 0; i < kMOST; ++i)
     {
@@ -412,13 +551,13 @@ __global__ void __launch_bounds__(kTHREADS) expandQuery(ExpandParams p)
 #pragma unroll
             for (int chunk = 0; chunk < kCHUNKS; ++chunk)
             {
-                multiplyChunk<T>(c, a[m][chunk], w[i][chunk]);
+                multiplyChunk<T>(c, head.load(m, rows, chunk), w[i][chunk]);
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half)
             {
                 int const row = m * kROWS_A_TILE + half * 8 + lane / 4;
-                if (row < p.rows && active.has(row))
+                if (row < rows && active.has(row))
                 {
                     size_t const column = blockIdx.x * (p.width / 8) + tile * 8 + lane % 4 * 2;
                     size_t const index = (static_cast<size_t>(row) * p.heads * p.width + column) / 2;
@@ -429,7 +568,145 @@ __global__ void __launch_bounds__(kTHREADS) expandQuery(ExpandParams p)
     }
 }
 
+//! The second product of a head where it adds to s: W_o context + b + hidden, of each head its part, for up to
+//! kROWS_A_TILE rows. A block has D / C columns.
+struct OutputParams
+{
+    uint8_t const* weights;  //!< T [H, C] pieces [d / 32, D / C, 32]
+    uint8_t const* bias;     //!< float32 [C] pieces [D / C]
+    size_t pieceBytes;       //!< from one to the next
+    SumPair* sums;           //!< [rows, D / 2]
+    void const* hidden;      //!< T [rows, D]
+    int width;               //!< D
+};
+
+//! Weights, and float32 bias.
+template <int kHEAD_DIM>
+__host__ __device__ constexpr int headOutputBytes(int width)
+{
+    return width / (kHEAD_DIM / 8) * (kHEAD_DIM * 2 + 4);
+}
+
+template <typename T, int kHEAD_DIM>
+struct HeadOutput
+{
+    static constexpr int kBLOCKS = kHEAD_DIM / 8;
+    static constexpr int kCHUNKS = kHEAD_DIM / kCHUNK;
+    static constexpr int kMOST = kMAX_WIDTH / kBLOCKS / 8 / kWARPS;  //!< tiles of a warp
+
+    OutputParams const& p;
+    T* weights;  //!< in shared memory
+
+    __device__ __forceinline__ int columns() const
+    {
+        return p.width / kBLOCKS;
+    }
+    //! Of what fetch() copies.
+    __device__ __forceinline__ uint32_t bytes() const
+    {
+        return headOutputBytes<kHEAD_DIM>(p.width);
+    }
+    __device__ __forceinline__ float* bias() const
+    {
+        return reinterpret_cast<float*>(weights + columns() * kHEAD_DIM);
+    }
+
+    __device__ __forceinline__ void fetch(uint32_t barrier) const
+    {
+        sm90::copyBulk(weights, p.weights + blockIdx.x * p.pieceBytes, columns() * kHEAD_DIM * sizeof(T), barrier);
+        sm90::copyBulk(bias(), p.bias + blockIdx.x * p.pieceBytes, columns() * sizeof(float), barrier);
+    }
+
+    //! Of the sums, in pairs of columns: those of lane (g, t) for tile i of its warp, and row g + 8 half.
+    __device__ __forceinline__ size_t indexOf(int i, int half) const
+    {
+        int const lane = threadIdx.x % kWARP_SIZE;
+        int const column = (threadIdx.x / kWARP_SIZE + i * kWARPS) * 8 + lane % 4 * 2;
+        return (static_cast<size_t>(half * 8 + lane / 4) * p.width + blockIdx.x % kBLOCKS * columns() + column) / 2;
+    }
+
+    //! The first head's blocks add bias and residual.
+    __device__ __forceinline__ bool isFirst() const
+    {
+        return blockIdx.x < kBLOCKS;
+    }
+
+    __device__ __forceinline__ void loadResidual(unsigned (&residual)[kMOST][2], int rows) const
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
+#pragma unroll
+        for (int i = 0; i < kMOST; ++i)
+        {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                bool const isMine = isFirst() && half * 8 + lane / 4 < rows && (warp + i * kWARPS) * 8 < columns();
+                residual[i][half] = isMine ? __ldcg(static_cast<unsigned const*>(p.hidden) + indexOf(i, half)) : 0;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void add(HeadRows<T, kHEAD_DIM> const& contexts, int rows, ActiveRows const& active,
+                                        unsigned const (&residual)[kMOST][2]) const
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
+#pragma unroll
+        for (int i = 0; i < kMOST; ++i)
+        {
+            int const tile = warp + i * kWARPS;
+            if (tile >= columns() / 8)
+            {
+                break;
+            }
+            uint4 w[kCHUNKS];
+#pragma unroll
+            for (int chunk = 0; chunk < kCHUNKS; ++chunk)
+            {
+                w[chunk] = weightsOf(weights + (chunk * columns() + tile * 8) * kCHUNK);
+            }
+            int const column = tile * 8 + lane % 4 * 2;
+            float c[4] = {};
+#pragma unroll
+            for (int chunk = 0; chunk < kCHUNKS; ++chunk)
+            {
+                multiplyChunk<T>(c, contexts.load(0, rows, chunk), w[chunk]);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                int const row = half * 8 + lane / 4;
+                if (row >= rows || !active.has(row))
+                {
+                    continue;
+                }
+                float2 sum = {c[2 * half], c[2 * half + 1]};
+                if (isFirst())
+                {
+                    float2 const h = unpackPair<T>(residual[i][half]);
+                    sum = {sum.x + bias()[column] + h.x, sum.y + bias()[column + 1] + h.y};
+                }
+                atomicAdd(p.sums + indexOf(i, half), toSum(sum.x, sum.y));
+            }
+        }
+    }
+};
+
 // ---- self-attention ----
+
+//! Keys and values of a row's head [capacity, kHEAD_DIM], as far as it seems to have them, to L2: the weights of all
+//! other layers have passed since they were read. By one lane; the position may be that of the token before.
+template <typename T, int kHEAD_DIM>
+__device__ __forceinline__ void prefetchCache(T const* keys, T const* values, RowState const& state, int capacity)
+{
+    uint32_t const bytes = min(__ldcg(&state.position), capacity) * kHEAD_DIM * sizeof(T);
+    if (bytes > 0)
+    {
+        sm90::prefetchBulk(keys, bytes);
+        sm90::prefetchBulk(values, bytes);
+    }
+}
 
 struct AttendParams
 {
@@ -455,7 +732,14 @@ __global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
     int const lane = threadIdx.x % kWARP_SIZE;
     int const row = blockIdx.x;
     int const head = blockIdx.y * kWARPS + warp;
+    size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
+    T* const allKeys = static_cast<T*>(p.keys) + cache;
+    T* const allValues = static_cast<T*>(p.values) + cache;
     sm90::launchDependents();
+    if (!kBEAMS && lane == 0 && head < p.heads)
+    {
+        prefetchCache<T, kHEAD_DIM>(allKeys, allValues, p.states[row], p.capacity);
+    }
     sm90::waitForPriorGrids();
 
     int2 const words = sm90::loadEarly(reinterpret_cast<int2 const*>(p.states + row));
@@ -464,9 +748,6 @@ __global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
     {
         return;
     }
-    size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
-    T* const allKeys = static_cast<T*>(p.keys) + cache;
-    T* const allValues = static_cast<T*>(p.values) + cache;
     int const offset = lane % HeadKeys::kLANES * 8;
     auto const* const newest =
         static_cast<T const*>(p.qkv) + (static_cast<size_t>(row) * 3 * p.heads + head) * kHEAD_DIM + offset;
@@ -515,6 +796,128 @@ __global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
         packPair<T>(pair.x * factor, pair.y * factor);
 }
 
+struct SelfRowsParams
+{
+    ProductParams product;  //!< of queries, keys and values
+    OutputParams output;
+    void* keys;  //!< T [rows, H, capacity, d]
+    void* values;
+    int heads;
+    int capacity;
+    int const* owners;  //!< [rows, capacity], of a beam search
+};
+
+//! The products around it as well: sums += W_o attention(W_qkv input + b) + b + hidden. A cluster is a head; its blocks
+//! deal the rows that they attend for, a warp a row. For up to kROWS_A_TILE rows: with more, a head's 8 blocks take
+//! longer to attend, and each adds all of its columns' sums to those of the other heads, than kernels of their own do.
+template <typename T, int kHEAD_DIM, bool kBEAMS>
+__global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p)
+{
+    using HeadKeys = Keys<T, kHEAD_DIM, 1, 8>;
+    constexpr int kBLOCKS = kHEAD_DIM / 8;
+    TROCR_DYNAMIC_SHARED(shared, 128);
+    BlockProduct<T, 1, 3> const product(p.product, shared);
+    int const exchanged = productBytes<1, 3>(p.product.blockChunks);
+    HeadRows<T, kHEAD_DIM> const contexts{reinterpret_cast<T*>(shared + exchanged)};
+    HeadOutput<T, kHEAD_DIM> const output{p.output,
+                                          reinterpret_cast<T*>(shared + exchanged + headRowsBytes<1, kHEAD_DIM>())};
+    int const warp = threadIdx.x / kWARP_SIZE;
+    int const lane = threadIdx.x % kWARP_SIZE;
+    int const rank = blockIdx.x % kBLOCKS;
+    int const head = blockIdx.x / kBLOCKS;
+    int const rows = p.product.rows;
+    sm90::launchDependents();
+    if (warp == 0)
+    {
+        product.fetch(true, output.bytes());
+        if (lane == 0)
+        {
+            output.fetch(product.barrier());
+        }
+    }
+    int const row = warp * kBLOCKS + rank;
+    size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
+    T* const allKeys = static_cast<T*>(p.keys) + cache;
+    T* const allValues = static_cast<T*>(p.values) + cache;
+    if (!kBEAMS && lane == 0 && row < rows)
+    {
+        prefetchCache<T, kHEAD_DIM>(allKeys, allValues, p.product.states[row], p.capacity);
+    }
+    sm90::clusterSync();  // every block of the cluster runs
+    sm90::waitForPriorGrids();
+
+    auto const lines = RowLines::load(p.product.states, rows);
+    product.multiply();
+    product.wait();
+    auto const active = lines.active();
+    // Where the weights were, [row / C][query, key, value][d], of the rows that a block attends for.
+    T* const qkv = product.weights();
+    sm90::clusterSync();  // all blocks are done with their weights
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * 12; i += kTHREADS)
+    {
+        int const row = i / 12;
+        int const pair = i % 12;
+        if (active.has(row))
+        {
+            float2 const sum = product.collect(row, pair, true);
+            T* const to = qkv + (row / kBLOCKS * 3 + pair / 4) * kHEAD_DIM + rank * 8 + pair % 4 * 2;
+            *reinterpret_cast<unsigned*>(sm90::atRank(to, row % kBLOCKS)) = packPair<T>(sum.x, sum.y);
+        }
+    }
+    sm90::clusterSync();
+
+    if (row < rows && active.has(row))
+    {
+        int const position = __ldcg(&p.product.states[row].position);
+        int const offset = lane % HeadKeys::kLANES * 8;
+        T const* const newest = qkv + warp * 3 * kHEAD_DIM + offset;
+        Softmax<T, kHEAD_DIM> softmax;
+        softmax.begin(*reinterpret_cast<uint4 const*>(newest));
+#pragma unroll 1
+        for (int key = 0; key <= position; key += HeadKeys::kSPAN)
+        {
+            HeadKeys held;
+            if constexpr (kBEAMS)
+            {
+                AncestorCaches const caches{p.owners + static_cast<size_t>(row) * p.capacity, row,
+                                            static_cast<ptrdiff_t>(p.heads) * p.capacity * kHEAD_DIM};
+                held.load(allKeys, allValues, key, position, caches);
+            }
+            else
+            {
+                held.load(allKeys, allValues, key, position);
+            }
+            insertNewest(held, key, position, newest + kHEAD_DIM, newest + 2 * kHEAD_DIM);
+            softmax.add(held, key, position + 1);
+        }
+        if (lane < HeadKeys::kLANES)
+        {
+            size_t const at = static_cast<size_t>(position) * kHEAD_DIM + offset;
+            *reinterpret_cast<uint4*>(allKeys + at) = *reinterpret_cast<uint4 const*>(newest + kHEAD_DIM);
+            *reinterpret_cast<uint4*>(allValues + at) = *reinterpret_cast<uint4 const*>(newest + 2 * kHEAD_DIM);
+        }
+        // Where the product's partial sums were: the context, then its scale.
+        float* const attended = product.partial() + warp * (kHEAD_DIM + 4);
+        auto* const scale = reinterpret_cast<float2*>(attended + kHEAD_DIM);
+        softmax.finish(attended, scale);
+        __syncwarp();
+        float const factor = 1.0F / scale->y;
+        float2 const pair = reinterpret_cast<float2 const*>(attended)[lane];
+        unsigned const bits = packPair<T>(pair.x * factor, pair.y * factor);
+        T* const to = contexts.rows + row * contexts.kPITCH + lane * 2;
+#pragma unroll
+        for (int other = 0; other < kBLOCKS; ++other)
+        {
+            *reinterpret_cast<unsigned*>(sm90::atRank(to, other)) = bits;
+        }
+    }
+    unsigned residual[output.kMOST][2];
+    output.loadResidual(residual, rows);
+    sm90::clusterSync();
+    output.add(contexts, rows, active, residual);
+}
+
 // ---- cross-attention to the encoder's states ----
 
 struct StatesParams
@@ -528,29 +931,34 @@ struct StatesParams
     float scale;             //!< log2(e) / sqrt(d)
 };
 
-//! A block's shared memory; E = 128 kSTEPS.
+constexpr int kMOST_STATES_BLOCKS = 8;  //!< of a row: as many as every GPU allows a cluster
+
+//! A block's shared memory; E = 128 kSTEPS. As much as leaves room beside it for the blocks of the kernel before,
+//! while which the first stages are on their way, and of the kernel behind.
 template <int kSTEPS>
 struct StatesLayout
 {
     static constexpr int kWIDTH = 128 * kSTEPS;
-    static constexpr int kKEYS = 32;                //!< of a stage
-    static constexpr int kPITCH = kWIDTH * 2 + 16;  //!< bytes: eight rows meet no bank twice
-    static constexpr int kSCORE_PITCH = kKEYS + 8;  //!< floats, likewise
+    static constexpr int kKEYS = kSTEPS <= 6 ? 32 : 16;  //!< of a stage
+    static constexpr int kPITCH = kWIDTH * 2 + 16;       //!< bytes: eight rows meet no bank twice
+    static constexpr int kSCORE_PITCH = kKEYS + 8;       //!< floats, likewise
     static constexpr int kSTAGE = kKEYS * kPITCH;
-    static constexpr int kSCALES = 128;                                         //!< after the barriers: float2 [16]
+    static constexpr int kLINE = 120;                                           //!< int, after the barriers
+    static constexpr int kSCALES = 128;                                         //!< float2 [16]
     static constexpr int kSCORES = kSCALES + 128;                               //!< float [16, kSCORE_PITCH]
     static constexpr int kPARTIAL = kSCORES + kROWS_A_TILE * kSCORE_PITCH * 4;  //!< float [kWARPS, 16, kSCORE_PITCH]
     static constexpr int kRING = kPARTIAL + kWARPS * kROWS_A_TILE * kSCORE_PITCH * 4;
-    static constexpr int kSTAGES = (227 * 1024 - kRING) / kSTAGE < 4 ? (227 * 1024 - kRING) / kSTAGE : 4;
+    static constexpr int kROOM = (180 * 1024 - kRING) / kSTAGE;
+    static constexpr int kSTAGES = kROOM < 6 ? kROOM : 6;
     static constexpr int kBYTES = kRING + kSTAGES * kSTAGE;
-    static_assert(kSTAGES >= 2);
+    static_assert(kSTAGES >= 3 && kSTAGES * kSTAGE >= kROWS_A_TILE * kPITCH);
 };
 
 //! context[row] = softmax(scale query[row] states^T) states, all heads of a row at once: they are the 16 rows of the
 //! tensor cores' left operand. A cluster a row, whose blocks deal the states. A warp has an eighth of the states'
 //! columns: of scores it has a part of the sum, of the context those columns.
 template <typename T, int kSTEPS>
-__global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
+__global__ void __launch_bounds__(kTHREADS, kSTEPS <= 6 ? 2 : 1) attendStates(StatesParams p)
 {
     using Layout = StatesLayout<kSTEPS>;
     constexpr int kTILES = Layout::kKEYS / 8;  // of scores
@@ -569,30 +977,12 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
     auto* const scores = reinterpret_cast<float*>(shared + Layout::kSCORES);
     auto* const partial = reinterpret_cast<float*>(shared + Layout::kPARTIAL);
 
-    sm90::launchDependents();
-    if (threadIdx.x == 0)
-    {
-        for (int stage = 0; stage < Layout::kSTAGES; ++stage)
-        {
-            sm90::barrierInit(barriers + stage * 8, 1);
-        }
-        sm90::barrierInitFence();
-    }
-    __syncthreads();
-    sm90::waitForPriorGrids();
-
-    int const line = __ldcg(&p.states[row].line);
-    if (line < 0)
-    {
-        return;  // with all of its cluster
-    }
     int const first = p.length * rank / blocks;
     int const count = p.length * (rank + 1) / blocks - first;
     int const stages = (count + Layout::kKEYS - 1) / Layout::kKEYS;
-    auto const* const encoded =
-        static_cast<uint8_t const*>(p.encoded) + (static_cast<size_t>(line) * p.length + first) * Layout::kWIDTH * 2;
-    // By one warp, a row a lane.
-    auto const fetch = [&](int stage)
+    int const stagesAtFirst = min(stages, Layout::kSTAGES);
+    // By one warp, a state a lane.
+    auto const fetch = [&](int line, int stage)
     {
         int const keys = min(Layout::kKEYS, count - stage * Layout::kKEYS);
         int const slot = stage % Layout::kSTAGES;
@@ -603,17 +993,64 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
         __syncwarp();
         if (lane < keys)
         {
+            size_t const state = static_cast<size_t>(line) * p.length + first + stage * Layout::kKEYS + lane;
             sm90::copyBulk(shared + Layout::kRING + slot * Layout::kSTAGE + lane * Layout::kPITCH,
-                           encoded + (static_cast<size_t>(stage) * Layout::kKEYS + lane) * Layout::kWIDTH * 2,
-                           Layout::kWIDTH * 2, barriers + slot * 8);
+                           static_cast<uint8_t const*>(p.encoded) + state * Layout::kWIDTH * 2, Layout::kWIDTH * 2,
+                           barriers + slot * 8);
         }
     };
+    auto const fetchFirst = [&](int line)
+    {
+#pragma unroll 1
+        for (int stage = 0; stage < stagesAtFirst; ++stage)
+        {
+            fetch(line, stage);
+        }
+    };
+
+    sm90::launchDependents();
+    // States are constants, and a row seldom has another line than at the token before: the first stages of the one
+    // that it seems to have are asked for before the kernels before have ended. `next` may be among those.
+    auto& hoped = *reinterpret_cast<int*>(shared + Layout::kLINE);
     if (warp == 0)
     {
-        for (int stage = 0; stage < min(stages, Layout::kSTAGES); ++stage)
+        if (lane == 0)
         {
-            fetch(stage);
+            for (int stage = 0; stage < Layout::kSTAGES; ++stage)
+            {
+                sm90::barrierInit(barriers + stage * 8, 1);
+            }
+            sm90::barrierInitFence();
+            hoped = __ldcg(&p.states[row].line);
         }
+        __syncwarp();
+        if (hoped >= 0)
+        {
+            fetchFirst(hoped);
+        }
+    }
+    __syncthreads();
+    sm90::waitForPriorGrids();
+
+    int const line = __ldcg(&p.states[row].line);
+    int turns = 0;  // that the barriers of the first stages have behind them
+    if (line != hoped)
+    {
+        turns = hoped >= 0 ? 1 : 0;
+        // No slot is asked for again, and no block ends, while a copy is under way.
+        for (int stage = 0; stage < turns * stagesAtFirst; ++stage)
+        {
+            sm90::barrierWait(barriers + stage * 8, 0);
+        }
+        __syncthreads();
+        if (warp == 0 && line >= 0)
+        {
+            fetchFirst(line);
+        }
+    }
+    if (line < 0)
+    {
+        return;  // with all of its cluster
     }
     // The warp's columns of the query, as the left operand.
     uint32_t q[kSTEPS][4];
@@ -639,10 +1076,11 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
         int const slot = stage % Layout::kSTAGES;
         int const keys = min(Layout::kKEYS, count - stage * Layout::kKEYS);
         uint32_t const columns = ring + slot * Layout::kSTAGE + warp * 32 * kSTEPS;  // the warp's, of key 0
-        sm90::barrierWait(barriers + slot * 8, stage / Layout::kSTAGES & 1);
+        sm90::barrierWait(barriers + slot * 8, (stage / Layout::kSTAGES + turns) & 1);
         if (keys < Layout::kKEYS)
         {
             // What lies there may be no number, and 0 times that none either.
+#pragma unroll 1
             for (int i = lane; i < (Layout::kKEYS - keys) * 2 * kSTEPS; i += kWARP_SIZE)
             {
                 int const key = keys + i / (2 * kSTEPS);
@@ -676,10 +1114,11 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
         // All warps are done with the stage before: its slot is free.
         if (warp == 0 && stage >= 1 && stage - 1 + Layout::kSTAGES < stages)
         {
-            fetch(stage - 1 + Layout::kSTAGES);
+            fetch(line, stage - 1 + Layout::kSTAGES);
         }
+        static_assert(kTHREADS >= kROWS_A_TILE * Layout::kKEYS / 2);
+        if (threadIdx.x < kROWS_A_TILE * Layout::kKEYS / 2)
         {
-            static_assert(kTHREADS == kROWS_A_TILE * Layout::kKEYS / 2);
             int const at = threadIdx.x / (Layout::kKEYS / 2) * kPITCH + threadIdx.x % (Layout::kKEYS / 2) * 2;
             int const key = threadIdx.x % (Layout::kKEYS / 2) * 2;
             float2 sum{};
@@ -750,83 +1189,86 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
             }
         }
     }
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-    {
-        total[half] += __shfl_xor_sync(kFULL_WARP, total[half], 1);
-        total[half] += __shfl_xor_sync(kFULL_WARP, total[half], 2);
-        factor[half] = 1.0F / total[half];
-    }
-    auto* const output = static_cast<unsigned*>(p.context) + static_cast<size_t>(row) * p.heads * Layout::kWIDTH / 2;
-    if (blocks == 1)
-    {
-#pragma unroll
-        for (int tile = 0; tile < 2 * kSTEPS; ++tile)
-        {
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-            {
-                int const head = g + half * 8;
-                if (head < p.heads)
-                {
-                    output[(head * Layout::kWIDTH + warp * 16 * kSTEPS + tile * 8) / 2 + t] =
-                        packPair<T>(context[tile][2 * half] * factor[half], context[tile][2 * half + 1] * factor[half]);
-                }
-            }
-        }
-        return;
-    }
-
-    // The cluster's blocks agree on maxima and totals, then each adds up the contexts of some heads.
-    if (warp == 0 && t == 0)
-    {
-        scales[g] = {maximum[0], total[0]};
-        scales[g + 8] = {maximum[1], total[1]};
-    }
-    sm90::clusterSync();
-    int const mostHeads = (kROWS_A_TILE + blocks - 1) / blocks;
-    auto* const parts = reinterpret_cast<float*>(shared + Layout::kRING);  // [block][mostHeads][E]
+    // A context of the block's own softmax, in T: straight to its place, or where the cluster's blocks find it.
+    constexpr int kPIECES = Layout::kWIDTH / 8;  // of 16 bytes, of a head
+    auto* const output = static_cast<uint8_t*>(p.context) + static_cast<size_t>(row) * p.heads * Layout::kWIDTH * 2;
+    uint8_t* const parts = shared + Layout::kRING;  // T [16], Layout::kPITCH apart
+    __syncthreads();                                // all warps are done with the ring
 #pragma unroll
     for (int half = 0; half < 2; ++half)
     {
         int const head = g + half * 8;
-        float most = kNO_SCORE;
-        for (int other = 0; other < blocks; ++other)
+        total[half] += __shfl_xor_sync(kFULL_WARP, total[half], 1);
+        total[half] += __shfl_xor_sync(kFULL_WARP, total[half], 2);
+        float const factor = 1.0F / total[half];
+        uint8_t* const to =
+            (blocks == 1 ? output + head * Layout::kWIDTH * 2 : parts + head * Layout::kPITCH) + warp * 32 * kSTEPS;
+        if (head < p.heads)
         {
-            most = fmaxf(most, sm90::atRank(scales + head, other)->x);
+#pragma unroll
+            for (int tile = 0; tile < 2 * kSTEPS; ++tile)
+            {
+                reinterpret_cast<unsigned*>(to)[tile * 4 + t] =
+                    packPair<T>(context[tile][2 * half] * factor, context[tile][2 * half + 1] * factor);
+            }
+        }
+        if (warp == 0 && t == 0)
+        {
+            scales[head] = {maximum[half], total[half]};
+        }
+    }
+    if (blocks == 1)
+    {
+        return;
+    }
+
+    // Each block adds up a share of the row, a piece a thread.
+    sm90::clusterSync();
+    int const end = p.heads * kPIECES * (rank + 1) / blocks;
+#pragma unroll 1
+    for (int piece = p.heads * kPIECES * rank / blocks + threadIdx.x; piece < end; piece += kTHREADS)
+    {
+        int const head = piece / kPIECES;
+        uint8_t* const mine = parts + head * Layout::kPITCH + piece % kPIECES * 16;
+        float2 scale[kMOST_STATES_BLOCKS];
+        uint4 part[kMOST_STATES_BLOCKS];
+#pragma unroll
+        for (int other = 0; other < kMOST_STATES_BLOCKS; ++other)
+        {
+            scale[other] = {kNO_SCORE, 0.0F};
+            part[other] = {};
+            if (other < blocks)
+            {
+                scale[other] = *sm90::atRank(scales + head, other);
+                part[other] = *reinterpret_cast<uint4 const*>(sm90::atRank(mine, other));
+            }
+        }
+        float most = scale[0].x;
+#pragma unroll
+        for (int other = 1; other < kMOST_STATES_BLOCKS; ++other)
+        {
+            most = fmaxf(most, scale[other].x);
         }
         float all = 0.0F;
-        for (int other = 0; other < blocks; ++other)
-        {
-            float2 const scale = *sm90::atRank(scales + head, other);
-            all += scale.y * exp2Approx(scale.x - most);
-        }
-        factor[half] = exp2Approx(maximum[half] - most) / all;
-        int const owner = head / mostHeads;
-        float* const to = sm90::atRank(
-            parts + (rank * mostHeads + head % mostHeads) * Layout::kWIDTH + warp * 16 * kSTEPS + 2 * t, owner);
+        float sum[8] = {};
 #pragma unroll
-        for (int tile = 0; tile < 2 * kSTEPS; ++tile)
+        for (int other = 0; other < kMOST_STATES_BLOCKS; ++other)
         {
-            *reinterpret_cast<float2*>(to + tile * 8) = {context[tile][2 * half] * factor[half],
-                                                         context[tile][2 * half + 1] * factor[half]};
+            float const weight = scale[other].y * exp2Approx(scale[other].x - most);
+            Pack<T> const values = Pack<T>::fromBits(part[other]);
+            all += weight;
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+            {
+                sum[i] += weight * values.values[i];
+            }
         }
+        float const factor = 1.0F / all;
+        reinterpret_cast<uint4*>(output)[piece] = {
+            packPair<T>(sum[0] * factor, sum[1] * factor), packPair<T>(sum[2] * factor, sum[3] * factor),
+            packPair<T>(sum[4] * factor, sum[5] * factor), packPair<T>(sum[6] * factor, sum[7] * factor)};
     }
-    sm90::clusterSync();
-    int const firstHead = rank * mostHeads;
-    int const heads = min(mostHeads, p.heads - firstHead);
-    for (int i = threadIdx.x; i < heads * Layout::kWIDTH / 4; i += kTHREADS)
-    {
-        float4 sum{};
-        for (int other = 0; other < blocks; ++other)
-        {
-            float4 const part = *reinterpret_cast<float4 const*>(parts + other * mostHeads * Layout::kWIDTH + i * 4);
-            sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
-        }
-        reinterpret_cast<uint2*>(output + firstHead * Layout::kWIDTH / 2)[i] = {packPair<T>(sum.x, sum.y),
-                                                                                packPair<T>(sum.z, sum.w)};
-    }
+    sm90::clusterSync();  // no block ends while another reads its memory
 }
 
 }  // namespace trocr::greedy

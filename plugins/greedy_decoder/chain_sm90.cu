@@ -27,8 +27,8 @@ struct Workspace
     size_t sums[3], choices, states, scalars, keys, values;
     size_t layerCache;  //!< bytes of a layer's keys
     //! Of a step of many rows: hidden states; queries, keys and values, or inner columns; contexts; cross-attention's
-    //! queries; these, and contexts, in terms of the encoder's states.
-    size_t hidden, inner, context, query, stateQuery, stateContext;
+    //! queries and contexts in terms of the encoder's states.
+    size_t hidden, inner, context, stateQuery, stateContext;
     size_t bytes;
 
     Workspace(GreedyDecoderConfig const& config, int32_t slots, int32_t capacity, int32_t blocks)
@@ -50,7 +50,6 @@ struct Workspace
         hidden = rows(config.width);
         inner = rows(std::max(3 * config.width, config.ffnWidth));
         context = rows(config.width);
-        query = rows(config.width);
         stateQuery = rows(static_cast<size_t>(config.heads) * config.encoderWidth);
         stateContext = rows(static_cast<size_t>(config.heads) * config.encoderWidth);
         bytes = at;
@@ -88,6 +87,14 @@ struct StatesKernel
 {
     void (*kernel)(StatesParams);
     int bytes;  //!< of shared memory
+    int keys;   //!< of a stage
+
+    template <typename T, int kSTEPS>
+    static StatesKernel make()
+    {
+        using Layout = StatesLayout<kSTEPS>;
+        return {attendStates<T, kSTEPS>, Layout::kBYTES, Layout::kKEYS};
+    }
 
     template <typename T>
     static StatesKernel of(int encoderWidth)
@@ -95,26 +102,24 @@ struct StatesKernel
         switch (encoderWidth)
         {
             case 384:
-                return {attendStates<T, 3>, StatesLayout<3>::kBYTES};
+                return make<T, 3>();
             case 768:
-                return {attendStates<T, 6>, StatesLayout<6>::kBYTES};
+                return make<T, 6>();
             default:
-                return {attendStates<T, 8>, StatesLayout<8>::kBYTES};
+                return make<T, 8>();
         }
     }
 
     //! As many blocks a row as take the least time: best are those of all rows at once, if they find room.
     int blocks(int rows, int length, int multiprocessors) const
     {
-        constexpr int kMOST = 8;
-        constexpr int kSTAGE = 32;  // states
         int best = 1;
-        int least = ceilDiv(rows, multiprocessors) * ceilDiv(length, kSTAGE);
-        for (int of = 2; of <= kMOST; ++of)
+        int least = ceilDiv(rows, multiprocessors) * ceilDiv(length, keys);
+        for (int of = 2; of <= kMOST_STATES_BLOCKS; ++of)
         {
             int const fit = clustersAtOnce(kernel, bytes, kTHREADS, of);
             // In stages; what a cluster adds up at its end costs about one.
-            int const time = fit < 1 ? least : ceilDiv(rows, fit) * (ceilDiv(ceilDiv(length, of), kSTAGE) + 1);
+            int const time = fit < 1 ? least : ceilDiv(rows, fit) * (ceilDiv(ceilDiv(length, of), keys) + 1);
             if (time < least)
             {
                 least = time;
@@ -404,21 +409,40 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         ProductParams p = productOf(hidden, width, self, blob.self, selfTiles, 3 * kTILE_BYTES);
         p.blockColumns = 8;
         p.tileColumns = width;  // eight columns each of query, key and value
-        store(Three{}, p, heads * kCLUSTER, wide, 3 * width);
-        launch(token.beams != nullptr ? attendSelf<T, kHEAD_DIM, true> : attendSelf<T, kHEAD_DIM, false>,
-               dim3(rows, ceilDiv(heads, kWARPS)), 0,
-               AttendParams{rows, states, wide, mWorkspace + at.keys + layer * at.layerCache,
-                            mWorkspace + at.values + layer * at.layerCache, context, heads, mCapacity,
-                            token.beams != nullptr ? token.beams->owners : nullptr});
-        addOutput(self, blob.self, selfTiles + 24 * width * kELEMENT, 24 * 4);
+        auto* const keys = mWorkspace + at.keys + layer * at.layerCache;
+        auto* const values = mWorkspace + at.values + layer * at.layerCache;
+        auto const* const owners = token.beams != nullptr ? token.beams->owners : nullptr;
+        size_t const selfOutput = selfTiles + 24 * width * kELEMENT;
+        if constexpr (kROW_TILES == 1)
+        {
+            launch(
+                owners != nullptr ? attendSelfAndAdd<T, kHEAD_DIM, true> : attendSelfAndAdd<T, kHEAD_DIM, false>,
+                dim3(heads * kCLUSTER),
+                productBytes<1, 3>(p.blockChunks) + headRowsBytes<1, kHEAD_DIM>() + headOutputBytes<kHEAD_DIM>(width),
+                SelfRowsParams{p,
+                               {self + selfOutput, self + 24 * 4, blob.self, link.output, hidden, width},
+                               keys,
+                               values,
+                               heads,
+                               mCapacity,
+                               owners},
+                kCLUSTER);
+        }
+        else
+        {
+            store(Three{}, p, heads * kCLUSTER, wide, 3 * width);
+            launch(owners != nullptr ? attendSelf<T, kHEAD_DIM, true> : attendSelf<T, kHEAD_DIM, false>,
+                   dim3(rows, ceilDiv(heads, kWARPS)), 0,
+                   AttendParams{rows, states, wide, keys, values, context, heads, mCapacity, owners});
+            addOutput(self, blob.self, selfOutput, 24 * 4);
+        }
 
         normalizeSums();
         p = productOf(hidden, width, cross, blob.cross, crossTiles, kTILE_BYTES);
-        p.blockColumns = 8;
-        store(One{}, p, heads * kCLUSTER, mWorkspace + at.query, width);
-        launch(expandQuery<T, kHEAD_DIM, kROW_TILES>, dim3(heads * 8), 0,
-               ExpandParams{rows, states, mWorkspace + at.query, bytesOf(mWeights.crossKeys) + stateBytes,
-                            mWorkspace + at.stateQuery, heads, encoded});
+        launch(queryStates<T, kHEAD_DIM, kROW_TILES>, dim3(heads * kCLUSTER),
+               productBytes<kROW_TILES, 1>(p.blockChunks) + headRowsBytes<kROW_TILES, kHEAD_DIM>(),
+               QueryParams{p, bytesOf(mWeights.crossKeys) + stateBytes, mWorkspace + at.stateQuery, heads, encoded},
+               kCLUSTER);
         launch(attention.kernel, dim3(attentionBlocks, rows), attention.bytes,
                StatesParams{states, mWorkspace + at.stateQuery, request.states, mWorkspace + at.stateContext, heads,
                             mConfig.sourceLength, scale},
