@@ -531,14 +531,16 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
 {
     constexpr int kTILE_ROWS = kROWS < 16 ? kROWS : 16;
     constexpr int kTILES = kROWS / kTILE_ROWS;
-    constexpr int kBATCH = 8;  // chunks in registers, and as many on their way
+    // Tiles of tokens at a time: what a warp reads of many rows, it multiplies with both.
+    constexpr int kTOKEN_TILES = kTILES > 1 ? 2 : 1;
+    constexpr int kBATCH = kTILES > 2 ? 4 : 8;  // chunks in registers, and as many on their way
     TROCR_DYNAMIC_SHARED(shared, 128);
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
     int const width = p.link.width;
     int const chunks = width / kCHUNK;
     int const tiles = (p.vocabulary + 7) / 8;
-    int const stride = gridDim.x * kWARPS;
+    int const stride = gridDim.x * kWARPS * kTOKEN_TILES;
 
     HeadLayout const layout(width, min(kROWS, p.link.rows));
     auto* const hidden = reinterpret_cast<T*>(shared + layout.hidden);
@@ -549,20 +551,24 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
     sm90::launchDependents();
     // Weights are constants: the first are fetched before the kernel before has ended.
     auto const* const weights = static_cast<uint4 const*>(p.weights);
-    auto const fetch = [&](uint4(&to)[kBATCH], int tile, int batch)
+    auto const fetch = [&](uint4(&to)[kTOKEN_TILES][kBATCH], int tile, int batch)
     {
 #pragma unroll
-        for (int i = 0; i < kBATCH; ++i)
+        for (int n = 0; n < kTOKEN_TILES; ++n)
         {
-            int const chunk = batch * kBATCH + i;
-            if (tile < tiles && chunk < chunks)
+#pragma unroll
+            for (int i = 0; i < kBATCH; ++i)
             {
-                to[i] = __ldg(weights + (static_cast<size_t>(tile) * chunks + chunk) * kWARP_SIZE + lane);
+                int const chunk = batch * kBATCH + i;
+                if (tile + n < tiles && chunk < chunks)
+                {
+                    to[n][i] = __ldg(weights + (static_cast<size_t>(tile + n) * chunks + chunk) * kWARP_SIZE + lane);
+                }
             }
         }
     };
-    uint4 held[kBATCH];
-    int const firstTile = blockIdx.x * kWARPS + warp;
+    uint4 held[kTOKEN_TILES][kBATCH];
+    int const firstTile = (blockIdx.x * kWARPS + warp) * kTOKEN_TILES;
     fetch(held, firstTile, 0);
     for (int i = threadIdx.x; i < width; i += kTHREADS)  // gamma and beta, two elements a word
     {
@@ -603,11 +609,11 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
 #pragma unroll 1
         for (int tile = firstTile; tile < tiles; tile += stride)
         {
-            float c[kTILES][4] = {};
+            float c[kTILES][kTOKEN_TILES][4] = {};
 #pragma unroll 1
             for (int batch = 0; batch * kBATCH < chunks; ++batch)
             {
-                uint4 following[kBATCH];
+                uint4 following[kTOKEN_TILES][kBATCH];
                 bool const ends = (batch + 1) * kBATCH >= chunks;
                 fetch(following, ends ? tile + stride : tile, ends ? 0 : batch + 1);
 #pragma unroll
@@ -621,38 +627,49 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
                         {
                             if (m == 0 || m * kTILE_ROWS < count)
                             {
-                                multiplyChunk<T>(c[m],
-                                                 Activations::load<kTILE_ROWS>(hidden + m * kTILE_ROWS * pitch, pitch,
-                                                                               count - m * kTILE_ROWS, chunk),
-                                                 held[i]);
+                                auto const rows = Activations::load<kTILE_ROWS>(hidden + m * kTILE_ROWS * pitch, pitch,
+                                                                                count - m * kTILE_ROWS, chunk);
+#pragma unroll
+                                for (int n = 0; n < kTOKEN_TILES; ++n)
+                                {
+                                    multiplyChunk<T>(c[m][n], rows, held[n][i]);
+                                }
                             }
                         }
                     }
                 }
 #pragma unroll
-                for (int i = 0; i < kBATCH; ++i)
+                for (int n = 0; n < kTOKEN_TILES; ++n)
                 {
-                    held[i] = following[i];
+#pragma unroll
+                    for (int i = 0; i < kBATCH; ++i)
+                    {
+                        held[n][i] = following[n][i];
+                    }
                 }
             }
-            int const token = tile * 8 + lane % 4 * 2;
 #pragma unroll
-            for (int m = 0; m < kTILES; ++m)
+            for (int n = 0; n < kTOKEN_TILES; ++n)
             {
+                int const token = (tile + n) * 8 + lane % 4 * 2;
 #pragma unroll
-                for (int i = 0; i < (kROWS > 8 ? 4 : 2); ++i)
+                for (int m = 0; m < kTILES; ++m)
                 {
-                    if constexpr (kBEAMS)
+#pragma unroll
+                    for (int i = 0; i < (kROWS > 8 ? 4 : 2); ++i)
                     {
-                        int const row = (2 * m + i / 2) * 8 + lane / 4;
-                        if (token + i % 2 < p.vocabulary && row < count)
+                        if constexpr (kBEAMS)
                         {
-                            p.logits[static_cast<size_t>(first + row) * p.vocabulary + token + i % 2] = c[m][i];
+                            int const row = (2 * m + i / 2) * 8 + lane / 4;
+                            if (token + i % 2 < p.vocabulary && row < count)
+                            {
+                                p.logits[static_cast<size_t>(first + row) * p.vocabulary + token + i % 2] = c[m][n][i];
+                            }
                         }
-                    }
-                    else if (token + i % 2 < p.vocabulary)
-                    {
-                        best[2 * m + i / 2].take(c[m][i], token + i % 2);
+                        else if (token + i % 2 < p.vocabulary)
+                        {
+                            best[2 * m + i / 2].take(c[m][n][i], token + i % 2);
+                        }
                     }
                 }
             }

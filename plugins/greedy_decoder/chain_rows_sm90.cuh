@@ -178,7 +178,7 @@ constexpr int kPARTIAL_PITCH = kTILES % 4 == 0 ? 8 * kTILES + 8 : 8 * kTILES;
 constexpr int kADDERS = kWARPS / 2;  //!< partial sums of a block that lie in shared memory
 
 template <int kROW_TILES, int kTILES>
-constexpr int productBytes(int blockChunks)
+__host__ __device__ constexpr int productBytes(int blockChunks)
 {
     return 128 + blockChunks * kTILES * kTILE_BYTES + kADDERS * kROW_TILES * kROWS_A_TILE * kPARTIAL_PITCH<kTILES> * 4;
 }
@@ -194,30 +194,49 @@ __device__ __forceinline__ Activations loadRows(T const* input, int pitch, int r
             __ldcg(reinterpret_cast<uint4 const*>(at + static_cast<size_t>(min(row + 8, rows - 1)) * pitch))};
 }
 
-//! input weights^T of all rows for 8 kTILES columns a block: activated and written, or added to sums. The block's warps
-//! deal the inputs.
-template <typename T, int kROW_TILES, int kTILES, bool kTO_SUMS>
-__global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(ProductParams p)
+//! A block's part of a product: 8 kTILES columns of all rows. Its warps deal the inputs.
+template <typename T, int kROW_TILES, int kTILES>
+struct BlockProduct
 {
-    constexpr int kAHEAD = kROW_TILES < 4 ? 4 : 2;  // chunks of a warp's activations on their way at once
-    constexpr int kPITCH = kPARTIAL_PITCH<kTILES>;
-    TROCR_DYNAMIC_SHARED(shared, 128);
-    int const warp = threadIdx.x / kWARP_SIZE;
-    int const lane = threadIdx.x % kWARP_SIZE;
-    int const firstChunk = blockIdx.y * p.blockChunks;
-    int const chunks = min(p.blockChunks, p.chunks - firstChunk);
-    uint32_t const barrier = sharedAddress(shared);
-    auto* const weights = reinterpret_cast<T*>(shared + 128);
-    auto* const partial = reinterpret_cast<float*>(shared + 128 + p.blockChunks * kTILES * kTILE_BYTES);
+    //! Chunks of a warp's activations on their way at once.
+    static constexpr int kAHEAD = kROW_TILES < 4 ? 4 : kTILES == 3 ? 1 : 2;
+    static constexpr int kPITCH = kPARTIAL_PITCH<kTILES>;
 
-    sm90::launchDependents();
-    if (warp == 0)
+    ProductParams const& p;
+    uint8_t* shared;  //!< productBytes
+    int firstChunk;
+    int chunks;
+
+    __device__ __forceinline__ BlockProduct(ProductParams const& params, uint8_t* memory)
+        : p(params),
+          shared(memory),
+          firstChunk(blockIdx.y * p.blockChunks),
+          chunks(min(p.blockChunks, p.chunks - firstChunk))
     {
+    }
+
+    __device__ __forceinline__ uint32_t barrier() const
+    {
+        return sharedAddress(shared);
+    }
+    __device__ __forceinline__ T* weights() const
+    {
+        return reinterpret_cast<T*>(shared + 128);
+    }
+    __device__ __forceinline__ float* partial() const
+    {
+        return reinterpret_cast<float*>(shared + 128 + p.blockChunks * kTILES * kTILE_BYTES);
+    }
+
+    //! By one warp: its weights, and then `moreBytes` that the caller copies, on their way.
+    __device__ __forceinline__ void fetch(uint32_t moreBytes = 0) const
+    {
+        int const lane = threadIdx.x % kWARP_SIZE;
         if (lane == 0)
         {
-            sm90::barrierInit(barrier, 1);
+            sm90::barrierInit(barrier(), 1);
             sm90::barrierInitFence();
-            sm90::barrierArriveExpect(barrier, chunks * kTILES * kTILE_BYTES);
+            sm90::barrierArriveExpect(barrier(), chunks * kTILES * kTILE_BYTES + moreBytes);
         }
         __syncwarp();
         uint8_t const* const tiles = p.weights.of(blockIdx.x, p.group);
@@ -225,85 +244,136 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
         {
             int const chunk = firstChunk + i;
             sm90::copyBulk(
-                weights + i * kTILES * kTILE_BYTES / 2,
+                weights() + i * kTILES * kTILE_BYTES / 2,
                 tiles + chunk / p.inner * p.outerStride + chunk % p.inner * static_cast<size_t>(p.innerStride),
-                kTILES * kTILE_BYTES, barrier);
+                kTILES * kTILE_BYTES, barrier());
         }
+    }
+
+    //! All that was fetched is there; for every warp, before the block ends.
+    __device__ __forceinline__ void wait() const
+    {
+        sm90::barrierWait(barrier(), 0);
+    }
+
+    //! partial [adder][row][column], kADDERS of them to be added up.
+    __device__ __forceinline__ void multiply() const
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
+        auto const* const input =
+            static_cast<T const*>(p.input) + blockIdx.x / p.inputGroup * p.inputStride + firstChunk * kCHUNK;
+        float c[kROW_TILES][kTILES][4] = {};
+#pragma unroll 1
+        for (int first = warp; first < chunks; first += kWARPS * kAHEAD)
+        {
+            Activations a[kAHEAD][kROW_TILES];
+#pragma unroll
+            for (int i = 0; i < kAHEAD; ++i)
+            {
+                int const chunk = first + i * kWARPS;
+#pragma unroll
+                for (int m = 0; m < kROW_TILES; ++m)
+                {
+                    a[i][m] = chunk < chunks ? loadRows(input, p.inputPitch, p.rows, m, chunk) : Activations{};
+                }
+            }
+            wait();
+#pragma unroll
+            for (int i = 0; i < kAHEAD; ++i)
+            {
+                int const chunk = first + i * kWARPS;
+                if (chunk < chunks)
+                {
+#pragma unroll
+                    for (int tile = 0; tile < kTILES; ++tile)
+                    {
+                        uint4 const w = weightsOf(weights() + (chunk * kTILES + tile) * 8 * kCHUNK);
+#pragma unroll
+                        for (int m = 0; m < kROW_TILES; ++m)
+                        {
+                            multiplyChunk<T>(c[m][tile], a[i][m], w);
+                        }
+                    }
+                }
+            }
+        }
+
+        // Sums over the warps, in a fixed order: the upper half's are stored, the lower half's added, the rest by
+        // columns.
+        float* const mine = partial() + (warp % kADDERS * kROW_TILES * kROWS_A_TILE + lane / 4) * kPITCH + lane % 4 * 2;
+#pragma unroll
+        for (int turn = 0; turn < 2; ++turn)
+        {
+            if (warp / kADDERS != turn)
+            {
+#pragma unroll
+                for (int m = 0; m < kROW_TILES; ++m)
+                {
+#pragma unroll
+                    for (int tile = 0; tile < kTILES; ++tile)
+                    {
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                        {
+                            auto* const at =
+                                reinterpret_cast<float2*>(mine + (m * kROWS_A_TILE + half * 8) * kPITCH + tile * 8);
+                            float2 sum = {c[m][tile][2 * half], c[m][tile][2 * half + 1]};
+                            if (turn == 1)
+                            {
+                                float2 const other = *at;
+                                sum = {sum.x + other.x, sum.y + other.y};
+                            }
+                            *at = sum;
+                        }
+                    }
+                }
+            }
+            __syncthreads();
+        }
+    }
+
+    //! Columns 2 pair and 2 pair + 1 of a row; `bias`: float32, of the block's columns, or nullptr.
+    __device__ __forceinline__ float2 collect(int row, int pair, float const* bias) const
+    {
+        float2 sum{};
+#pragma unroll
+        for (int adder = 0; adder < kADDERS; ++adder)
+        {
+            float2 const part = *reinterpret_cast<float2 const*>(
+                partial() + (adder * kROW_TILES * kROWS_A_TILE + row) * kPITCH + pair * 2);
+            sum = {sum.x + part.x, sum.y + part.y};
+        }
+        if (bias != nullptr)
+        {
+            sum = {sum.x + bias[2 * pair], sum.y + bias[2 * pair + 1]};
+        }
+        return sum;
+    }
+
+    __device__ __forceinline__ float const* bias() const
+    {
+        return reinterpret_cast<float const*>(p.bias.of(blockIdx.x, p.group));
+    }
+};
+
+//! input weights^T of all rows for 8 kTILES columns a block: activated and written, or added to sums.
+template <typename T, int kROW_TILES, int kTILES, bool kTO_SUMS>
+__global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(ProductParams p)
+{
+    TROCR_DYNAMIC_SHARED(shared, 128);
+    BlockProduct<T, kROW_TILES, kTILES> const mine(p, shared);
+    sm90::launchDependents();
+    if (threadIdx.x < kWARP_SIZE)
+    {
+        mine.fetch();
     }
     __syncthreads();
     sm90::waitForPriorGrids();
 
     auto const active = ActiveRows::load(p.states, p.rows);
-    auto const* const input =
-        static_cast<T const*>(p.input) + blockIdx.x / p.inputGroup * p.inputStride + firstChunk * kCHUNK;
-    float c[kROW_TILES][kTILES][4] = {};
-#pragma unroll 1
-    for (int first = warp; first < chunks; first += kWARPS * kAHEAD)
-    {
-        Activations a[kAHEAD][kROW_TILES];
-#pragma unroll
-        for (int i = 0; i < kAHEAD; ++i)
-        {
-            int const chunk = first + i * kWARPS;
-#pragma unroll
-            for (int m = 0; m < kROW_TILES; ++m)
-            {
-                a[i][m] = chunk < chunks ? loadRows(input, p.inputPitch, p.rows, m, chunk) : Activations{};
-            }
-        }
-        sm90::barrierWait(barrier, 0);
-#pragma unroll
-        for (int i = 0; i < kAHEAD; ++i)
-        {
-            int const chunk = first + i * kWARPS;
-            if (chunk < chunks)
-            {
-#pragma unroll
-                for (int tile = 0; tile < kTILES; ++tile)
-                {
-                    uint4 const w = weightsOf(weights + (chunk * kTILES + tile) * 8 * kCHUNK);
-#pragma unroll
-                    for (int m = 0; m < kROW_TILES; ++m)
-                    {
-                        multiplyChunk<T>(c[m][tile], a[i][m], w);
-                    }
-                }
-            }
-        }
-    }
-
-    // Sums over the warps, in a fixed order: the upper half's are stored, the lower half's added, the rest by columns.
-    float* const mine = partial + (warp % kADDERS * kROW_TILES * kROWS_A_TILE + lane / 4) * kPITCH + lane % 4 * 2;
-#pragma unroll
-    for (int turn = 0; turn < 2; ++turn)
-    {
-        if (warp / kADDERS != turn)
-        {
-#pragma unroll
-            for (int m = 0; m < kROW_TILES; ++m)
-            {
-#pragma unroll
-                for (int tile = 0; tile < kTILES; ++tile)
-                {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                    {
-                        auto* const at =
-                            reinterpret_cast<float2*>(mine + (m * kROWS_A_TILE + half * 8) * kPITCH + tile * 8);
-                        float2 sum = {c[m][tile][2 * half], c[m][tile][2 * half + 1]};
-                        if (turn == 1)
-                        {
-                            float2 const other = *at;
-                            sum = {sum.x + other.x, sum.y + other.y};
-                        }
-                        *at = sum;
-                    }
-                }
-            }
-        }
-        __syncthreads();
-    }
-    auto const* const bias = reinterpret_cast<float const*>(p.bias.of(blockIdx.x, p.group));
+    mine.multiply();
+    float const* const bias = !kTO_SUMS || blockIdx.y == 0 ? mine.bias() : nullptr;
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.rows * 4 * kTILES; i += kTHREADS)
     {
@@ -313,18 +383,7 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
         {
             continue;
         }
-        float2 sum{};
-#pragma unroll
-        for (int adder = 0; adder < kADDERS; ++adder)
-        {
-            float2 const part = *reinterpret_cast<float2 const*>(
-                partial + (adder * kROW_TILES * kROWS_A_TILE + row) * kPITCH + pair * 2);
-            sum = {sum.x + part.x, sum.y + part.y};
-        }
-        if (!kTO_SUMS || blockIdx.y == 0)
-        {
-            sum = {sum.x + bias[2 * pair], sum.y + bias[2 * pair + 1]};
-        }
+        float2 sum = mine.collect(row, pair, bias);
         int const column = blockIdx.x * p.blockColumns + pair / 4 * p.tileColumns + pair % 4 * 2;
         size_t const index = (static_cast<size_t>(row) * p.outputPitch + column) / 2;
         if constexpr (kTO_SUMS)
@@ -346,31 +405,89 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
             static_cast<unsigned*>(p.output)[index] = packPair<T>(sum.x, sum.y);
         }
     }
-    sm90::barrierWait(barrier, 0);  // of a warp without inputs: no copy may be under way when the block ends
+    mine.wait();  // of a warp without inputs: no copy may be under way when the block ends
 }
 
-struct ExpandParams
+// ---- two products of a head in one kernel ----
+//
+// A cluster is a head. Its blocks compute eight columns each of the head's first product, write them into all of their
+// shared memories, and multiply all of the head's columns with their part of the second product's weights.
+
+//! T [row][kHEAD_DIM], kPITCH elements apart, behind what the first product needs.
+template <typename T, int kHEAD_DIM>
+struct HeadRows
 {
-    int rows;
-    RowState const* states;
-    void const* query;    //!< T [rows, H, d]
-    void const* weights;  //!< T [H, 8, d / 32, E / 64, 8, 32]
-    void* output;         //!< T [rows, H, E]
+    static constexpr int kBLOCKS = kHEAD_DIM / 8;
+    static constexpr int kPITCH = rowPitch<T>(kHEAD_DIM);
+
+    T* rows;
+
+    //! This block's columns of every active row, to all blocks of the cluster.
+    template <typename Product>
+    __device__ __forceinline__ void exchange(Product const& product, ActiveRows const& active) const
+    {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < product.p.rows * 4; i += kTHREADS)
+        {
+            int const row = i / 4;
+            if (!active.has(row))
+            {
+                continue;
+            }
+            float2 const pair = product.collect(row, i % 4, product.bias());
+            unsigned const bits = packPair<T>(pair.x, pair.y);
+            T* const to = rows + row * kPITCH + blockIdx.x % kBLOCKS * 8 + i % 4 * 2;
+#pragma unroll
+            for (int other = 0; other < kBLOCKS; ++other)
+            {
+                *reinterpret_cast<unsigned*>(sm90::atRank(to, other)) = bits;
+            }
+        }
+        sm90::clusterSync();
+    }
+
+    __device__ __forceinline__ Activations load(int tile, int count, int chunk) const
+    {
+        return Activations::load<kROWS_A_TILE>(rows + tile * kROWS_A_TILE * kPITCH, kPITCH, count - tile * kROWS_A_TILE,
+                                               chunk);
+    }
+};
+
+template <int kROW_TILES, int kHEAD_DIM>
+__host__ __device__ constexpr int headRowsBytes()
+{
+    return kROW_TILES * kROWS_A_TILE * rowPitch<__half>(kHEAD_DIM) * 2;
+}
+
+struct QueryParams
+{
+    ProductParams product;  //!< of the queries
+    void const* weights;    //!< T [H, 8, d / 32, E / 64, 8, 32]
+    void* output;           //!< T [rows, H, E]
     int heads;
     int width;  //!< E
 };
 
-//! Queries in terms of the encoder's states: output[row, head] = W_k[head]^T query[row, head]. A block has an eighth of
-//! a head's columns, and its warps deal them.
+//! Queries in terms of the encoder's states: output[row, head] = W_k[head]^T (W_q[head] input[row] + b). The second
+//! product's columns are dealt over the cluster, and over the warps of a block.
 template <typename T, int kHEAD_DIM, int kROW_TILES>
-__global__ void __launch_bounds__(kTHREADS) expandQuery(ExpandParams p)
+__global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
 {
     constexpr int kCHUNKS = kHEAD_DIM / kCHUNK;
     constexpr int kMOST = kMAX_WIDTH / 64 / kWARPS;  // tiles of a warp
+    TROCR_DYNAMIC_SHARED(shared, 128);
+    BlockProduct<T, kROW_TILES, 1> const queries(p.product, shared);
+    HeadRows<T, kHEAD_DIM> const head{
+        reinterpret_cast<T*>(shared + productBytes<kROW_TILES, 1>(p.product.blockChunks))};
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
     int const tiles = p.width / 64;
+    int const rows = p.product.rows;
     sm90::launchDependents();
+    if (warp == 0)
+    {
+        queries.fetch();
+    }
     uint4 w[kMOST][kCHUNKS];
     auto const* const weights =
         static_cast<uint4 const*>(p.weights) + static_cast<size_t>(blockIdx.x) * kCHUNKS * tiles * kWARP_SIZE + lane;
@@ -383,20 +500,12 @@ __global__ void __launch_bounds__(kTHREADS) expandQuery(ExpandParams p)
             w[i][chunk] = __ldg(weights + (chunk * tiles + min(warp + i * kWARPS, tiles - 1)) * kWARP_SIZE);
         }
     }
+    sm90::clusterSync();  // every block of the cluster runs: its shared memory may be written
     sm90::waitForPriorGrids();
 
-    auto const active = ActiveRows::load(p.states, p.rows);
-    auto const* const query = static_cast<T const*>(p.query) + blockIdx.x / 8 * kHEAD_DIM;
-    Activations a[kROW_TILES][kCHUNKS];
-#pragma unroll
-    for (int m = 0; m < kROW_TILES; ++m)
-    {
-#pragma unroll
-        for (int chunk = 0; chunk < kCHUNKS; ++chunk)
-        {
-            a[m][chunk] = loadRows(query, p.heads * kHEAD_DIM, p.rows, m, chunk);
-        }
-    }
+    auto const active = ActiveRows::load(p.product.states, rows);
+    queries.multiply();
+    head.exchange(queries, active);
 #pragma unroll
     for (int i = 0; i < kMOST; ++i)
     {
@@ -412,13 +521,13 @@ __global__ void __launch_bounds__(kTHREADS) expandQuery(ExpandParams p)
 #pragma unroll
             for (int chunk = 0; chunk < kCHUNKS; ++chunk)
             {
-                multiplyChunk<T>(c, a[m][chunk], w[i][chunk]);
+                multiplyChunk<T>(c, head.load(m, rows, chunk), w[i][chunk]);
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half)
             {
                 int const row = m * kROWS_A_TILE + half * 8 + lane / 4;
-                if (row < p.rows && active.has(row))
+                if (row < rows && active.has(row))
                 {
                     size_t const column = blockIdx.x * (p.width / 8) + tile * 8 + lane % 4 * 2;
                     size_t const index = (static_cast<size_t>(row) * p.heads * p.width + column) / 2;
@@ -427,92 +536,243 @@ __global__ void __launch_bounds__(kTHREADS) expandQuery(ExpandParams p)
             }
         }
     }
+    queries.wait();
+}
+
+//! The second product of a head where it adds to s: W_o context + b + hidden, of each head its part. A block has D / C
+//! columns.
+struct OutputParams
+{
+    uint8_t const* weights;  //!< T [H, C] pieces [d / 32, D / C, 32]
+    uint8_t const* bias;     //!< float32 [C] pieces [D / C]
+    size_t pieceBytes;       //!< from one to the next
+    SumPair* sums;           //!< [rows, D / 2]
+    void const* hidden;      //!< T [rows, D]
+    int width;               //!< D
+};
+
+template <typename T, int kHEAD_DIM, int kROW_TILES>
+struct HeadOutput
+{
+    static constexpr int kBLOCKS = kHEAD_DIM / 8;
+    static constexpr int kCHUNKS = kHEAD_DIM / kCHUNK;
+
+    OutputParams const& p;
+    T* weights;  //!< in shared memory
+
+    __device__ __forceinline__ int columns() const
+    {
+        return p.width / kBLOCKS;
+    }
+    __device__ __forceinline__ uint32_t bytes() const
+    {
+        return columns() * kHEAD_DIM * sizeof(T);
+    }
+
+    __device__ __forceinline__ void fetch(uint32_t barrier) const
+    {
+        sm90::copyBulk(weights, p.weights + blockIdx.x * p.pieceBytes, bytes(), barrier);
+    }
+
+    //! The first head's blocks add bias and residual.
+    __device__ __forceinline__ void add(HeadRows<T, kHEAD_DIM> const& contexts, int rows,
+                                        ActiveRows const& active) const
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
+        bool const isFirst = blockIdx.x < kBLOCKS;
+        auto const* const bias = reinterpret_cast<float const*>(p.bias + blockIdx.x * p.pieceBytes);
+#pragma unroll 1
+        for (int tile = warp; tile < columns() / 8; tile += kWARPS)
+        {
+            uint4 w[kCHUNKS];
+#pragma unroll
+            for (int chunk = 0; chunk < kCHUNKS; ++chunk)
+            {
+                w[chunk] = weightsOf(weights + (chunk * columns() + tile * 8) * kCHUNK);
+            }
+            int const column = tile * 8 + lane % 4 * 2;
+#pragma unroll
+            for (int m = 0; m < kROW_TILES; ++m)
+            {
+                float c[4] = {};
+#pragma unroll
+                for (int chunk = 0; chunk < kCHUNKS; ++chunk)
+                {
+                    multiplyChunk<T>(c, contexts.load(m, rows, chunk), w[chunk]);
+                }
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                {
+                    int const row = m * kROWS_A_TILE + half * 8 + lane / 4;
+                    if (row >= rows || !active.has(row))
+                    {
+                        continue;
+                    }
+                    float2 sum = {c[2 * half], c[2 * half + 1]};
+                    size_t const index =
+                        (static_cast<size_t>(row) * p.width + blockIdx.x % kBLOCKS * columns() + column) / 2;
+                    if (isFirst)
+                    {
+                        float2 const h = unpackPair<T>(__ldcg(static_cast<unsigned const*>(p.hidden) + index));
+                        sum = {sum.x + bias[column] + h.x, sum.y + bias[column + 1] + h.y};
+                    }
+                    atomicAdd(p.sums + index, toSum(sum.x, sum.y));
+                }
+            }
+        }
+    }
+};
+
+struct ContextParams
+{
+    ProductParams product;  //!< of the contexts: what it reads is in terms of the encoder's states
+    OutputParams output;
+};
+
+//! sums += W_o context + b + hidden, context = W_v input + b_v.
+template <typename T, int kHEAD_DIM, int kROW_TILES>
+__global__ void __launch_bounds__(kTHREADS, 2) addContexts(ContextParams p)
+{
+    TROCR_DYNAMIC_SHARED(shared, 128);
+    BlockProduct<T, kROW_TILES, 1> const product(p.product, shared);
+    int const exchanged = productBytes<kROW_TILES, 1>(p.product.blockChunks);
+    HeadRows<T, kHEAD_DIM> const contexts{reinterpret_cast<T*>(shared + exchanged)};
+    HeadOutput<T, kHEAD_DIM, kROW_TILES> const output{
+        p.output, reinterpret_cast<T*>(shared + exchanged + headRowsBytes<kROW_TILES, kHEAD_DIM>())};
+    sm90::launchDependents();
+    if (threadIdx.x < kWARP_SIZE)
+    {
+        product.fetch(output.bytes());
+        if (threadIdx.x == 0)
+        {
+            output.fetch(product.barrier());
+        }
+    }
+    sm90::clusterSync();  // every block of the cluster runs: its shared memory may be written
+    sm90::waitForPriorGrids();
+
+    auto const active = ActiveRows::load(p.product.states, p.product.rows);
+    product.multiply();
+    product.wait();
+    contexts.exchange(product, active);
+    output.add(contexts, p.product.rows, active);
 }
 
 // ---- self-attention ----
 
-struct AttendParams
+struct SelfRowsParams
 {
-    int rows;
-    RowState const* states;
-    void const* qkv;  //!< T [rows, 3, H, d]
-    void* keys;       //!< T [rows, H, capacity, d]
+    ProductParams product;  //!< of queries, keys and values
+    OutputParams output;
+    void* keys;  //!< T [rows, H, capacity, d]
     void* values;
-    void* context;  //!< T [rows, H, d]
     int heads;
     int capacity;
     int const* owners;  //!< [rows, capacity], of a beam search
 };
 
-//! A warp a row and head; the newest key and value go into the cache. kBEAMS: rows are running hypotheses.
-template <typename T, int kHEAD_DIM, bool kBEAMS>
-__global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
+//! sums += W_o attention(W_qkv input + b) + b + hidden. The cluster's blocks deal the rows that they attend for, a warp
+//! a row; the newest keys and values go into the cache. kBEAMS: rows are running hypotheses.
+template <typename T, int kHEAD_DIM, int kROW_TILES, bool kBEAMS>
+__global__ void __launch_bounds__(kTHREADS, 2) attendSelf(SelfRowsParams p)
 {
     using HeadKeys = Keys<T, kHEAD_DIM, 1, 8>;
-    __shared__ float contexts[kWARPS][kHEAD_DIM];
-    __shared__ float2 scales[kWARPS];
+    constexpr int kBLOCKS = kHEAD_DIM / 8;
+    TROCR_DYNAMIC_SHARED(shared, 128);
+    BlockProduct<T, kROW_TILES, 3> const product(p.product, shared);
+    int const exchanged = productBytes<kROW_TILES, 3>(p.product.blockChunks);
+    HeadRows<T, kHEAD_DIM> const contexts{reinterpret_cast<T*>(shared + exchanged)};
+    HeadOutput<T, kHEAD_DIM, kROW_TILES> const output{
+        p.output, reinterpret_cast<T*>(shared + exchanged + headRowsBytes<kROW_TILES, kHEAD_DIM>())};
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
-    int const row = blockIdx.x;
-    int const head = blockIdx.y * kWARPS + warp;
+    int const rank = blockIdx.x % kBLOCKS;
+    int const head = blockIdx.x / kBLOCKS;
+    int const rows = p.product.rows;
     sm90::launchDependents();
+    if (warp == 0)
+    {
+        product.fetch(output.bytes());
+        if (lane == 0)
+        {
+            output.fetch(product.barrier());
+        }
+    }
+    sm90::clusterSync();  // every block of the cluster runs
     sm90::waitForPriorGrids();
 
-    int2 const words = sm90::loadEarly(reinterpret_cast<int2 const*>(p.states + row));
-    RowState const state{words.x, words.y};
-    if (state.line < 0 || head >= p.heads)
-    {
-        return;
-    }
-    size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
-    T* const allKeys = static_cast<T*>(p.keys) + cache;
-    T* const allValues = static_cast<T*>(p.values) + cache;
-    int const offset = lane % HeadKeys::kLANES * 8;
-    auto const* const newest =
-        static_cast<T const*>(p.qkv) + (static_cast<size_t>(row) * 3 * p.heads + head) * kHEAD_DIM + offset;
-    auto const part = [&](int i)
-    { return __ldcg(reinterpret_cast<uint4 const*>(newest + static_cast<size_t>(i) * p.heads * kHEAD_DIM)); };
-    uint4 const newKey = part(1);
-    uint4 const newValue = part(2);
-    Softmax<T, kHEAD_DIM> softmax;
-    softmax.begin(part(0));
+    auto const active = ActiveRows::load(p.product.states, rows);
+    product.multiply();
+    product.wait();
+    // Where the weights were, [row / C][query, key, value][d], of the rows that a block attends for.
+    T* const qkv = product.weights();
+    sm90::clusterSync();  // all blocks are done with their weights
 #pragma unroll 1
-    for (int key = 0; key <= state.position; key += HeadKeys::kSPAN)
+    for (int i = threadIdx.x; i < rows * 12; i += kTHREADS)
     {
-        HeadKeys held;
-        if constexpr (kBEAMS)
+        int const row = i / 12;
+        int const pair = i % 12;
+        if (active.has(row))
         {
-            AncestorCaches const caches{p.owners + static_cast<size_t>(row) * p.capacity, row,
-                                        static_cast<ptrdiff_t>(p.heads) * p.capacity * kHEAD_DIM};
-            held.load(allKeys, allValues, key, state.position, caches);
+            float2 const sum = product.collect(row, pair, product.bias());
+            T* const to = qkv + (row / kBLOCKS * 3 + pair / 4) * kHEAD_DIM + rank * 8 + pair % 4 * 2;
+            *reinterpret_cast<unsigned*>(sm90::atRank(to, row % kBLOCKS)) = packPair<T>(sum.x, sum.y);
         }
-        else
+    }
+    sm90::clusterSync();
+
+    int const row = warp * kBLOCKS + rank;
+    if (row < rows && active.has(row))
+    {
+        int const position = __ldcg(&p.product.states[row].position);
+        size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
+        T* const allKeys = static_cast<T*>(p.keys) + cache;
+        T* const allValues = static_cast<T*>(p.values) + cache;
+        int const offset = lane % HeadKeys::kLANES * 8;
+        T const* const newest = qkv + warp * 3 * kHEAD_DIM + offset;
+        Softmax<T, kHEAD_DIM> softmax;
+        softmax.begin(*reinterpret_cast<uint4 const*>(newest));
+#pragma unroll 1
+        for (int key = 0; key <= position; key += HeadKeys::kSPAN)
         {
-            held.load(allKeys, allValues, key, state.position);
-        }
-#pragma unroll
-        for (int pass = 0; pass < 8; ++pass)
-        {
-            if (held.indexOf(key, pass) == state.position)
+            HeadKeys held;
+            if constexpr (kBEAMS)
             {
-                held.keys[pass] = newKey;
-                held.values[pass] = newValue;
+                AncestorCaches const caches{p.owners + static_cast<size_t>(row) * p.capacity, row,
+                                            static_cast<ptrdiff_t>(p.heads) * p.capacity * kHEAD_DIM};
+                held.load(allKeys, allValues, key, position, caches);
             }
+            else
+            {
+                held.load(allKeys, allValues, key, position);
+            }
+            insertNewest(held, key, position, newest + kHEAD_DIM, newest + 2 * kHEAD_DIM);
+            softmax.add(held, key, position + 1);
         }
-        softmax.add(held, key, state.position + 1);
+        if (lane < HeadKeys::kLANES)
+        {
+            size_t const at = static_cast<size_t>(position) * kHEAD_DIM + offset;
+            *reinterpret_cast<uint4*>(allKeys + at) = *reinterpret_cast<uint4 const*>(newest + kHEAD_DIM);
+            *reinterpret_cast<uint4*>(allValues + at) = *reinterpret_cast<uint4 const*>(newest + 2 * kHEAD_DIM);
+        }
+        // Where the product's partial sums were: the context, then its scale.
+        float* const attended = product.partial() + warp * (kHEAD_DIM + 4);
+        auto* const scale = reinterpret_cast<float2*>(attended + kHEAD_DIM);
+        softmax.finish(attended, scale);
+        __syncwarp();
+        float const factor = 1.0F / scale->y;
+        float2 const pair = reinterpret_cast<float2 const*>(attended)[lane];
+        unsigned const bits = packPair<T>(pair.x * factor, pair.y * factor);
+        T* const to = contexts.rows + row * contexts.kPITCH + lane * 2;
+#pragma unroll
+        for (int other = 0; other < kBLOCKS; ++other)
+        {
+            *reinterpret_cast<unsigned*>(sm90::atRank(to, other)) = bits;
+        }
     }
-    if (lane < HeadKeys::kLANES)
-    {
-        size_t const at = static_cast<size_t>(state.position) * kHEAD_DIM + offset;
-        *reinterpret_cast<uint4*>(allKeys + at) = newKey;
-        *reinterpret_cast<uint4*>(allValues + at) = newValue;
-    }
-    softmax.finish(contexts[warp], &scales[warp]);
-    __syncwarp();
-    float const factor = 1.0F / scales[warp].y;
-    float2 const pair = reinterpret_cast<float2 const*>(contexts[warp])[lane];
-    static_cast<unsigned*>(p.context)[(static_cast<size_t>(row) * p.heads + head) * kHEAD_DIM / 2 + lane] =
-        packPair<T>(pair.x * factor, pair.y * factor);
+    sm90::clusterSync();
+    output.add(contexts, rows, active);
 }
 
 // ---- cross-attention to the encoder's states ----
@@ -528,29 +788,38 @@ struct StatesParams
     float scale;             //!< log2(e) / sqrt(d)
 };
 
-//! A block's shared memory; E = 128 kSTEPS.
+//! A block of attendStates; E = 128 kSTEPS.
 template <int kSTEPS>
 struct StatesLayout
 {
     static constexpr int kWIDTH = 128 * kSTEPS;
-    static constexpr int kKEYS = 32;                //!< of a stage
+    static constexpr int kKEYS = kSTEPS <= 6 ? 32 : 16;  //!< of a stage
+
+    // Warps: eight that weigh, one for every eight keys of a stage that scores, one that fetches.
+    static constexpr int kWEIGHERS = 8;
+    static constexpr int kSCORERS = kKEYS / 8;
+    static constexpr int kFETCHER = kWEIGHERS + kSCORERS;
+    static constexpr int kBLOCK = (kFETCHER + 1) * kWARP_SIZE;
+
     static constexpr int kPITCH = kWIDTH * 2 + 16;  //!< bytes: eight rows meet no bank twice
-    static constexpr int kSCORE_PITCH = kKEYS + 8;  //!< floats, likewise
+    static constexpr int kSCORE_PITCH = kKEYS + 8;  //!< floats
     static constexpr int kSTAGE = kKEYS * kPITCH;
-    static constexpr int kSCALES = 128;                                         //!< after the barriers: float2 [16]
-    static constexpr int kSCORES = kSCALES + 128;                               //!< float [16, kSCORE_PITCH]
-    static constexpr int kPARTIAL = kSCORES + kROWS_A_TILE * kSCORE_PITCH * 4;  //!< float [kWARPS, 16, kSCORE_PITCH]
-    static constexpr int kRING = kPARTIAL + kWARPS * kROWS_A_TILE * kSCORE_PITCH * 4;
-    static constexpr int kSTAGES = (227 * 1024 - kRING) / kSTAGE < 4 ? (227 * 1024 - kRING) / kSTAGE : 4;
+    static constexpr int kSCALES = 256;                                           //!< float2 [16], after the barriers
+    static constexpr int kSCORES = kSCALES + 128;                                 //!< float [2, 16, kSCORE_PITCH]
+    static constexpr int kQUERY = kSCORES + 2 * kROWS_A_TILE * kSCORE_PITCH * 4;  //!< T [16], kPITCH apart
+    static constexpr int kRING = kQUERY + kROWS_A_TILE * kPITCH;
+    static constexpr int kROOM = (227 * 1024 - kRING) / kSTAGE;
+    static constexpr int kSTAGES = kROOM < 6 ? kROOM : 6;
     static constexpr int kBYTES = kRING + kSTAGES * kSTAGE;
-    static_assert(kSTAGES >= 2);
+    static_assert(kSTAGES >= 2 && kRING % 128 == 0 && (2 * kSTAGES + 4) * 8 <= kSCALES);
 };
 
 //! context[row] = softmax(scale query[row] states^T) states, all heads of a row at once: they are the 16 rows of the
-//! tensor cores' left operand. A cluster a row, whose blocks deal the states. A warp has an eighth of the states'
-//! columns: of scores it has a part of the sum, of the context those columns.
+//! tensor cores' left operand. A cluster a row, whose blocks deal the states, stage by stage. Some warps score the keys
+//! of a stage, eight keys each, while the others weigh those of the stage before, an eighth of the columns each:
+//! neither wait for what the other has just begun.
 template <typename T, int kSTEPS>
-__global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
+__global__ void __launch_bounds__(StatesLayout<kSTEPS>::kBLOCK, 1) attendStates(StatesParams p)
 {
     using Layout = StatesLayout<kSTEPS>;
     constexpr int kTILES = Layout::kKEYS / 8;  // of scores
@@ -563,18 +832,37 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
     int const rank = blockIdx.x;
     int const blocks = gridDim.x;
     int const row = blockIdx.y;
-    uint32_t const barriers = sharedAddress(shared);
     uint32_t const ring = sharedAddress(shared + Layout::kRING);
     auto* const scales = reinterpret_cast<float2*>(shared + Layout::kSCALES);
     auto* const scores = reinterpret_cast<float*>(shared + Layout::kSCORES);
-    auto* const partial = reinterpret_cast<float*>(shared + Layout::kPARTIAL);
+    // A stage is in its slot; all weighers are done with it; its scores are there, or have been read.
+    uint32_t const barriers = sharedAddress(shared);
+    auto const full = [&](int stage) { return barriers + stage % Layout::kSTAGES * 8; };
+    auto const empty = [&](int stage) { return full(stage) + Layout::kSTAGES * 8; };
+    auto const scored = [&](int stage) { return barriers + (2 * Layout::kSTAGES + stage % 2) * 8; };
+    auto const read = [&](int stage) { return scored(stage) + 2 * 8; };
+    auto const turn = [&](int stage) { return static_cast<uint32_t>(stage / Layout::kSTAGES & 1); };  // of its slot
+    auto const arrive = [&](uint32_t barrier)                                                         // a warp, once
+    {
+        __syncwarp();
+        if (lane == 0)
+        {
+            sm90::barrierArrive(barrier);
+        }
+    };
 
     sm90::launchDependents();
     if (threadIdx.x == 0)
     {
-        for (int stage = 0; stage < Layout::kSTAGES; ++stage)
+        for (int i = 0; i < Layout::kSTAGES; ++i)
         {
-            sm90::barrierInit(barriers + stage * 8, 1);
+            sm90::barrierInit(full(i), 1);
+            sm90::barrierInit(empty(i), Layout::kWEIGHERS);
+        }
+        for (int i = 0; i < 2; ++i)
+        {
+            sm90::barrierInit(scored(i), Layout::kSCORERS);
+            sm90::barrierInit(read(i), Layout::kWEIGHERS);
         }
         sm90::barrierInitFence();
     }
@@ -589,167 +877,185 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
     int const first = p.length * rank / blocks;
     int const count = p.length * (rank + 1) / blocks - first;
     int const stages = (count + Layout::kKEYS - 1) / Layout::kKEYS;
+    auto const keysOf = [&](int stage) { return min(Layout::kKEYS, count - stage * Layout::kKEYS); };
     auto const* const encoded =
         static_cast<uint8_t const*>(p.encoded) + (static_cast<size_t>(line) * p.length + first) * Layout::kWIDTH * 2;
-    // By one warp, a row a lane.
+    // A row a lane.
     auto const fetch = [&](int stage)
     {
-        int const keys = min(Layout::kKEYS, count - stage * Layout::kKEYS);
-        int const slot = stage % Layout::kSTAGES;
         if (lane == 0)
         {
-            sm90::barrierArriveExpect(barriers + slot * 8, keys * Layout::kWIDTH * 2);
+            sm90::barrierArriveExpect(full(stage), keysOf(stage) * Layout::kWIDTH * 2);
         }
         __syncwarp();
-        if (lane < keys)
+        if (lane < keysOf(stage))
         {
-            sm90::copyBulk(shared + Layout::kRING + slot * Layout::kSTAGE + lane * Layout::kPITCH,
+            sm90::copyBulk(shared + Layout::kRING + stage % Layout::kSTAGES * Layout::kSTAGE + lane * Layout::kPITCH,
                            encoded + (static_cast<size_t>(stage) * Layout::kKEYS + lane) * Layout::kWIDTH * 2,
-                           Layout::kWIDTH * 2, barriers + slot * 8);
+                           Layout::kWIDTH * 2, full(stage));
         }
     };
-    if (warp == 0)
+    if (warp == Layout::kFETCHER)
     {
+#pragma unroll 1
         for (int stage = 0; stage < min(stages, Layout::kSTAGES); ++stage)
         {
             fetch(stage);
         }
     }
-    // The warp's columns of the query, as the left operand.
-    uint32_t q[kSTEPS][4];
-    auto const* const query = static_cast<unsigned const*>(p.query) +
-                              (static_cast<size_t>(row) * p.heads * Layout::kWIDTH + warp * 16 * kSTEPS) / 2;
-#pragma unroll
-    for (int step = 0; step < kSTEPS; ++step)
+    else
     {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
+        constexpr int kPIECES = Layout::kWIDTH / 8;  // of 16 bytes, of a head
+        auto const* const query = static_cast<uint4 const*>(p.query) + static_cast<size_t>(row) * p.heads * kPIECES;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < kROWS_A_TILE * kPIECES; i += Layout::kFETCHER * kWARP_SIZE)
         {
-            int const head = g + i % 2 * 8;
-            q[step][i] = head < p.heads ? __ldcg(query + head * Layout::kWIDTH / 2 + step * 8 + i / 2 * 4 + t) : 0;
+            int const head = i / kPIECES;
+            *reinterpret_cast<uint4*>(shared + Layout::kQUERY + head * Layout::kPITCH + i % kPIECES * 16) =
+                head < p.heads ? __ldcg(query + i) : uint4{};
         }
     }
+    __syncthreads();
 
     float context[2 * kSTEPS][4] = {};
     float maximum[2] = {kNO_SCORE, kNO_SCORE};
     float total[2] = {};
-#pragma unroll 1
-    for (int stage = 0; stage < stages; ++stage)
+    if (warp == Layout::kFETCHER)
     {
-        int const slot = stage % Layout::kSTAGES;
-        int const keys = min(Layout::kKEYS, count - stage * Layout::kKEYS);
-        uint32_t const columns = ring + slot * Layout::kSTAGE + warp * 32 * kSTEPS;  // the warp's, of key 0
-        sm90::barrierWait(barriers + slot * 8, stage / Layout::kSTAGES & 1);
-        if (keys < Layout::kKEYS)
+#pragma unroll 1
+        for (int stage = Layout::kSTAGES; stage < stages; ++stage)
         {
-            // What lies there may be no number, and 0 times that none either.
-            for (int i = lane; i < (Layout::kKEYS - keys) * 2 * kSTEPS; i += kWARP_SIZE)
-            {
-                int const key = keys + i / (2 * kSTEPS);
-                *reinterpret_cast<uint4*>(shared + Layout::kRING + slot * Layout::kSTAGE + key * Layout::kPITCH +
-                                          warp * 32 * kSTEPS + i % (2 * kSTEPS) * 16) = uint4{};
-            }
-            __syncwarp();
-        }
-        float c[kTILES][4] = {};
-#pragma unroll
-        for (int step = 0; step < kSTEPS; ++step)
-        {
-#pragma unroll
-            for (int two = 0; two < kTILES / 2; ++two)
-            {
-                uint32_t k[4];
-                int const key = two * 16 + lane / 16 * 8 + lane % 8;
-                loadMatrices(k, columns + key * Layout::kPITCH + step * 32 + lane / 8 % 2 * 16);
-                multiplyAdd<T>(c[2 * two], q[step], k[0], k[1]);
-                multiplyAdd<T>(c[2 * two + 1], q[step], k[2], k[3]);
-            }
-        }
-#pragma unroll
-        for (int tile = 0; tile < kTILES; ++tile)
-        {
-            float* const at = partial + (warp * kROWS_A_TILE + g) * kPITCH + tile * 8 + 2 * t;
-            *reinterpret_cast<float2*>(at) = {c[tile][0], c[tile][1]};
-            *reinterpret_cast<float2*>(at + 8 * kPITCH) = {c[tile][2], c[tile][3]};
-        }
-        __syncthreads();
-        // All warps are done with the stage before: its slot is free.
-        if (warp == 0 && stage >= 1 && stage - 1 + Layout::kSTAGES < stages)
-        {
-            fetch(stage - 1 + Layout::kSTAGES);
-        }
-        {
-            static_assert(kTHREADS == kROWS_A_TILE * Layout::kKEYS / 2);
-            int const at = threadIdx.x / (Layout::kKEYS / 2) * kPITCH + threadIdx.x % (Layout::kKEYS / 2) * 2;
-            int const key = threadIdx.x % (Layout::kKEYS / 2) * 2;
-            float2 sum{};
-#pragma unroll
-            for (int other = 0; other < kWARPS; ++other)
-            {
-                float2 const part = *reinterpret_cast<float2 const*>(partial + other * kROWS_A_TILE * kPITCH + at);
-                sum = {sum.x + part.x, sum.y + part.y};
-            }
-            *reinterpret_cast<float2*>(scores + at) = {key < keys ? sum.x * p.scale : kNO_SCORE,
-                                                       key + 1 < keys ? sum.y * p.scale : kNO_SCORE};
-        }
-        __syncthreads();
-        // Every warp weighs all keys for itself.
-        float most[2] = {maximum[0], maximum[1]};
-#pragma unroll
-        for (int tile = 0; tile < kTILES; ++tile)
-        {
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-            {
-                float2 const pair =
-                    *reinterpret_cast<float2 const*>(scores + (g + half * 8) * kPITCH + tile * 8 + 2 * t);
-                c[tile][2 * half] = pair.x;
-                c[tile][2 * half + 1] = pair.y;
-                most[half] = fmaxf(most[half], fmaxf(pair.x, pair.y));
-            }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-        {
-            most[half] = fmaxf(most[half], __shfl_xor_sync(kFULL_WARP, most[half], 1));
-            most[half] = fmaxf(most[half], __shfl_xor_sync(kFULL_WARP, most[half], 2));
-            float const scale = exp2Approx(maximum[half] - most[half]);
-            maximum[half] = most[half];
-            total[half] *= scale;
-#pragma unroll
-            for (int tile = 0; tile < 2 * kSTEPS; ++tile)
-            {
-                context[tile][2 * half] *= scale;
-                context[tile][2 * half + 1] *= scale;
-            }
-        }
-        uint32_t weights[kTILES / 2][4];
-#pragma unroll
-        for (int tile = 0; tile < kTILES; ++tile)
-        {
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-            {
-                float const low = exp2Approx(c[tile][2 * half] - maximum[half]);
-                float const high = exp2Approx(c[tile][2 * half + 1] - maximum[half]);
-                total[half] += low + high;
-                weights[tile / 2][tile % 2 * 2 + half] = packPair<T>(low, high);
-            }
-        }
-#pragma unroll
-        for (int tile = 0; tile < kSTEPS; ++tile)  // of 16 columns
-        {
-#pragma unroll
-            for (int step = 0; step < kTILES / 2; ++step)  // of 16 keys
-            {
-                uint32_t v[4];
-                int const key = step * 16 + lane / 8 % 2 * 8 + lane % 8;
-                loadMatricesTransposed(v, columns + key * Layout::kPITCH + tile * 32 + lane / 16 * 16);
-                multiplyAdd<T>(context[2 * tile], weights[step], v[0], v[1]);
-                multiplyAdd<T>(context[2 * tile + 1], weights[step], v[2], v[3]);
-            }
+            sm90::barrierWait(empty(stage), turn(stage) ^ 1);
+            fetch(stage);
         }
     }
+    else if (warp >= Layout::kWEIGHERS)
+    {
+        int const firstKey = (warp - Layout::kWEIGHERS) * 8;
+        uint32_t const query = sharedAddress(shared + Layout::kQUERY) + lane % 16 * Layout::kPITCH + lane / 16 * 16;
+        uint32_t const keys = ring + (firstKey + lane % 8) * Layout::kPITCH + lane / 8 * 16;
+#pragma unroll 1
+        for (int stage = 0; stage < stages; ++stage)
+        {
+            sm90::barrierWait(full(stage), turn(stage));
+            uint32_t const mine = keys + stage % Layout::kSTAGES * Layout::kSTAGE;
+            float c[4][4] = {};  // four sums, a quarter as long
+#pragma unroll 4
+            for (int pair = 0; pair < Layout::kWIDTH / 32; ++pair)  // of steps of 16 columns
+            {
+                uint32_t k[4];
+                uint32_t q[2][4];
+                loadMatrices(k, mine + pair * 64);
+                loadMatrices(q[0], query + pair * 64);
+                loadMatrices(q[1], query + pair * 64 + 32);
+                multiplyAdd<T>(c[pair % 2 * 2], q[0], k[0], k[1]);
+                multiplyAdd<T>(c[pair % 2 * 2 + 1], q[1], k[2], k[3]);
+            }
+            if (stage >= 2)
+            {
+                sm90::barrierWait(read(stage), (stage / 2 & 1) ^ 1);
+            }
+            float* const at = scores + stage % 2 * kROWS_A_TILE * kPITCH + g * kPITCH + firstKey + 2 * t;
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                float sum[2];
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                {
+                    int const i = 2 * half + e;
+                    sum[e] = (c[0][i] + c[1][i]) + (c[2][i] + c[3][i]);
+                    sum[e] = firstKey + 2 * t + e < keysOf(stage) ? sum[e] * p.scale : kNO_SCORE;
+                }
+                *reinterpret_cast<float2*>(at + half * 8 * kPITCH) = {sum[0], sum[1]};
+            }
+            arrive(scored(stage));
+        }
+    }
+    else
+    {
+#pragma unroll 1
+        for (int stage = 0; stage < stages; ++stage)
+        {
+            int const keys = keysOf(stage);
+            int const slot = stage % Layout::kSTAGES * Layout::kSTAGE;
+            sm90::barrierWait(full(stage), turn(stage));
+            sm90::barrierWait(scored(stage), stage / 2 & 1);
+            if (keys < Layout::kKEYS)
+            {
+                // What lies there may be no number, and 0 times that none either.
+                for (int i = lane; i < (Layout::kKEYS - keys) * 2 * kSTEPS; i += kWARP_SIZE)
+                {
+                    int const key = keys + i / (2 * kSTEPS);
+                    *reinterpret_cast<uint4*>(shared + Layout::kRING + slot + key * Layout::kPITCH +
+                                              warp * 32 * kSTEPS + i % (2 * kSTEPS) * 16) = uint4{};
+                }
+                __syncwarp();
+            }
+            // Every warp weighs all keys for itself.
+            float c[kTILES][4];
+            float most[2] = {maximum[0], maximum[1]};
+#pragma unroll
+            for (int tile = 0; tile < kTILES; ++tile)
+            {
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                {
+                    float const* const from =
+                        scores + (stage % 2 * kROWS_A_TILE + g + half * 8) * kPITCH + tile * 8 + 2 * t;
+                    float2 const pair = *reinterpret_cast<float2 const*>(from);
+                    c[tile][2 * half] = pair.x;
+                    c[tile][2 * half + 1] = pair.y;
+                    most[half] = fmaxf(most[half], fmaxf(pair.x, pair.y));
+                }
+            }
+            arrive(read(stage));
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                most[half] = fmaxf(most[half], __shfl_xor_sync(kFULL_WARP, most[half], 1));
+                most[half] = fmaxf(most[half], __shfl_xor_sync(kFULL_WARP, most[half], 2));
+                float const scale = exp2Approx(maximum[half] - most[half]);
+                maximum[half] = most[half];
+                total[half] *= scale;
+#pragma unroll
+                for (int tile = 0; tile < 2 * kSTEPS; ++tile)
+                {
+                    context[tile][2 * half] *= scale;
+                    context[tile][2 * half + 1] *= scale;
+                }
+            }
+            uint32_t weights[kTILES / 2][4];
+#pragma unroll
+            for (int tile = 0; tile < kTILES; ++tile)
+            {
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                {
+                    float const low = exp2Approx(c[tile][2 * half] - maximum[half]);
+                    float const high = exp2Approx(c[tile][2 * half + 1] - maximum[half]);
+                    total[half] += low + high;
+                    weights[tile / 2][tile % 2 * 2 + half] = packPair<T>(low, high);
+                }
+            }
+            uint32_t const columns = ring + slot + warp * 32 * kSTEPS;  // the warp's, of key 0
+#pragma unroll
+            for (int tile = 0; tile < kSTEPS; ++tile)  // of 16 columns
+            {
+#pragma unroll
+                for (int step = 0; step < kTILES / 2; ++step)  // of 16 keys
+                {
+                    uint32_t v[4];
+                    int const key = step * 16 + lane / 8 % 2 * 8 + lane % 8;
+                    loadMatricesTransposed(v, columns + key * Layout::kPITCH + tile * 32 + lane / 16 * 16);
+                    multiplyAdd<T>(context[2 * tile], weights[step], v[0], v[1]);
+                    multiplyAdd<T>(context[2 * tile + 1], weights[step], v[2], v[3]);
+                }
+            }
+            arrive(empty(stage));
+        }
+    }
+    bool const weighs = warp < Layout::kWEIGHERS;
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -768,7 +1074,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
             for (int half = 0; half < 2; ++half)
             {
                 int const head = g + half * 8;
-                if (head < p.heads)
+                if (weighs && head < p.heads)
                 {
                     output[(head * Layout::kWIDTH + warp * 16 * kSTEPS + tile * 8) / 2 + t] =
                         packPair<T>(context[tile][2 * half] * factor[half], context[tile][2 * half + 1] * factor[half]);
@@ -809,14 +1115,17 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
 #pragma unroll
         for (int tile = 0; tile < 2 * kSTEPS; ++tile)
         {
-            *reinterpret_cast<float2*>(to + tile * 8) = {context[tile][2 * half] * factor[half],
-                                                         context[tile][2 * half + 1] * factor[half]};
+            if (weighs)
+            {
+                *reinterpret_cast<float2*>(to + tile * 8) = {context[tile][2 * half] * factor[half],
+                                                             context[tile][2 * half + 1] * factor[half]};
+            }
         }
     }
     sm90::clusterSync();
     int const firstHead = rank * mostHeads;
     int const heads = min(mostHeads, p.heads - firstHead);
-    for (int i = threadIdx.x; i < heads * Layout::kWIDTH / 4; i += kTHREADS)
+    for (int i = threadIdx.x; i < heads * Layout::kWIDTH / 4; i += Layout::kBLOCK)
     {
         float4 sum{};
         for (int other = 0; other < blocks; ++other)
