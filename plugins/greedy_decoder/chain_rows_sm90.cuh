@@ -199,7 +199,7 @@ template <typename T, int kROW_TILES, int kTILES>
 struct BlockProduct
 {
     //! Chunks of a warp's activations on their way at once.
-    static constexpr int kAHEAD = kROW_TILES < 4 ? 4 : kTILES == 3 ? 1 : 2;
+    static constexpr int kAHEAD = kROW_TILES < 4 ? 4 : 2;
     static constexpr int kPITCH = kPARTIAL_PITCH<kTILES>;
 
     ProductParams const& p;
@@ -539,8 +539,8 @@ __global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
     queries.wait();
 }
 
-//! The second product of a head where it adds to s: W_o context + b + hidden, of each head its part. A block has D / C
-//! columns.
+//! The second product of a head where it adds to s: W_o context + b + hidden, of each head its part, for up to
+//! kROWS_A_TILE rows. A block has D / C columns.
 struct OutputParams
 {
     uint8_t const* weights;  //!< T [H, C] pieces [d / 32, D / C, 32]
@@ -551,7 +551,7 @@ struct OutputParams
     int width;               //!< D
 };
 
-template <typename T, int kHEAD_DIM, int kROW_TILES>
+template <typename T, int kHEAD_DIM>
 struct HeadOutput
 {
     static constexpr int kBLOCKS = kHEAD_DIM / 8;
@@ -592,74 +592,119 @@ struct HeadOutput
                 w[chunk] = weightsOf(weights + (chunk * columns() + tile * 8) * kCHUNK);
             }
             int const column = tile * 8 + lane % 4 * 2;
+            float c[4] = {};
 #pragma unroll
-            for (int m = 0; m < kROW_TILES; ++m)
+            for (int chunk = 0; chunk < kCHUNKS; ++chunk)
             {
-                float c[4] = {};
+                multiplyChunk<T>(c, contexts.load(0, rows, chunk), w[chunk]);
+            }
 #pragma unroll
-                for (int chunk = 0; chunk < kCHUNKS; ++chunk)
+            for (int half = 0; half < 2; ++half)
+            {
+                int const row = half * 8 + lane / 4;
+                if (row >= rows || !active.has(row))
                 {
-                    multiplyChunk<T>(c, contexts.load(m, rows, chunk), w[chunk]);
+                    continue;
                 }
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
+                float2 sum = {c[2 * half], c[2 * half + 1]};
+                size_t const index =
+                    (static_cast<size_t>(row) * p.width + blockIdx.x % kBLOCKS * columns() + column) / 2;
+                if (isFirst)
                 {
-                    int const row = m * kROWS_A_TILE + half * 8 + lane / 4;
-                    if (row >= rows || !active.has(row))
-                    {
-                        continue;
-                    }
-                    float2 sum = {c[2 * half], c[2 * half + 1]};
-                    size_t const index =
-                        (static_cast<size_t>(row) * p.width + blockIdx.x % kBLOCKS * columns() + column) / 2;
-                    if (isFirst)
-                    {
-                        float2 const h = unpackPair<T>(__ldcg(static_cast<unsigned const*>(p.hidden) + index));
-                        sum = {sum.x + bias[column] + h.x, sum.y + bias[column + 1] + h.y};
-                    }
-                    atomicAdd(p.sums + index, toSum(sum.x, sum.y));
+                    float2 const h = unpackPair<T>(__ldcg(static_cast<unsigned const*>(p.hidden) + index));
+                    sum = {sum.x + bias[column] + h.x, sum.y + bias[column + 1] + h.y};
                 }
+                atomicAdd(p.sums + index, toSum(sum.x, sum.y));
             }
         }
     }
 };
 
-struct ContextParams
+// ---- self-attention ----
+
+struct AttendParams
 {
-    ProductParams product;  //!< of the contexts: what it reads is in terms of the encoder's states
-    OutputParams output;
+    int rows;
+    RowState const* states;
+    void const* qkv;  //!< T [rows, 3, H, d]
+    void* keys;       //!< T [rows, H, capacity, d]
+    void* values;
+    void* context;  //!< T [rows, H, d]
+    int heads;
+    int capacity;
+    int const* owners;  //!< [rows, capacity], of a beam search
 };
 
-//! sums += W_o context + b + hidden, context = W_v input + b_v.
-template <typename T, int kHEAD_DIM, int kROW_TILES>
-__global__ void __launch_bounds__(kTHREADS, 2) addContexts(ContextParams p)
+//! A warp a row and head; the newest key and value go into the cache. kBEAMS: rows are running hypotheses.
+template <typename T, int kHEAD_DIM, bool kBEAMS>
+__global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
 {
-    TROCR_DYNAMIC_SHARED(shared, 128);
-    BlockProduct<T, kROW_TILES, 1> const product(p.product, shared);
-    int const exchanged = productBytes<kROW_TILES, 1>(p.product.blockChunks);
-    HeadRows<T, kHEAD_DIM> const contexts{reinterpret_cast<T*>(shared + exchanged)};
-    HeadOutput<T, kHEAD_DIM, kROW_TILES> const output{
-        p.output, reinterpret_cast<T*>(shared + exchanged + headRowsBytes<kROW_TILES, kHEAD_DIM>())};
+    using HeadKeys = Keys<T, kHEAD_DIM, 1, 8>;
+    __shared__ float contexts[kWARPS][kHEAD_DIM];
+    __shared__ float2 scales[kWARPS];
+    int const warp = threadIdx.x / kWARP_SIZE;
+    int const lane = threadIdx.x % kWARP_SIZE;
+    int const row = blockIdx.x;
+    int const head = blockIdx.y * kWARPS + warp;
     sm90::launchDependents();
-    if (threadIdx.x < kWARP_SIZE)
-    {
-        product.fetch(output.bytes());
-        if (threadIdx.x == 0)
-        {
-            output.fetch(product.barrier());
-        }
-    }
-    sm90::clusterSync();  // every block of the cluster runs: its shared memory may be written
     sm90::waitForPriorGrids();
 
-    auto const active = ActiveRows::load(p.product.states, p.product.rows);
-    product.multiply();
-    product.wait();
-    contexts.exchange(product, active);
-    output.add(contexts, p.product.rows, active);
+    int2 const words = sm90::loadEarly(reinterpret_cast<int2 const*>(p.states + row));
+    RowState const state{words.x, words.y};
+    if (state.line < 0 || head >= p.heads)
+    {
+        return;
+    }
+    size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
+    T* const allKeys = static_cast<T*>(p.keys) + cache;
+    T* const allValues = static_cast<T*>(p.values) + cache;
+    int const offset = lane % HeadKeys::kLANES * 8;
+    auto const* const newest =
+        static_cast<T const*>(p.qkv) + (static_cast<size_t>(row) * 3 * p.heads + head) * kHEAD_DIM + offset;
+    auto const part = [&](int i)
+    { return __ldcg(reinterpret_cast<uint4 const*>(newest + static_cast<size_t>(i) * p.heads * kHEAD_DIM)); };
+    uint4 const newKey = part(1);
+    uint4 const newValue = part(2);
+    Softmax<T, kHEAD_DIM> softmax;
+    softmax.begin(part(0));
+#pragma unroll 1
+    for (int key = 0; key <= state.position; key += HeadKeys::kSPAN)
+    {
+        HeadKeys held;
+        if constexpr (kBEAMS)
+        {
+            AncestorCaches const caches{p.owners + static_cast<size_t>(row) * p.capacity, row,
+                                        static_cast<ptrdiff_t>(p.heads) * p.capacity * kHEAD_DIM};
+            held.load(allKeys, allValues, key, state.position, caches);
+        }
+        else
+        {
+            held.load(allKeys, allValues, key, state.position);
+        }
+#pragma unroll
+        for (int pass = 0; pass < 8; ++pass)
+        {
+            if (held.indexOf(key, pass) == state.position)
+            {
+                held.keys[pass] = newKey;
+                held.values[pass] = newValue;
+            }
+        }
+        softmax.add(held, key, state.position + 1);
+    }
+    if (lane < HeadKeys::kLANES)
+    {
+        size_t const at = static_cast<size_t>(state.position) * kHEAD_DIM + offset;
+        *reinterpret_cast<uint4*>(allKeys + at) = newKey;
+        *reinterpret_cast<uint4*>(allValues + at) = newValue;
+    }
+    softmax.finish(contexts[warp], &scales[warp]);
+    __syncwarp();
+    float const factor = 1.0F / scales[warp].y;
+    float2 const pair = reinterpret_cast<float2 const*>(contexts[warp])[lane];
+    static_cast<unsigned*>(p.context)[(static_cast<size_t>(row) * p.heads + head) * kHEAD_DIM / 2 + lane] =
+        packPair<T>(pair.x * factor, pair.y * factor);
 }
-
-// ---- self-attention ----
 
 struct SelfRowsParams
 {
@@ -672,19 +717,20 @@ struct SelfRowsParams
     int const* owners;  //!< [rows, capacity], of a beam search
 };
 
-//! sums += W_o attention(W_qkv input + b) + b + hidden. The cluster's blocks deal the rows that they attend for, a warp
-//! a row; the newest keys and values go into the cache. kBEAMS: rows are running hypotheses.
-template <typename T, int kHEAD_DIM, int kROW_TILES, bool kBEAMS>
-__global__ void __launch_bounds__(kTHREADS, 2) attendSelf(SelfRowsParams p)
+//! The products around it as well: sums += W_o attention(W_qkv input + b) + b + hidden. A cluster is a head; its blocks
+//! deal the rows that they attend for, a warp a row. For up to kROWS_A_TILE rows: with more, a head's 8 blocks take
+//! longer to attend, and each adds all of its columns' sums to those of the other heads, than kernels of their own do.
+template <typename T, int kHEAD_DIM, bool kBEAMS>
+__global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p)
 {
     using HeadKeys = Keys<T, kHEAD_DIM, 1, 8>;
     constexpr int kBLOCKS = kHEAD_DIM / 8;
     TROCR_DYNAMIC_SHARED(shared, 128);
-    BlockProduct<T, kROW_TILES, 3> const product(p.product, shared);
-    int const exchanged = productBytes<kROW_TILES, 3>(p.product.blockChunks);
+    BlockProduct<T, 1, 3> const product(p.product, shared);
+    int const exchanged = productBytes<1, 3>(p.product.blockChunks);
     HeadRows<T, kHEAD_DIM> const contexts{reinterpret_cast<T*>(shared + exchanged)};
-    HeadOutput<T, kHEAD_DIM, kROW_TILES> const output{
-        p.output, reinterpret_cast<T*>(shared + exchanged + headRowsBytes<kROW_TILES, kHEAD_DIM>())};
+    HeadOutput<T, kHEAD_DIM> const output{p.output,
+                                          reinterpret_cast<T*>(shared + exchanged + headRowsBytes<1, kHEAD_DIM>())};
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
     int const rank = blockIdx.x % kBLOCKS;
@@ -788,38 +834,29 @@ struct StatesParams
     float scale;             //!< log2(e) / sqrt(d)
 };
 
-//! A block of attendStates; E = 128 kSTEPS.
+//! A block's shared memory; E = 128 kSTEPS.
 template <int kSTEPS>
 struct StatesLayout
 {
     static constexpr int kWIDTH = 128 * kSTEPS;
-    static constexpr int kKEYS = kSTEPS <= 6 ? 32 : 16;  //!< of a stage
-
-    // Warps: eight that weigh, one for every eight keys of a stage that scores, one that fetches.
-    static constexpr int kWEIGHERS = 8;
-    static constexpr int kSCORERS = kKEYS / 8;
-    static constexpr int kFETCHER = kWEIGHERS + kSCORERS;
-    static constexpr int kBLOCK = (kFETCHER + 1) * kWARP_SIZE;
-
+    static constexpr int kKEYS = 32;                //!< of a stage
     static constexpr int kPITCH = kWIDTH * 2 + 16;  //!< bytes: eight rows meet no bank twice
-    static constexpr int kSCORE_PITCH = kKEYS + 8;  //!< floats
+    static constexpr int kSCORE_PITCH = kKEYS + 8;  //!< floats, likewise
     static constexpr int kSTAGE = kKEYS * kPITCH;
-    static constexpr int kSCALES = 256;                                           //!< float2 [16], after the barriers
-    static constexpr int kSCORES = kSCALES + 128;                                 //!< float [2, 16, kSCORE_PITCH]
-    static constexpr int kQUERY = kSCORES + 2 * kROWS_A_TILE * kSCORE_PITCH * 4;  //!< T [16], kPITCH apart
-    static constexpr int kRING = kQUERY + kROWS_A_TILE * kPITCH;
-    static constexpr int kROOM = (227 * 1024 - kRING) / kSTAGE;
-    static constexpr int kSTAGES = kROOM < 6 ? kROOM : 6;
+    static constexpr int kSCALES = 128;                                         //!< after the barriers: float2 [16]
+    static constexpr int kSCORES = kSCALES + 128;                               //!< float [16, kSCORE_PITCH]
+    static constexpr int kPARTIAL = kSCORES + kROWS_A_TILE * kSCORE_PITCH * 4;  //!< float [kWARPS, 16, kSCORE_PITCH]
+    static constexpr int kRING = kPARTIAL + kWARPS * kROWS_A_TILE * kSCORE_PITCH * 4;
+    static constexpr int kSTAGES = (227 * 1024 - kRING) / kSTAGE < 4 ? (227 * 1024 - kRING) / kSTAGE : 4;
     static constexpr int kBYTES = kRING + kSTAGES * kSTAGE;
-    static_assert(kSTAGES >= 2 && kRING % 128 == 0 && (2 * kSTAGES + 4) * 8 <= kSCALES);
+    static_assert(kSTAGES >= 2);
 };
 
 //! context[row] = softmax(scale query[row] states^T) states, all heads of a row at once: they are the 16 rows of the
-//! tensor cores' left operand. A cluster a row, whose blocks deal the states, stage by stage. Some warps score the keys
-//! of a stage, eight keys each, while the others weigh those of the stage before, an eighth of the columns each:
-//! neither wait for what the other has just begun.
+//! tensor cores' left operand. A cluster a row, whose blocks deal the states. A warp has an eighth of the states'
+//! columns: of scores it has a part of the sum, of the context those columns.
 template <typename T, int kSTEPS>
-__global__ void __launch_bounds__(StatesLayout<kSTEPS>::kBLOCK, 1) attendStates(StatesParams p)
+__global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
 {
     using Layout = StatesLayout<kSTEPS>;
     constexpr int kTILES = Layout::kKEYS / 8;  // of scores
@@ -832,37 +869,18 @@ __global__ void __launch_bounds__(StatesLayout<kSTEPS>::kBLOCK, 1) attendStates(
     int const rank = blockIdx.x;
     int const blocks = gridDim.x;
     int const row = blockIdx.y;
+    uint32_t const barriers = sharedAddress(shared);
     uint32_t const ring = sharedAddress(shared + Layout::kRING);
     auto* const scales = reinterpret_cast<float2*>(shared + Layout::kSCALES);
     auto* const scores = reinterpret_cast<float*>(shared + Layout::kSCORES);
-    // A stage is in its slot; all weighers are done with it; its scores are there, or have been read.
-    uint32_t const barriers = sharedAddress(shared);
-    auto const full = [&](int stage) { return barriers + stage % Layout::kSTAGES * 8; };
-    auto const empty = [&](int stage) { return full(stage) + Layout::kSTAGES * 8; };
-    auto const scored = [&](int stage) { return barriers + (2 * Layout::kSTAGES + stage % 2) * 8; };
-    auto const read = [&](int stage) { return scored(stage) + 2 * 8; };
-    auto const turn = [&](int stage) { return static_cast<uint32_t>(stage / Layout::kSTAGES & 1); };  // of its slot
-    auto const arrive = [&](uint32_t barrier)                                                         // a warp, once
-    {
-        __syncwarp();
-        if (lane == 0)
-        {
-            sm90::barrierArrive(barrier);
-        }
-    };
+    auto* const partial = reinterpret_cast<float*>(shared + Layout::kPARTIAL);
 
     sm90::launchDependents();
     if (threadIdx.x == 0)
     {
-        for (int i = 0; i < Layout::kSTAGES; ++i)
+        for (int stage = 0; stage < Layout::kSTAGES; ++stage)
         {
-            sm90::barrierInit(full(i), 1);
-            sm90::barrierInit(empty(i), Layout::kWEIGHERS);
-        }
-        for (int i = 0; i < 2; ++i)
-        {
-            sm90::barrierInit(scored(i), Layout::kSCORERS);
-            sm90::barrierInit(read(i), Layout::kWEIGHERS);
+            sm90::barrierInit(barriers + stage * 8, 1);
         }
         sm90::barrierInitFence();
     }
@@ -877,185 +895,167 @@ __global__ void __launch_bounds__(StatesLayout<kSTEPS>::kBLOCK, 1) attendStates(
     int const first = p.length * rank / blocks;
     int const count = p.length * (rank + 1) / blocks - first;
     int const stages = (count + Layout::kKEYS - 1) / Layout::kKEYS;
-    auto const keysOf = [&](int stage) { return min(Layout::kKEYS, count - stage * Layout::kKEYS); };
     auto const* const encoded =
         static_cast<uint8_t const*>(p.encoded) + (static_cast<size_t>(line) * p.length + first) * Layout::kWIDTH * 2;
-    // A row a lane.
+    // By one warp, a row a lane.
     auto const fetch = [&](int stage)
     {
+        int const keys = min(Layout::kKEYS, count - stage * Layout::kKEYS);
+        int const slot = stage % Layout::kSTAGES;
         if (lane == 0)
         {
-            sm90::barrierArriveExpect(full(stage), keysOf(stage) * Layout::kWIDTH * 2);
+            sm90::barrierArriveExpect(barriers + slot * 8, keys * Layout::kWIDTH * 2);
         }
         __syncwarp();
-        if (lane < keysOf(stage))
+        if (lane < keys)
         {
-            sm90::copyBulk(shared + Layout::kRING + stage % Layout::kSTAGES * Layout::kSTAGE + lane * Layout::kPITCH,
+            sm90::copyBulk(shared + Layout::kRING + slot * Layout::kSTAGE + lane * Layout::kPITCH,
                            encoded + (static_cast<size_t>(stage) * Layout::kKEYS + lane) * Layout::kWIDTH * 2,
-                           Layout::kWIDTH * 2, full(stage));
+                           Layout::kWIDTH * 2, barriers + slot * 8);
         }
     };
-    if (warp == Layout::kFETCHER)
+    if (warp == 0)
     {
-#pragma unroll 1
         for (int stage = 0; stage < min(stages, Layout::kSTAGES); ++stage)
         {
             fetch(stage);
         }
     }
-    else
+    // The warp's columns of the query, as the left operand.
+    uint32_t q[kSTEPS][4];
+    auto const* const query = static_cast<unsigned const*>(p.query) +
+                              (static_cast<size_t>(row) * p.heads * Layout::kWIDTH + warp * 16 * kSTEPS) / 2;
+#pragma unroll
+    for (int step = 0; step < kSTEPS; ++step)
     {
-        constexpr int kPIECES = Layout::kWIDTH / 8;  // of 16 bytes, of a head
-        auto const* const query = static_cast<uint4 const*>(p.query) + static_cast<size_t>(row) * p.heads * kPIECES;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < kROWS_A_TILE * kPIECES; i += Layout::kFETCHER * kWARP_SIZE)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
         {
-            int const head = i / kPIECES;
-            *reinterpret_cast<uint4*>(shared + Layout::kQUERY + head * Layout::kPITCH + i % kPIECES * 16) =
-                head < p.heads ? __ldcg(query + i) : uint4{};
+            int const head = g + i % 2 * 8;
+            q[step][i] = head < p.heads ? __ldcg(query + head * Layout::kWIDTH / 2 + step * 8 + i / 2 * 4 + t) : 0;
         }
     }
-    __syncthreads();
 
     float context[2 * kSTEPS][4] = {};
     float maximum[2] = {kNO_SCORE, kNO_SCORE};
     float total[2] = {};
-    if (warp == Layout::kFETCHER)
-    {
 #pragma unroll 1
-        for (int stage = Layout::kSTAGES; stage < stages; ++stage)
+    for (int stage = 0; stage < stages; ++stage)
+    {
+        int const slot = stage % Layout::kSTAGES;
+        int const keys = min(Layout::kKEYS, count - stage * Layout::kKEYS);
+        uint32_t const columns = ring + slot * Layout::kSTAGE + warp * 32 * kSTEPS;  // the warp's, of key 0
+        sm90::barrierWait(barriers + slot * 8, stage / Layout::kSTAGES & 1);
+        if (keys < Layout::kKEYS)
         {
-            sm90::barrierWait(empty(stage), turn(stage) ^ 1);
-            fetch(stage);
+            // What lies there may be no number, and 0 times that none either.
+            for (int i = lane; i < (Layout::kKEYS - keys) * 2 * kSTEPS; i += kWARP_SIZE)
+            {
+                int const key = keys + i / (2 * kSTEPS);
+                *reinterpret_cast<uint4*>(shared + Layout::kRING + slot * Layout::kSTAGE + key * Layout::kPITCH +
+                                          warp * 32 * kSTEPS + i % (2 * kSTEPS) * 16) = uint4{};
+            }
+            __syncwarp();
         }
-    }
-    else if (warp >= Layout::kWEIGHERS)
-    {
-        int const firstKey = (warp - Layout::kWEIGHERS) * 8;
-        uint32_t const query = sharedAddress(shared + Layout::kQUERY) + lane % 16 * Layout::kPITCH + lane / 16 * 16;
-        uint32_t const keys = ring + (firstKey + lane % 8) * Layout::kPITCH + lane / 8 * 16;
-#pragma unroll 1
-        for (int stage = 0; stage < stages; ++stage)
+        float c[kTILES][4] = {};
+#pragma unroll
+        for (int step = 0; step < kSTEPS; ++step)
         {
-            sm90::barrierWait(full(stage), turn(stage));
-            uint32_t const mine = keys + stage % Layout::kSTAGES * Layout::kSTAGE;
-            float c[4][4] = {};  // four sums, a quarter as long
-#pragma unroll 4
-            for (int pair = 0; pair < Layout::kWIDTH / 32; ++pair)  // of steps of 16 columns
+#pragma unroll
+            for (int two = 0; two < kTILES / 2; ++two)
             {
                 uint32_t k[4];
-                uint32_t q[2][4];
-                loadMatrices(k, mine + pair * 64);
-                loadMatrices(q[0], query + pair * 64);
-                loadMatrices(q[1], query + pair * 64 + 32);
-                multiplyAdd<T>(c[pair % 2 * 2], q[0], k[0], k[1]);
-                multiplyAdd<T>(c[pair % 2 * 2 + 1], q[1], k[2], k[3]);
+                int const key = two * 16 + lane / 16 * 8 + lane % 8;
+                loadMatrices(k, columns + key * Layout::kPITCH + step * 32 + lane / 8 % 2 * 16);
+                multiplyAdd<T>(c[2 * two], q[step], k[0], k[1]);
+                multiplyAdd<T>(c[2 * two + 1], q[step], k[2], k[3]);
             }
-            if (stage >= 2)
-            {
-                sm90::barrierWait(read(stage), (stage / 2 & 1) ^ 1);
-            }
-            float* const at = scores + stage % 2 * kROWS_A_TILE * kPITCH + g * kPITCH + firstKey + 2 * t;
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-            {
-                float sum[2];
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                {
-                    int const i = 2 * half + e;
-                    sum[e] = (c[0][i] + c[1][i]) + (c[2][i] + c[3][i]);
-                    sum[e] = firstKey + 2 * t + e < keysOf(stage) ? sum[e] * p.scale : kNO_SCORE;
-                }
-                *reinterpret_cast<float2*>(at + half * 8 * kPITCH) = {sum[0], sum[1]};
-            }
-            arrive(scored(stage));
         }
-    }
-    else
-    {
-#pragma unroll 1
-        for (int stage = 0; stage < stages; ++stage)
+#pragma unroll
+        for (int tile = 0; tile < kTILES; ++tile)
         {
-            int const keys = keysOf(stage);
-            int const slot = stage % Layout::kSTAGES * Layout::kSTAGE;
-            sm90::barrierWait(full(stage), turn(stage));
-            sm90::barrierWait(scored(stage), stage / 2 & 1);
-            if (keys < Layout::kKEYS)
-            {
-                // What lies there may be no number, and 0 times that none either.
-                for (int i = lane; i < (Layout::kKEYS - keys) * 2 * kSTEPS; i += kWARP_SIZE)
-                {
-                    int const key = keys + i / (2 * kSTEPS);
-                    *reinterpret_cast<uint4*>(shared + Layout::kRING + slot + key * Layout::kPITCH +
-                                              warp * 32 * kSTEPS + i % (2 * kSTEPS) * 16) = uint4{};
-                }
-                __syncwarp();
-            }
-            // Every warp weighs all keys for itself.
-            float c[kTILES][4];
-            float most[2] = {maximum[0], maximum[1]};
+            float* const at = partial + (warp * kROWS_A_TILE + g) * kPITCH + tile * 8 + 2 * t;
+            *reinterpret_cast<float2*>(at) = {c[tile][0], c[tile][1]};
+            *reinterpret_cast<float2*>(at + 8 * kPITCH) = {c[tile][2], c[tile][3]};
+        }
+        __syncthreads();
+        // All warps are done with the stage before: its slot is free.
+        if (warp == 0 && stage >= 1 && stage - 1 + Layout::kSTAGES < stages)
+        {
+            fetch(stage - 1 + Layout::kSTAGES);
+        }
+        {
+            static_assert(kTHREADS == kROWS_A_TILE * Layout::kKEYS / 2);
+            int const at = threadIdx.x / (Layout::kKEYS / 2) * kPITCH + threadIdx.x % (Layout::kKEYS / 2) * 2;
+            int const key = threadIdx.x % (Layout::kKEYS / 2) * 2;
+            float2 sum{};
 #pragma unroll
-            for (int tile = 0; tile < kTILES; ++tile)
+            for (int other = 0; other < kWARPS; ++other)
             {
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                {
-                    float const* const from =
-                        scores + (stage % 2 * kROWS_A_TILE + g + half * 8) * kPITCH + tile * 8 + 2 * t;
-                    float2 const pair = *reinterpret_cast<float2 const*>(from);
-                    c[tile][2 * half] = pair.x;
-                    c[tile][2 * half + 1] = pair.y;
-                    most[half] = fmaxf(most[half], fmaxf(pair.x, pair.y));
-                }
+                float2 const part = *reinterpret_cast<float2 const*>(partial + other * kROWS_A_TILE * kPITCH + at);
+                sum = {sum.x + part.x, sum.y + part.y};
             }
-            arrive(read(stage));
+            *reinterpret_cast<float2*>(scores + at) = {key < keys ? sum.x * p.scale : kNO_SCORE,
+                                                       key + 1 < keys ? sum.y * p.scale : kNO_SCORE};
+        }
+        __syncthreads();
+        // Every warp weighs all keys for itself.
+        float most[2] = {maximum[0], maximum[1]};
+#pragma unroll
+        for (int tile = 0; tile < kTILES; ++tile)
+        {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
             {
-                most[half] = fmaxf(most[half], __shfl_xor_sync(kFULL_WARP, most[half], 1));
-                most[half] = fmaxf(most[half], __shfl_xor_sync(kFULL_WARP, most[half], 2));
-                float const scale = exp2Approx(maximum[half] - most[half]);
-                maximum[half] = most[half];
-                total[half] *= scale;
-#pragma unroll
-                for (int tile = 0; tile < 2 * kSTEPS; ++tile)
-                {
-                    context[tile][2 * half] *= scale;
-                    context[tile][2 * half + 1] *= scale;
-                }
+                float2 const pair =
+                    *reinterpret_cast<float2 const*>(scores + (g + half * 8) * kPITCH + tile * 8 + 2 * t);
+                c[tile][2 * half] = pair.x;
+                c[tile][2 * half + 1] = pair.y;
+                most[half] = fmaxf(most[half], fmaxf(pair.x, pair.y));
             }
-            uint32_t weights[kTILES / 2][4];
+        }
 #pragma unroll
-            for (int tile = 0; tile < kTILES; ++tile)
+        for (int half = 0; half < 2; ++half)
+        {
+            most[half] = fmaxf(most[half], __shfl_xor_sync(kFULL_WARP, most[half], 1));
+            most[half] = fmaxf(most[half], __shfl_xor_sync(kFULL_WARP, most[half], 2));
+            float const scale = exp2Approx(maximum[half] - most[half]);
+            maximum[half] = most[half];
+            total[half] *= scale;
+#pragma unroll
+            for (int tile = 0; tile < 2 * kSTEPS; ++tile)
             {
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                {
-                    float const low = exp2Approx(c[tile][2 * half] - maximum[half]);
-                    float const high = exp2Approx(c[tile][2 * half + 1] - maximum[half]);
-                    total[half] += low + high;
-                    weights[tile / 2][tile % 2 * 2 + half] = packPair<T>(low, high);
-                }
+                context[tile][2 * half] *= scale;
+                context[tile][2 * half + 1] *= scale;
             }
-            uint32_t const columns = ring + slot + warp * 32 * kSTEPS;  // the warp's, of key 0
+        }
+        uint32_t weights[kTILES / 2][4];
 #pragma unroll
-            for (int tile = 0; tile < kSTEPS; ++tile)  // of 16 columns
+        for (int tile = 0; tile < kTILES; ++tile)
+        {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
             {
-#pragma unroll
-                for (int step = 0; step < kTILES / 2; ++step)  // of 16 keys
-                {
-                    uint32_t v[4];
-                    int const key = step * 16 + lane / 8 % 2 * 8 + lane % 8;
-                    loadMatricesTransposed(v, columns + key * Layout::kPITCH + tile * 32 + lane / 16 * 16);
-                    multiplyAdd<T>(context[2 * tile], weights[step], v[0], v[1]);
-                    multiplyAdd<T>(context[2 * tile + 1], weights[step], v[2], v[3]);
-                }
+                float const low = exp2Approx(c[tile][2 * half] - maximum[half]);
+                float const high = exp2Approx(c[tile][2 * half + 1] - maximum[half]);
+                total[half] += low + high;
+                weights[tile / 2][tile % 2 * 2 + half] = packPair<T>(low, high);
             }
-            arrive(empty(stage));
+        }
+#pragma unroll
+        for (int tile = 0; tile < kSTEPS; ++tile)  // of 16 columns
+        {
+#pragma unroll
+            for (int step = 0; step < kTILES / 2; ++step)  // of 16 keys
+            {
+                uint32_t v[4];
+                int const key = step * 16 + lane / 8 % 2 * 8 + lane % 8;
+                loadMatricesTransposed(v, columns + key * Layout::kPITCH + tile * 32 + lane / 16 * 16);
+                multiplyAdd<T>(context[2 * tile], weights[step], v[0], v[1]);
+                multiplyAdd<T>(context[2 * tile + 1], weights[step], v[2], v[3]);
+            }
         }
     }
-    bool const weighs = warp < Layout::kWEIGHERS;
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -1074,7 +1074,7 @@ __global__ void __launch_bounds__(StatesLayout<kSTEPS>::kBLOCK, 1) attendStates(
             for (int half = 0; half < 2; ++half)
             {
                 int const head = g + half * 8;
-                if (weighs && head < p.heads)
+                if (head < p.heads)
                 {
                     output[(head * Layout::kWIDTH + warp * 16 * kSTEPS + tile * 8) / 2 + t] =
                         packPair<T>(context[tile][2 * half] * factor[half], context[tile][2 * half + 1] * factor[half]);
@@ -1115,17 +1115,14 @@ __global__ void __launch_bounds__(StatesLayout<kSTEPS>::kBLOCK, 1) attendStates(
 #pragma unroll
         for (int tile = 0; tile < 2 * kSTEPS; ++tile)
         {
-            if (weighs)
-            {
-                *reinterpret_cast<float2*>(to + tile * 8) = {context[tile][2 * half] * factor[half],
-                                                             context[tile][2 * half + 1] * factor[half]};
-            }
+            *reinterpret_cast<float2*>(to + tile * 8) = {context[tile][2 * half] * factor[half],
+                                                         context[tile][2 * half + 1] * factor[half]};
         }
     }
     sm90::clusterSync();
     int const firstHead = rank * mostHeads;
     int const heads = min(mostHeads, p.heads - firstHead);
-    for (int i = threadIdx.x; i < heads * Layout::kWIDTH / 4; i += Layout::kBLOCK)
+    for (int i = threadIdx.x; i < heads * Layout::kWIDTH / 4; i += kTHREADS)
     {
         float4 sum{};
         for (int other = 0; other < blocks; ++other)

@@ -26,9 +26,9 @@ struct Workspace
 {
     size_t sums[3], choices, states, scalars, keys, values;
     size_t layerCache;  //!< bytes of a layer's keys
-    //! Of a step of many rows: hidden states; the feed-forward's inner columns; queries and contexts of
-    //! cross-attention in terms of the encoder's states.
-    size_t hidden, inner, stateQuery, stateContext;
+    //! Of a step of many rows: hidden states; queries, keys and values, or inner columns; contexts; cross-attention's
+    //! queries and contexts in terms of the encoder's states.
+    size_t hidden, inner, context, stateQuery, stateContext;
     size_t bytes;
 
     Workspace(GreedyDecoderConfig const& config, int32_t slots, int32_t capacity, int32_t blocks)
@@ -48,7 +48,8 @@ struct Workspace
         auto const rows = [&](size_t columns)
         { return take(config.encoderWidth > 0 ? slots * columns * kELEMENT : 0); };
         hidden = rows(config.width);
-        inner = rows(config.ffnWidth);
+        inner = rows(std::max(3 * config.width, config.ffnWidth));
+        context = rows(config.width);
         stateQuery = rows(static_cast<size_t>(config.heads) * config.encoderWidth);
         stateContext = rows(static_cast<size_t>(config.heads) * config.encoderWidth);
         bytes = at;
@@ -58,7 +59,7 @@ struct Workspace
 //! Launches a link of the chain, which may start while the one before still runs.
 template <typename Params>
 cudaError_t launchLink(void (*kernel)(Params), dim3 grid, unsigned cluster, size_t sharedBytes, cudaStream_t stream,
-                       Params const& params, int threads = kTHREADS)
+                       Params const& params)
 {
     cudaError_t const status =
         cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -73,7 +74,7 @@ cudaError_t launchLink(void (*kernel)(Params), dim3 grid, unsigned cluster, size
     attributes[1] = clusterOf(cluster);
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
-    config.blockDim = dim3(threads);
+    config.blockDim = dim3(kTHREADS);
     config.dynamicSmemBytes = sharedBytes;
     config.stream = stream;
     config.attrs = attributes;
@@ -85,16 +86,7 @@ cudaError_t launchLink(void (*kernel)(Params), dim3 grid, unsigned cluster, size
 struct StatesKernel
 {
     void (*kernel)(StatesParams);
-    int bytes;    //!< of shared memory
-    int threads;  //!< of a block
-    int keys;     //!< of a stage
-
-    template <typename T, int kSTEPS>
-    static StatesKernel make()
-    {
-        using Layout = StatesLayout<kSTEPS>;
-        return {attendStates<T, kSTEPS>, Layout::kBYTES, Layout::kBLOCK, Layout::kKEYS};
-    }
+    int bytes;  //!< of shared memory
 
     template <typename T>
     static StatesKernel of(int encoderWidth)
@@ -102,11 +94,11 @@ struct StatesKernel
         switch (encoderWidth)
         {
             case 384:
-                return make<T, 3>();
+                return {attendStates<T, 3>, StatesLayout<3>::kBYTES};
             case 768:
-                return make<T, 6>();
+                return {attendStates<T, 6>, StatesLayout<6>::kBYTES};
             default:
-                return make<T, 8>();
+                return {attendStates<T, 8>, StatesLayout<8>::kBYTES};
         }
     }
 
@@ -114,13 +106,14 @@ struct StatesKernel
     int blocks(int rows, int length, int multiprocessors) const
     {
         constexpr int kMOST = 8;
+        constexpr int kSTAGE = 32;  // states
         int best = 1;
-        int least = ceilDiv(rows, multiprocessors) * ceilDiv(length, keys);
+        int least = ceilDiv(rows, multiprocessors) * ceilDiv(length, kSTAGE);
         for (int of = 2; of <= kMOST; ++of)
         {
-            int const fit = clustersAtOnce(kernel, bytes, threads, of);
+            int const fit = clustersAtOnce(kernel, bytes, kTHREADS, of);
             // In stages; what a cluster adds up at its end costs about one.
-            int const time = fit < 1 ? least : ceilDiv(rows, fit) * (ceilDiv(ceilDiv(length, of), keys) + 1);
+            int const time = fit < 1 ? least : ceilDiv(rows, fit) * (ceilDiv(ceilDiv(length, of), kSTAGE) + 1);
             if (time < least)
             {
                 least = time;
@@ -324,14 +317,14 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
     auto const* const states = token.states;
     auto* const hidden = mWorkspace + at.hidden;
     auto* const wide = mWorkspace + at.inner;
+    auto* const context = mWorkspace + at.context;
 
     cudaError_t status = cudaSuccess;
-    auto const launch =
-        [&](auto kernel, dim3 grid, size_t bytes, auto const& params, unsigned cluster = 1, int threads = kTHREADS)
+    auto const launch = [&](auto kernel, dim3 grid, size_t bytes, auto const& params, unsigned cluster = 1)
     {
         if (status == cudaSuccess)
         {
-            status = launchLink(kernel, grid, cluster, bytes, stream, params, threads);
+            status = launchLink(kernel, grid, cluster, bytes, stream, params);
         }
     };
     auto const attention = StatesKernel::of<T>(encoded);
@@ -382,6 +375,18 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         launch(product<T, kROW_TILES, 4, true>, dim3(width / 32, ceilDiv(p.chunks, p.blockChunks)),
                productBytes<kROW_TILES, 4>(p.blockChunks), p);
     };
+    // Its inputs, contexts, lie in the pieces of their heads, and of those in the piece of its columns.
+    auto const addOutput = [&](uint8_t const* pieces, size_t pieceBytes, size_t tilesAt, int biasAt)
+    {
+        ProductParams p = productOf(context, width, pieces, pieceBytes, tilesAt, columns / 8 * kTILE_BYTES);
+        p.group = columns / 32;
+        p.inner = kHEAD_DIM / kCHUNK;
+        p.outerStride = kCLUSTER * pieceBytes;
+        p.bias.base += biasAt;
+        addToSums(p, 8);
+    };
+    using One = std::integral_constant<int, 1>;
+    using Three = std::integral_constant<int, 3>;
     using Four = std::integral_constant<int, 4>;
     auto const bytesOf = [](void const* pointer) { return static_cast<uint8_t const*>(pointer); };
     for (size_t layer = 0; layer < static_cast<size_t>(mConfig.layers); ++layer)
@@ -398,29 +403,43 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         ProductParams p = productOf(hidden, width, self, blob.self, selfTiles, 3 * kTILE_BYTES);
         p.blockColumns = 8;
         p.tileColumns = width;  // eight columns each of query, key and value
-        constexpr int kHEAD_BYTES = headRowsBytes<kROW_TILES, kHEAD_DIM>();
-        int const outputBytes = columns * kHEAD_DIM * kELEMENT;
-        auto const outputOf = [&](uint8_t const* pieces, size_t pieceBytes, size_t tilesAt, int biasAt)
-        { return OutputParams{pieces + tilesAt, pieces + biasAt, pieceBytes, link.output, hidden, width}; };
-        launch(
-            token.beams != nullptr ? attendSelf<T, kHEAD_DIM, kROW_TILES, true>
-                                   : attendSelf<T, kHEAD_DIM, kROW_TILES, false>,
-            dim3(heads * kCLUSTER), productBytes<kROW_TILES, 3>(p.blockChunks) + kHEAD_BYTES + outputBytes,
-            SelfRowsParams{p, outputOf(self, blob.self, selfTiles + 24 * width * kELEMENT, 24 * 4),
-                           mWorkspace + at.keys + layer * at.layerCache, mWorkspace + at.values + layer * at.layerCache,
-                           heads, mCapacity, token.beams != nullptr ? token.beams->owners : nullptr},
-            kCLUSTER);
+        auto* const keys = mWorkspace + at.keys + layer * at.layerCache;
+        auto* const values = mWorkspace + at.values + layer * at.layerCache;
+        auto const* const owners = token.beams != nullptr ? token.beams->owners : nullptr;
+        size_t const selfOutput = selfTiles + 24 * width * kELEMENT;
+        if constexpr (kROW_TILES == 1)
+        {
+            launch(owners != nullptr ? attendSelfAndAdd<T, kHEAD_DIM, true> : attendSelfAndAdd<T, kHEAD_DIM, false>,
+                   dim3(heads * kCLUSTER),
+                   productBytes<1, 3>(p.blockChunks) + headRowsBytes<1, kHEAD_DIM>() + columns * kHEAD_DIM * kELEMENT,
+                   SelfRowsParams{p,
+                                  {self + selfOutput, self + 24 * 4, blob.self, link.output, hidden, width},
+                                  keys,
+                                  values,
+                                  heads,
+                                  mCapacity,
+                                  owners},
+                   kCLUSTER);
+        }
+        else
+        {
+            store(Three{}, p, heads * kCLUSTER, wide, 3 * width);
+            launch(owners != nullptr ? attendSelf<T, kHEAD_DIM, true> : attendSelf<T, kHEAD_DIM, false>,
+                   dim3(rows, ceilDiv(heads, kWARPS)), 0,
+                   AttendParams{rows, states, wide, keys, values, context, heads, mCapacity, owners});
+            addOutput(self, blob.self, selfOutput, 24 * 4);
+        }
 
         normalizeSums();
         p = productOf(hidden, width, cross, blob.cross, crossTiles, kTILE_BYTES);
         launch(queryStates<T, kHEAD_DIM, kROW_TILES>, dim3(heads * kCLUSTER),
-               productBytes<kROW_TILES, 1>(p.blockChunks) + kHEAD_BYTES,
+               productBytes<kROW_TILES, 1>(p.blockChunks) + headRowsBytes<kROW_TILES, kHEAD_DIM>(),
                QueryParams{p, bytesOf(mWeights.crossKeys) + stateBytes, mWorkspace + at.stateQuery, heads, encoded},
                kCLUSTER);
         launch(attention.kernel, dim3(attentionBlocks, rows), attention.bytes,
                StatesParams{states, mWorkspace + at.stateQuery, request.states, mWorkspace + at.stateContext, heads,
                             mConfig.sourceLength, scale},
-               attentionBlocks, attention.threads);
+               attentionBlocks);
         // A head's values: its context in terms of the states, times its own weights.
         p = productOf(mWorkspace + at.stateContext, encoded, bytesOf(mWeights.crossValues) + stateBytes,
                       8 * encoded * kELEMENT, 0, kTILE_BYTES);
@@ -428,9 +447,9 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         p.inputGroup = kCLUSTER;
         p.inputStride = encoded;
         p.bias = {bytesOf(mWeights.crossValueBias) + layerBias, 8 * 4, 0};
-        launch(addContexts<T, kHEAD_DIM, kROW_TILES>, dim3(heads * kCLUSTER),
-               productBytes<kROW_TILES, 1>(p.blockChunks) + kHEAD_BYTES + outputBytes,
-               ContextParams{p, outputOf(cross, blob.cross, crossTiles + 8 * width * kELEMENT, 8 * 4)}, kCLUSTER);
+        p.blockColumns = 8;
+        store(One{}, p, heads * kCLUSTER, context, width);
+        addOutput(cross, blob.cross, crossTiles + 8 * width * kELEMENT, 8 * 4);
 
         normalizeSums();
         p = productOf(hidden, width, ffn, blob.feedForward, 32 * 4, 4 * kTILE_BYTES);
