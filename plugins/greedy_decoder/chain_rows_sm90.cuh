@@ -834,6 +834,8 @@ struct StatesParams
     float scale;             //!< log2(e) / sqrt(d)
 };
 
+constexpr int kMOST_STATES_BLOCKS = 8;  //!< of a row: as many as every GPU allows a cluster
+
 //! A block's shared memory; E = 128 kSTEPS.
 template <int kSTEPS>
 struct StatesLayout
@@ -1056,83 +1058,86 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
             }
         }
     }
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-    {
-        total[half] += __shfl_xor_sync(kFULL_WARP, total[half], 1);
-        total[half] += __shfl_xor_sync(kFULL_WARP, total[half], 2);
-        factor[half] = 1.0F / total[half];
-    }
-    auto* const output = static_cast<unsigned*>(p.context) + static_cast<size_t>(row) * p.heads * Layout::kWIDTH / 2;
-    if (blocks == 1)
-    {
-#pragma unroll
-        for (int tile = 0; tile < 2 * kSTEPS; ++tile)
-        {
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-            {
-                int const head = g + half * 8;
-                if (head < p.heads)
-                {
-                    output[(head * Layout::kWIDTH + warp * 16 * kSTEPS + tile * 8) / 2 + t] =
-                        packPair<T>(context[tile][2 * half] * factor[half], context[tile][2 * half + 1] * factor[half]);
-                }
-            }
-        }
-        return;
-    }
-
-    // The cluster's blocks agree on maxima and totals, then each adds up the contexts of some heads.
-    if (warp == 0 && t == 0)
-    {
-        scales[g] = {maximum[0], total[0]};
-        scales[g + 8] = {maximum[1], total[1]};
-    }
-    sm90::clusterSync();
-    int const mostHeads = (kROWS_A_TILE + blocks - 1) / blocks;
-    auto* const parts = reinterpret_cast<float*>(shared + Layout::kRING);  // [block][mostHeads][E]
+    // A context of the block's own softmax, in T: straight to its place, or where the cluster's blocks find it.
+    constexpr int kPIECES = Layout::kWIDTH / 8;  // of 16 bytes, of a head
+    auto* const output = static_cast<uint8_t*>(p.context) + static_cast<size_t>(row) * p.heads * Layout::kWIDTH * 2;
+    uint8_t* const parts = shared + Layout::kRING;  // T [16], Layout::kPITCH apart
+    __syncthreads();                                // all warps are done with the ring
 #pragma unroll
     for (int half = 0; half < 2; ++half)
     {
         int const head = g + half * 8;
-        float most = kNO_SCORE;
-        for (int other = 0; other < blocks; ++other)
+        total[half] += __shfl_xor_sync(kFULL_WARP, total[half], 1);
+        total[half] += __shfl_xor_sync(kFULL_WARP, total[half], 2);
+        float const factor = 1.0F / total[half];
+        uint8_t* const to =
+            (blocks == 1 ? output + head * Layout::kWIDTH * 2 : parts + head * Layout::kPITCH) + warp * 32 * kSTEPS;
+        if (head < p.heads)
         {
-            most = fmaxf(most, sm90::atRank(scales + head, other)->x);
+#pragma unroll
+            for (int tile = 0; tile < 2 * kSTEPS; ++tile)
+            {
+                reinterpret_cast<unsigned*>(to)[tile * 4 + t] =
+                    packPair<T>(context[tile][2 * half] * factor, context[tile][2 * half + 1] * factor);
+            }
+        }
+        if (warp == 0 && t == 0)
+        {
+            scales[head] = {maximum[half], total[half]};
+        }
+    }
+    if (blocks == 1)
+    {
+        return;
+    }
+
+    // Each block adds up a share of the row, a piece a thread.
+    sm90::clusterSync();
+    int const end = p.heads * kPIECES * (rank + 1) / blocks;
+#pragma unroll 1
+    for (int piece = p.heads * kPIECES * rank / blocks + threadIdx.x; piece < end; piece += kTHREADS)
+    {
+        int const head = piece / kPIECES;
+        uint8_t* const mine = parts + head * Layout::kPITCH + piece % kPIECES * 16;
+        float2 scale[kMOST_STATES_BLOCKS];
+        uint4 part[kMOST_STATES_BLOCKS];
+#pragma unroll
+        for (int other = 0; other < kMOST_STATES_BLOCKS; ++other)
+        {
+            scale[other] = {kNO_SCORE, 0.0F};
+            part[other] = {};
+            if (other < blocks)
+            {
+                scale[other] = *sm90::atRank(scales + head, other);
+                part[other] = *reinterpret_cast<uint4 const*>(sm90::atRank(mine, other));
+            }
+        }
+        float most = scale[0].x;
+#pragma unroll
+        for (int other = 1; other < kMOST_STATES_BLOCKS; ++other)
+        {
+            most = fmaxf(most, scale[other].x);
         }
         float all = 0.0F;
-        for (int other = 0; other < blocks; ++other)
-        {
-            float2 const scale = *sm90::atRank(scales + head, other);
-            all += scale.y * exp2Approx(scale.x - most);
-        }
-        factor[half] = exp2Approx(maximum[half] - most) / all;
-        int const owner = head / mostHeads;
-        float* const to = sm90::atRank(
-            parts + (rank * mostHeads + head % mostHeads) * Layout::kWIDTH + warp * 16 * kSTEPS + 2 * t, owner);
+        float sum[8] = {};
 #pragma unroll
-        for (int tile = 0; tile < 2 * kSTEPS; ++tile)
+        for (int other = 0; other < kMOST_STATES_BLOCKS; ++other)
         {
-            *reinterpret_cast<float2*>(to + tile * 8) = {context[tile][2 * half] * factor[half],
-                                                         context[tile][2 * half + 1] * factor[half]};
+            float const weight = scale[other].y * exp2Approx(scale[other].x - most);
+            Pack<T> const values = Pack<T>::fromBits(part[other]);
+            all += weight;
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+            {
+                sum[i] += weight * values.values[i];
+            }
         }
+        float const factor = 1.0F / all;
+        reinterpret_cast<uint4*>(output)[piece] = {
+            packPair<T>(sum[0] * factor, sum[1] * factor), packPair<T>(sum[2] * factor, sum[3] * factor),
+            packPair<T>(sum[4] * factor, sum[5] * factor), packPair<T>(sum[6] * factor, sum[7] * factor)};
     }
-    sm90::clusterSync();
-    int const firstHead = rank * mostHeads;
-    int const heads = min(mostHeads, p.heads - firstHead);
-    for (int i = threadIdx.x; i < heads * Layout::kWIDTH / 4; i += kTHREADS)
-    {
-        float4 sum{};
-        for (int other = 0; other < blocks; ++other)
-        {
-            float4 const part = *reinterpret_cast<float4 const*>(parts + other * mostHeads * Layout::kWIDTH + i * 4);
-            sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
-        }
-        reinterpret_cast<uint2*>(output + firstHead * Layout::kWIDTH / 2)[i] = {packPair<T>(sum.x, sum.y),
-                                                                                packPair<T>(sum.z, sum.w)};
-    }
+    sm90::clusterSync();  // no block ends while another reads its memory
 }
 
 }  // namespace trocr::greedy

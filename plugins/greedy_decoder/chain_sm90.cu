@@ -105,11 +105,10 @@ struct StatesKernel
     //! As many blocks a row as take the least time: best are those of all rows at once, if they find room.
     int blocks(int rows, int length, int multiprocessors) const
     {
-        constexpr int kMOST = 8;
         constexpr int kSTAGE = 32;  // states
         int best = 1;
         int least = ceilDiv(rows, multiprocessors) * ceilDiv(length, kSTAGE);
-        for (int of = 2; of <= kMOST; ++of)
+        for (int of = 2; of <= kMOST_STATES_BLOCKS; ++of)
         {
             int const fit = clustersAtOnce(kernel, bytes, kTHREADS, of);
             // In stages; what a cluster adds up at its end costs about one.
