@@ -836,29 +836,32 @@ struct StatesParams
 
 constexpr int kMOST_STATES_BLOCKS = 8;  //!< of a row: as many as every GPU allows a cluster
 
-//! A block's shared memory; E = 128 kSTEPS.
+//! A block's shared memory; E = 128 kSTEPS. As much as leaves room beside it for the blocks of the kernel before,
+//! while which the first stages are on their way, and of the kernel behind.
 template <int kSTEPS>
 struct StatesLayout
 {
     static constexpr int kWIDTH = 128 * kSTEPS;
-    static constexpr int kKEYS = 32;                //!< of a stage
-    static constexpr int kPITCH = kWIDTH * 2 + 16;  //!< bytes: eight rows meet no bank twice
-    static constexpr int kSCORE_PITCH = kKEYS + 8;  //!< floats, likewise
+    static constexpr int kKEYS = kSTEPS <= 6 ? 32 : 16;  //!< of a stage
+    static constexpr int kPITCH = kWIDTH * 2 + 16;       //!< bytes: eight rows meet no bank twice
+    static constexpr int kSCORE_PITCH = kKEYS + 8;       //!< floats, likewise
     static constexpr int kSTAGE = kKEYS * kPITCH;
-    static constexpr int kSCALES = 128;                                         //!< after the barriers: float2 [16]
+    static constexpr int kLINE = 120;                                           //!< int, after the barriers
+    static constexpr int kSCALES = 128;                                         //!< float2 [16]
     static constexpr int kSCORES = kSCALES + 128;                               //!< float [16, kSCORE_PITCH]
     static constexpr int kPARTIAL = kSCORES + kROWS_A_TILE * kSCORE_PITCH * 4;  //!< float [kWARPS, 16, kSCORE_PITCH]
     static constexpr int kRING = kPARTIAL + kWARPS * kROWS_A_TILE * kSCORE_PITCH * 4;
-    static constexpr int kSTAGES = (227 * 1024 - kRING) / kSTAGE < 4 ? (227 * 1024 - kRING) / kSTAGE : 4;
+    static constexpr int kROOM = (180 * 1024 - kRING) / kSTAGE;
+    static constexpr int kSTAGES = kROOM < 6 ? kROOM : 6;
     static constexpr int kBYTES = kRING + kSTAGES * kSTAGE;
-    static_assert(kSTAGES >= 2);
+    static_assert(kSTAGES >= 3 && kSTAGES * kSTAGE >= kROWS_A_TILE * kPITCH);
 };
 
 //! context[row] = softmax(scale query[row] states^T) states, all heads of a row at once: they are the 16 rows of the
 //! tensor cores' left operand. A cluster a row, whose blocks deal the states. A warp has an eighth of the states'
 //! columns: of scores it has a part of the sum, of the context those columns.
 template <typename T, int kSTEPS>
-__global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
+__global__ void __launch_bounds__(kTHREADS, kSTEPS <= 6 ? 2 : 1) attendStates(StatesParams p)
 {
     using Layout = StatesLayout<kSTEPS>;
     constexpr int kTILES = Layout::kKEYS / 8;  // of scores
@@ -877,30 +880,12 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
     auto* const scores = reinterpret_cast<float*>(shared + Layout::kSCORES);
     auto* const partial = reinterpret_cast<float*>(shared + Layout::kPARTIAL);
 
-    sm90::launchDependents();
-    if (threadIdx.x == 0)
-    {
-        for (int stage = 0; stage < Layout::kSTAGES; ++stage)
-        {
-            sm90::barrierInit(barriers + stage * 8, 1);
-        }
-        sm90::barrierInitFence();
-    }
-    __syncthreads();
-    sm90::waitForPriorGrids();
-
-    int const line = __ldcg(&p.states[row].line);
-    if (line < 0)
-    {
-        return;  // with all of its cluster
-    }
     int const first = p.length * rank / blocks;
     int const count = p.length * (rank + 1) / blocks - first;
     int const stages = (count + Layout::kKEYS - 1) / Layout::kKEYS;
-    auto const* const encoded =
-        static_cast<uint8_t const*>(p.encoded) + (static_cast<size_t>(line) * p.length + first) * Layout::kWIDTH * 2;
-    // By one warp, a row a lane.
-    auto const fetch = [&](int stage)
+    int const stagesAtFirst = min(stages, Layout::kSTAGES);
+    // By one warp, a state a lane.
+    auto const fetch = [&](int line, int stage)
     {
         int const keys = min(Layout::kKEYS, count - stage * Layout::kKEYS);
         int const slot = stage % Layout::kSTAGES;
@@ -911,17 +896,64 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
         __syncwarp();
         if (lane < keys)
         {
+            size_t const state = static_cast<size_t>(line) * p.length + first + stage * Layout::kKEYS + lane;
             sm90::copyBulk(shared + Layout::kRING + slot * Layout::kSTAGE + lane * Layout::kPITCH,
-                           encoded + (static_cast<size_t>(stage) * Layout::kKEYS + lane) * Layout::kWIDTH * 2,
-                           Layout::kWIDTH * 2, barriers + slot * 8);
+                           static_cast<uint8_t const*>(p.encoded) + state * Layout::kWIDTH * 2, Layout::kWIDTH * 2,
+                           barriers + slot * 8);
         }
     };
+    auto const fetchFirst = [&](int line)
+    {
+#pragma unroll 1
+        for (int stage = 0; stage < stagesAtFirst; ++stage)
+        {
+            fetch(line, stage);
+        }
+    };
+
+    sm90::launchDependents();
+    // States are constants, and a row seldom has another line than at the token before: the first stages of the one
+    // that it seems to have are asked for before the kernels before have ended. `next` may be among those.
+    auto& hoped = *reinterpret_cast<int*>(shared + Layout::kLINE);
     if (warp == 0)
     {
-        for (int stage = 0; stage < min(stages, Layout::kSTAGES); ++stage)
+        if (lane == 0)
         {
-            fetch(stage);
+            for (int stage = 0; stage < Layout::kSTAGES; ++stage)
+            {
+                sm90::barrierInit(barriers + stage * 8, 1);
+            }
+            sm90::barrierInitFence();
+            hoped = __ldcg(&p.states[row].line);
         }
+        __syncwarp();
+        if (hoped >= 0)
+        {
+            fetchFirst(hoped);
+        }
+    }
+    __syncthreads();
+    sm90::waitForPriorGrids();
+
+    int const line = __ldcg(&p.states[row].line);
+    int turns = 0;  // that the barriers of the first stages have behind them
+    if (line != hoped)
+    {
+        turns = hoped >= 0 ? 1 : 0;
+        // No slot is asked for again, and no block ends, while a copy is under way.
+        for (int stage = 0; stage < turns * stagesAtFirst; ++stage)
+        {
+            sm90::barrierWait(barriers + stage * 8, 0);
+        }
+        __syncthreads();
+        if (warp == 0 && line >= 0)
+        {
+            fetchFirst(line);
+        }
+    }
+    if (line < 0)
+    {
+        return;  // with all of its cluster
     }
     // The warp's columns of the query, as the left operand.
     uint32_t q[kSTEPS][4];
@@ -947,10 +979,11 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
         int const slot = stage % Layout::kSTAGES;
         int const keys = min(Layout::kKEYS, count - stage * Layout::kKEYS);
         uint32_t const columns = ring + slot * Layout::kSTAGE + warp * 32 * kSTEPS;  // the warp's, of key 0
-        sm90::barrierWait(barriers + slot * 8, stage / Layout::kSTAGES & 1);
+        sm90::barrierWait(barriers + slot * 8, (stage / Layout::kSTAGES + turns) & 1);
         if (keys < Layout::kKEYS)
         {
             // What lies there may be no number, and 0 times that none either.
+#pragma unroll 1
             for (int i = lane; i < (Layout::kKEYS - keys) * 2 * kSTEPS; i += kWARP_SIZE)
             {
                 int const key = keys + i / (2 * kSTEPS);
@@ -984,10 +1017,11 @@ __global__ void __launch_bounds__(kTHREADS, 1) attendStates(StatesParams p)
         // All warps are done with the stage before: its slot is free.
         if (warp == 0 && stage >= 1 && stage - 1 + Layout::kSTAGES < stages)
         {
-            fetch(stage - 1 + Layout::kSTAGES);
+            fetch(line, stage - 1 + Layout::kSTAGES);
         }
+        static_assert(kTHREADS >= kROWS_A_TILE * Layout::kKEYS / 2);
+        if (threadIdx.x < kROWS_A_TILE * Layout::kKEYS / 2)
         {
-            static_assert(kTHREADS == kROWS_A_TILE * Layout::kKEYS / 2);
             int const at = threadIdx.x / (Layout::kKEYS / 2) * kPITCH + threadIdx.x % (Layout::kKEYS / 2) * 2;
             int const key = threadIdx.x % (Layout::kKEYS / 2) * 2;
             float2 sum{};

@@ -87,6 +87,14 @@ struct StatesKernel
 {
     void (*kernel)(StatesParams);
     int bytes;  //!< of shared memory
+    int keys;   //!< of a stage
+
+    template <typename T, int kSTEPS>
+    static StatesKernel make()
+    {
+        using Layout = StatesLayout<kSTEPS>;
+        return {attendStates<T, kSTEPS>, Layout::kBYTES, Layout::kKEYS};
+    }
 
     template <typename T>
     static StatesKernel of(int encoderWidth)
@@ -94,25 +102,24 @@ struct StatesKernel
         switch (encoderWidth)
         {
             case 384:
-                return {attendStates<T, 3>, StatesLayout<3>::kBYTES};
+                return make<T, 3>();
             case 768:
-                return {attendStates<T, 6>, StatesLayout<6>::kBYTES};
+                return make<T, 6>();
             default:
-                return {attendStates<T, 8>, StatesLayout<8>::kBYTES};
+                return make<T, 8>();
         }
     }
 
     //! As many blocks a row as take the least time: best are those of all rows at once, if they find room.
     int blocks(int rows, int length, int multiprocessors) const
     {
-        constexpr int kSTAGE = 32;  // states
         int best = 1;
-        int least = ceilDiv(rows, multiprocessors) * ceilDiv(length, kSTAGE);
+        int least = ceilDiv(rows, multiprocessors) * ceilDiv(length, keys);
         for (int of = 2; of <= kMOST_STATES_BLOCKS; ++of)
         {
             int const fit = clustersAtOnce(kernel, bytes, kTHREADS, of);
             // In stages; what a cluster adds up at its end costs about one.
-            int const time = fit < 1 ? least : ceilDiv(rows, fit) * (ceilDiv(ceilDiv(length, of), kSTAGE) + 1);
+            int const time = fit < 1 ? least : ceilDiv(rows, fit) * (ceilDiv(ceilDiv(length, of), keys) + 1);
             if (time < least)
             {
                 least = time;
