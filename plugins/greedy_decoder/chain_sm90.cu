@@ -330,6 +330,14 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
     {
         if (status == cudaSuccess)
         {
+            // A multiprocessor divides its memory anew only when it is idle: where the blocks of kernels that ask for
+            // little have it, one of attendStates could not start beside them.
+            status =
+                cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel),
+                                     cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+        }
+        if (status == cudaSuccess)
+        {
             status = launchLink(kernel, grid, cluster, bytes, stream, params);
         }
     };
