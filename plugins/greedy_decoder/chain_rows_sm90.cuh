@@ -831,6 +831,7 @@ struct StatesParams
     void* context;           //!< T [rows, H, E]
     int heads;               //!< at most kROWS_A_TILE
     int length;              //!< S
+    int keptStages;          //!< a block's last, that L2 is to keep for the next layer: the first come in time
     float scale;             //!< log2(e) / sqrt(d)
 };
 
@@ -896,10 +897,12 @@ __global__ void __launch_bounds__(kTHREADS, kSTEPS <= 6 ? 2 : 1) attendStates(St
         __syncwarp();
         if (lane < keys)
         {
-            size_t const state = static_cast<size_t>(line) * p.length + first + stage * Layout::kKEYS + lane;
-            sm90::copyBulk(shared + Layout::kRING + slot * Layout::kSTAGE + lane * Layout::kPITCH,
-                           static_cast<uint8_t const*>(p.encoded) + state * Layout::kWIDTH * 2, Layout::kWIDTH * 2,
-                           barriers + slot * 8);
+            int const state = line * p.length + first + stage * Layout::kKEYS + lane;
+            auto const policies = sm90::CachePolicies::make();
+            sm90::copyBulk(ring + slot * Layout::kSTAGE + lane * Layout::kPITCH,
+                           static_cast<uint8_t const*>(p.encoded) + static_cast<size_t>(state) * (Layout::kWIDTH * 2),
+                           Layout::kWIDTH * 2, barriers + slot * 8,
+                           stage + p.keptStages >= stages ? policies.keep : policies.drop);
         }
     };
     auto const fetchFirst = [&](int line)
@@ -1022,8 +1025,8 @@ __global__ void __launch_bounds__(kTHREADS, kSTEPS <= 6 ? 2 : 1) attendStates(St
         static_assert(kTHREADS >= kROWS_A_TILE * Layout::kKEYS / 2);
         if (threadIdx.x < kROWS_A_TILE * Layout::kKEYS / 2)
         {
-            int const at = threadIdx.x / (Layout::kKEYS / 2) * kPITCH + threadIdx.x % (Layout::kKEYS / 2) * 2;
             int const key = threadIdx.x % (Layout::kKEYS / 2) * 2;
+            int const at = threadIdx.x / (Layout::kKEYS / 2) * kPITCH + key;
             float2 sum{};
 #pragma unroll
             for (int other = 0; other < kWARPS; ++other)

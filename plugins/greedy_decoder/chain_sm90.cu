@@ -21,6 +21,10 @@ using namespace greedy;
 //! it.
 constexpr int kTOKENS_A_TURN = 2;
 
+//! Of the encoder's states, that L2 is to keep over a token's layers: less than half of it, as what is read from both
+//! of its halves may lie in both.
+constexpr int kKEPT_BYTES = 20 << 20;
+
 //! Where things lie in the workspace.
 struct Workspace
 {
@@ -343,6 +347,7 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
     };
     auto const attention = StatesKernel::of<T>(encoded);
     int const attentionBlocks = attention.blocks(rows, mConfig.sourceLength, mMultiprocessors);
+    int const keptStages = kKEPT_BYTES / (rows * attentionBlocks * attention.keys * encoded * kELEMENT);
     float const scale = kLOG2_E / std::sqrt(static_cast<float>(kHEAD_DIM));
     int index = 0;
     Link link{};
@@ -452,7 +457,7 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
                kCLUSTER);
         launch(attention.kernel, dim3(attentionBlocks, rows), attention.bytes,
                StatesParams{states, mWorkspace + at.stateQuery, request.states, mWorkspace + at.stateContext, heads,
-                            mConfig.sourceLength, scale},
+                            mConfig.sourceLength, keptStages, scale},
                attentionBlocks);
         // A head's values: its context in terms of the states, times its own weights.
         p = productOf(mWorkspace + at.stateContext, encoded, bytesOf(mWeights.crossValues) + stateBytes,
