@@ -18,18 +18,29 @@ struct ActiveRows
 {
     uint64_t mask;
 
-    __device__ __forceinline__ static ActiveRows load(RowState const* states, int rows)
-    {
-        int const lane = threadIdx.x % kWARP_SIZE;
-        auto const half = [&](int row)
-        { return __ballot_sync(kFULL_WARP, row < rows && __ldcg(&states[row].line) >= 0); };
-        uint64_t const low = half(lane);
-        return {low | static_cast<uint64_t>(half(kWARP_SIZE + lane)) << kWARP_SIZE};
-    }
-
     __device__ __forceinline__ bool has(int row) const
     {
         return (mask >> row & 1) != 0;
+    }
+};
+
+//! The lines of rows `lane` and `lane` + 32, on their way from memory: with what else a kernel reads first.
+struct RowLines
+{
+    int low;
+    int high;
+
+    __device__ __forceinline__ static RowLines load(RowState const* states, int rows)
+    {
+        int const lane = threadIdx.x % kWARP_SIZE;
+        auto const lineOf = [&](int row) { return row < rows ? __ldcg(&states[row].line) : -1; };
+        return {lineOf(lane), lineOf(kWARP_SIZE + lane)};
+    }
+
+    __device__ __forceinline__ ActiveRows active() const
+    {
+        uint64_t const first = __ballot_sync(kFULL_WARP, low >= 0);
+        return {first | static_cast<uint64_t>(__ballot_sync(kFULL_WARP, high >= 0)) << kWARP_SIZE};
     }
 };
 
@@ -177,10 +188,14 @@ constexpr int kPARTIAL_PITCH = kTILES % 4 == 0 ? 8 * kTILES + 8 : 8 * kTILES;
 
 constexpr int kADDERS = kWARPS / 2;  //!< partial sums of a block that lie in shared memory
 
+constexpr int kPRODUCT_BIAS = 128;  //!< behind the barrier: float32 [8 kTILES]
+constexpr int kPRODUCT_WEIGHTS = 256;
+
 template <int kROW_TILES, int kTILES>
 __host__ __device__ constexpr int productBytes(int blockChunks)
 {
-    return 128 + blockChunks * kTILES * kTILE_BYTES + kADDERS * kROW_TILES * kROWS_A_TILE * kPARTIAL_PITCH<kTILES> * 4;
+    return kPRODUCT_WEIGHTS + blockChunks * kTILES * kTILE_BYTES +
+           kADDERS * kROW_TILES * kROWS_A_TILE * kPARTIAL_PITCH<kTILES> * 4;
 }
 
 //! Rows g and g + 8 of a tile of 16, in global memory, past L1; rows behind the last repeat it.
@@ -221,22 +236,28 @@ struct BlockProduct
     }
     __device__ __forceinline__ T* weights() const
     {
-        return reinterpret_cast<T*>(shared + 128);
+        return reinterpret_cast<T*>(shared + kPRODUCT_WEIGHTS);
     }
     __device__ __forceinline__ float* partial() const
     {
-        return reinterpret_cast<float*>(shared + 128 + p.blockChunks * kTILES * kTILE_BYTES);
+        return reinterpret_cast<float*>(shared + kPRODUCT_WEIGHTS + p.blockChunks * kTILES * kTILE_BYTES);
     }
 
-    //! By one warp: its weights, and then `moreBytes` that the caller copies, on their way.
-    __device__ __forceinline__ void fetch(uint32_t moreBytes = 0) const
+    //! By one warp: its bias, if it adds one, and weights, and then `moreBytes` that the caller copies, on their way.
+    __device__ __forceinline__ void fetch(bool addsBias, uint32_t moreBytes = 0) const
     {
+        constexpr int kBIAS_BYTES = 8 * kTILES * 4;
         int const lane = threadIdx.x % kWARP_SIZE;
         if (lane == 0)
         {
             sm90::barrierInit(barrier(), 1);
             sm90::barrierInitFence();
-            sm90::barrierArriveExpect(barrier(), chunks * kTILES * kTILE_BYTES + moreBytes);
+            sm90::barrierArriveExpect(barrier(),
+                                      (addsBias ? kBIAS_BYTES : 0) + chunks * kTILES * kTILE_BYTES + moreBytes);
+            if (addsBias)
+            {
+                sm90::copyBulk(shared + kPRODUCT_BIAS, p.bias.of(blockIdx.x, p.group), kBIAS_BYTES, barrier());
+            }
         }
         __syncwarp();
         uint8_t const* const tiles = p.weights.of(blockIdx.x, p.group);
@@ -333,8 +354,8 @@ struct BlockProduct
         }
     }
 
-    //! Columns 2 pair and 2 pair + 1 of a row; `bias`: float32, of the block's columns, or nullptr.
-    __device__ __forceinline__ float2 collect(int row, int pair, float const* bias) const
+    //! Columns 2 pair and 2 pair + 1 of a row.
+    __device__ __forceinline__ float2 collect(int row, int pair, bool addsBias) const
     {
         float2 sum{};
 #pragma unroll
@@ -344,16 +365,12 @@ struct BlockProduct
                 partial() + (adder * kROW_TILES * kROWS_A_TILE + row) * kPITCH + pair * 2);
             sum = {sum.x + part.x, sum.y + part.y};
         }
-        if (bias != nullptr)
+        if (addsBias)
         {
-            sum = {sum.x + bias[2 * pair], sum.y + bias[2 * pair + 1]};
+            float2 const bias = reinterpret_cast<float2 const*>(shared + kPRODUCT_BIAS)[pair];
+            sum = {sum.x + bias.x, sum.y + bias.y};
         }
         return sum;
-    }
-
-    __device__ __forceinline__ float const* bias() const
-    {
-        return reinterpret_cast<float const*>(p.bias.of(blockIdx.x, p.group));
     }
 };
 
@@ -363,37 +380,49 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
 {
     TROCR_DYNAMIC_SHARED(shared, 128);
     BlockProduct<T, kROW_TILES, kTILES> const mine(p, shared);
+    constexpr int kPAIRS = 4 * kTILES;                                                     // of a row
+    constexpr int kMINE = (kROW_TILES * kROWS_A_TILE * kPAIRS + kTHREADS - 1) / kTHREADS;  // of a thread
+    bool const isFirst = !kTO_SUMS || blockIdx.y == 0;                                     // adds bias and residual
     sm90::launchDependents();
     if (threadIdx.x < kWARP_SIZE)
     {
-        mine.fetch();
+        mine.fetch(isFirst);
     }
     __syncthreads();
     sm90::waitForPriorGrids();
 
-    auto const active = ActiveRows::load(p.states, p.rows);
-    mine.multiply();
-    float const* const bias = !kTO_SUMS || blockIdx.y == 0 ? mine.bias() : nullptr;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < p.rows * 4 * kTILES; i += kTHREADS)
+    auto const lines = RowLines::load(p.states, p.rows);
+    auto const rowOf = [](int i) { return static_cast<int>(i * kTHREADS + threadIdx.x) / kPAIRS; };
+    auto const pairOf = [](int i) { return static_cast<int>(i * kTHREADS + threadIdx.x) % kPAIRS; };
+    auto const indexOf = [&](int i)
     {
-        int const row = i / (4 * kTILES);
-        int const pair = i % (4 * kTILES);
-        if (!active.has(row))
+        int const column = blockIdx.x * p.blockColumns + pairOf(i) / 4 * p.tileColumns + pairOf(i) % 4 * 2;
+        return (static_cast<size_t>(rowOf(i)) * p.outputPitch + column) / 2;
+    };
+    unsigned residual[kMINE] = {};
+    if (kTO_SUMS && isFirst)
+    {
+#pragma unroll
+        for (int i = 0; i < kMINE; ++i)
+        {
+            residual[i] = rowOf(i) < p.rows ? __ldcg(static_cast<unsigned const*>(p.hidden) + indexOf(i)) : 0;
+        }
+    }
+    mine.multiply();
+    mine.wait();  // of a warp without inputs: for the bias; and no copy may be under way when the block ends
+    auto const active = lines.active();
+#pragma unroll(kTO_SUMS ? kMINE : 1)
+    for (int i = 0; i < kMINE; ++i)
+    {
+        if (rowOf(i) >= p.rows || !active.has(rowOf(i)))
         {
             continue;
         }
-        float2 sum = mine.collect(row, pair, bias);
-        int const column = blockIdx.x * p.blockColumns + pair / 4 * p.tileColumns + pair % 4 * 2;
-        size_t const index = (static_cast<size_t>(row) * p.outputPitch + column) / 2;
+        float2 sum = mine.collect(rowOf(i), pairOf(i), isFirst);
         if constexpr (kTO_SUMS)
         {
-            if (blockIdx.y == 0)
-            {
-                float2 const h = unpackPair<T>(__ldcg(static_cast<unsigned const*>(p.hidden) + index));
-                sum = {sum.x + h.x, sum.y + h.y};
-            }
-            atomicAdd(p.sums + index, toSum(sum.x, sum.y));
+            float2 const h = unpackPair<T>(residual[i]);
+            atomicAdd(p.sums + indexOf(i), toSum(sum.x + h.x, sum.y + h.y));
         }
         else
         {
@@ -402,10 +431,9 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
                 bool const isGelu = p.activation == LinearActivation::kGELU;
                 sum = {isGelu ? gelu(sum.x) : fmaxf(sum.x, 0.0F), isGelu ? gelu(sum.y) : fmaxf(sum.y, 0.0F)};
             }
-            static_cast<unsigned*>(p.output)[index] = packPair<T>(sum.x, sum.y);
+            static_cast<unsigned*>(p.output)[indexOf(i)] = packPair<T>(sum.x, sum.y);
         }
     }
-    mine.wait();  // of a warp without inputs: no copy may be under way when the block ends
 }
 
 // ---- two products of a head in one kernel ----
@@ -434,7 +462,7 @@ struct HeadRows
             {
                 continue;
             }
-            float2 const pair = product.collect(row, i % 4, product.bias());
+            float2 const pair = product.collect(row, i % 4, true);
             unsigned const bits = packPair<T>(pair.x, pair.y);
             T* const to = rows + row * kPITCH + blockIdx.x % kBLOCKS * 8 + i % 4 * 2;
 #pragma unroll
@@ -486,7 +514,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
     sm90::launchDependents();
     if (warp == 0)
     {
-        queries.fetch();
+        queries.fetch(true);
     }
     uint4 w[kMOST][kCHUNKS];
     auto const* const weights =
@@ -503,8 +531,10 @@ __global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
     sm90::clusterSync();  // every block of the cluster runs: its shared memory may be written
     sm90::waitForPriorGrids();
 
-    auto const active = ActiveRows::load(p.product.states, rows);
+    auto const lines = RowLines::load(p.product.states, rows);
     queries.multiply();
+    queries.wait();
+    auto const active = lines.active();
     head.exchange(queries, active);
 #pragma unroll
     for (int i = 0; i < kMOST; ++i)
@@ -536,7 +566,6 @@ __global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
             }
         }
     }
-    queries.wait();
 }
 
 //! The second product of a head where it adds to s: W_o context + b + hidden, of each head its part, for up to
@@ -551,6 +580,13 @@ struct OutputParams
     int width;               //!< D
 };
 
+//! Weights, and float32 bias.
+template <int kHEAD_DIM>
+__host__ __device__ constexpr int headOutputBytes(int width)
+{
+    return width / (kHEAD_DIM / 8) * (kHEAD_DIM * 2 + 4);
+}
+
 template <typename T, int kHEAD_DIM>
 struct HeadOutput
 {
@@ -564,14 +600,20 @@ struct HeadOutput
     {
         return p.width / kBLOCKS;
     }
+    //! Of what fetch() copies.
     __device__ __forceinline__ uint32_t bytes() const
     {
-        return columns() * kHEAD_DIM * sizeof(T);
+        return headOutputBytes<kHEAD_DIM>(p.width);
+    }
+    __device__ __forceinline__ float* bias() const
+    {
+        return reinterpret_cast<float*>(weights + columns() * kHEAD_DIM);
     }
 
     __device__ __forceinline__ void fetch(uint32_t barrier) const
     {
-        sm90::copyBulk(weights, p.weights + blockIdx.x * p.pieceBytes, bytes(), barrier);
+        sm90::copyBulk(weights, p.weights + blockIdx.x * p.pieceBytes, columns() * kHEAD_DIM * sizeof(T), barrier);
+        sm90::copyBulk(bias(), p.bias + blockIdx.x * p.pieceBytes, columns() * sizeof(float), barrier);
     }
 
     //! The first head's blocks add bias and residual.
@@ -581,7 +623,6 @@ struct HeadOutput
         int const warp = threadIdx.x / kWARP_SIZE;
         int const lane = threadIdx.x % kWARP_SIZE;
         bool const isFirst = blockIdx.x < kBLOCKS;
-        auto const* const bias = reinterpret_cast<float const*>(p.bias + blockIdx.x * p.pieceBytes);
 #pragma unroll 1
         for (int tile = warp; tile < columns() / 8; tile += kWARPS)
         {
@@ -612,7 +653,7 @@ struct HeadOutput
                 if (isFirst)
                 {
                     float2 const h = unpackPair<T>(__ldcg(static_cast<unsigned const*>(p.hidden) + index));
-                    sum = {sum.x + bias[column] + h.x, sum.y + bias[column + 1] + h.y};
+                    sum = {sum.x + bias()[column] + h.x, sum.y + bias()[column + 1] + h.y};
                 }
                 atomicAdd(p.sums + index, toSum(sum.x, sum.y));
             }
@@ -739,7 +780,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
     sm90::launchDependents();
     if (warp == 0)
     {
-        product.fetch(output.bytes());
+        product.fetch(true, output.bytes());
         if (lane == 0)
         {
             output.fetch(product.barrier());
@@ -748,9 +789,10 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
     sm90::clusterSync();  // every block of the cluster runs
     sm90::waitForPriorGrids();
 
-    auto const active = ActiveRows::load(p.product.states, rows);
+    auto const lines = RowLines::load(p.product.states, rows);
     product.multiply();
     product.wait();
+    auto const active = lines.active();
     // Where the weights were, [row / C][query, key, value][d], of the rows that a block attends for.
     T* const qkv = product.weights();
     sm90::clusterSync();  // all blocks are done with their weights
@@ -761,7 +803,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
         int const pair = i % 12;
         if (active.has(row))
         {
-            float2 const sum = product.collect(row, pair, product.bias());
+            float2 const sum = product.collect(row, pair, true);
             T* const to = qkv + (row / kBLOCKS * 3 + pair / 4) * kHEAD_DIM + rank * 8 + pair % 4 * 2;
             *reinterpret_cast<unsigned*>(sm90::atRank(to, row % kBLOCKS)) = packPair<T>(sum.x, sum.y);
         }

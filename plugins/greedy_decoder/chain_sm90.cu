@@ -428,17 +428,18 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         size_t const selfOutput = selfTiles + 24 * width * kELEMENT;
         if constexpr (kROW_TILES == 1)
         {
-            launch(owners != nullptr ? attendSelfAndAdd<T, kHEAD_DIM, true> : attendSelfAndAdd<T, kHEAD_DIM, false>,
-                   dim3(heads * kCLUSTER),
-                   productBytes<1, 3>(p.blockChunks) + headRowsBytes<1, kHEAD_DIM>() + columns * kHEAD_DIM * kELEMENT,
-                   SelfRowsParams{p,
-                                  {self + selfOutput, self + 24 * 4, blob.self, link.output, hidden, width},
-                                  keys,
-                                  values,
-                                  heads,
-                                  mCapacity,
-                                  owners},
-                   kCLUSTER);
+            launch(
+                owners != nullptr ? attendSelfAndAdd<T, kHEAD_DIM, true> : attendSelfAndAdd<T, kHEAD_DIM, false>,
+                dim3(heads * kCLUSTER),
+                productBytes<1, 3>(p.blockChunks) + headRowsBytes<1, kHEAD_DIM>() + headOutputBytes<kHEAD_DIM>(width),
+                SelfRowsParams{p,
+                               {self + selfOutput, self + 24 * 4, blob.self, link.output, hidden, width},
+                               keys,
+                               values,
+                               heads,
+                               mCapacity,
+                               owners},
+                kCLUSTER);
         }
         else
         {
