@@ -249,6 +249,12 @@ __device__ __forceinline__ void copyBulk(uint32_t to, void const* from, uint32_t
         : "memory");
 }
 
+//! cp.async.bulk.prefetch.L2: `bytes` (a multiple of 16, not 0) are soon to be read. Only a hint.
+__device__ __forceinline__ void prefetchBulk(void const* from, uint32_t bytes)
+{
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // ---- words between blocks, through global memory ----
 
 //! Reads 8 bytes that other kernels write, past L1. The compiler leaves it where it stands: early.

@@ -592,6 +592,7 @@ struct HeadOutput
 {
     static constexpr int kBLOCKS = kHEAD_DIM / 8;
     static constexpr int kCHUNKS = kHEAD_DIM / kCHUNK;
+    static constexpr int kMOST = kMAX_WIDTH / kBLOCKS / 8 / kWARPS;  //!< tiles of a warp
 
     OutputParams const& p;
     T* weights;  //!< in shared memory
@@ -616,16 +617,49 @@ struct HeadOutput
         sm90::copyBulk(bias(), p.bias + blockIdx.x * p.pieceBytes, columns() * sizeof(float), barrier);
     }
 
+    //! Of the sums, in pairs of columns: those of lane (g, t) for tile i of its warp, and row g + 8 half.
+    __device__ __forceinline__ size_t indexOf(int i, int half) const
+    {
+        int const lane = threadIdx.x % kWARP_SIZE;
+        int const column = (threadIdx.x / kWARP_SIZE + i * kWARPS) * 8 + lane % 4 * 2;
+        return (static_cast<size_t>(half * 8 + lane / 4) * p.width + blockIdx.x % kBLOCKS * columns() + column) / 2;
+    }
+
     //! The first head's blocks add bias and residual.
-    __device__ __forceinline__ void add(HeadRows<T, kHEAD_DIM> const& contexts, int rows,
-                                        ActiveRows const& active) const
+    __device__ __forceinline__ bool isFirst() const
+    {
+        return blockIdx.x < kBLOCKS;
+    }
+
+    __device__ __forceinline__ void loadResidual(unsigned (&residual)[kMOST][2], int rows) const
     {
         int const warp = threadIdx.x / kWARP_SIZE;
         int const lane = threadIdx.x % kWARP_SIZE;
-        bool const isFirst = blockIdx.x < kBLOCKS;
-#pragma unroll 1
-        for (int tile = warp; tile < columns() / 8; tile += kWARPS)
+#pragma unroll
+        for (int i = 0; i < kMOST; ++i)
         {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                bool const isMine = isFirst() && half * 8 + lane / 4 < rows && (warp + i * kWARPS) * 8 < columns();
+                residual[i][half] = isMine ? __ldcg(static_cast<unsigned const*>(p.hidden) + indexOf(i, half)) : 0;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void add(HeadRows<T, kHEAD_DIM> const& contexts, int rows, ActiveRows const& active,
+                                        unsigned const (&residual)[kMOST][2]) const
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
+#pragma unroll
+        for (int i = 0; i < kMOST; ++i)
+        {
+            int const tile = warp + i * kWARPS;
+            if (tile >= columns() / 8)
+            {
+                break;
+            }
             uint4 w[kCHUNKS];
 #pragma unroll
             for (int chunk = 0; chunk < kCHUNKS; ++chunk)
@@ -648,20 +682,31 @@ struct HeadOutput
                     continue;
                 }
                 float2 sum = {c[2 * half], c[2 * half + 1]};
-                size_t const index =
-                    (static_cast<size_t>(row) * p.width + blockIdx.x % kBLOCKS * columns() + column) / 2;
-                if (isFirst)
+                if (isFirst())
                 {
-                    float2 const h = unpackPair<T>(__ldcg(static_cast<unsigned const*>(p.hidden) + index));
+                    float2 const h = unpackPair<T>(residual[i][half]);
                     sum = {sum.x + bias()[column] + h.x, sum.y + bias()[column + 1] + h.y};
                 }
-                atomicAdd(p.sums + index, toSum(sum.x, sum.y));
+                atomicAdd(p.sums + indexOf(i, half), toSum(sum.x, sum.y));
             }
         }
     }
 };
 
 // ---- self-attention ----
+
+//! Keys and values of a row's head [capacity, kHEAD_DIM], as far as it seems to have them, to L2: the weights of all
+//! other layers have passed since they were read. By one lane; the position may be that of the token before.
+template <typename T, int kHEAD_DIM>
+__device__ __forceinline__ void prefetchCache(T const* keys, T const* values, RowState const& state, int capacity)
+{
+    uint32_t const bytes = min(__ldcg(&state.position), capacity) * kHEAD_DIM * sizeof(T);
+    if (bytes > 0)
+    {
+        sm90::prefetchBulk(keys, bytes);
+        sm90::prefetchBulk(values, bytes);
+    }
+}
 
 struct AttendParams
 {
@@ -687,7 +732,14 @@ __global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
     int const lane = threadIdx.x % kWARP_SIZE;
     int const row = blockIdx.x;
     int const head = blockIdx.y * kWARPS + warp;
+    size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
+    T* const allKeys = static_cast<T*>(p.keys) + cache;
+    T* const allValues = static_cast<T*>(p.values) + cache;
     sm90::launchDependents();
+    if (!kBEAMS && lane == 0 && head < p.heads)
+    {
+        prefetchCache<T, kHEAD_DIM>(allKeys, allValues, p.states[row], p.capacity);
+    }
     sm90::waitForPriorGrids();
 
     int2 const words = sm90::loadEarly(reinterpret_cast<int2 const*>(p.states + row));
@@ -696,9 +748,6 @@ __global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
     {
         return;
     }
-    size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
-    T* const allKeys = static_cast<T*>(p.keys) + cache;
-    T* const allValues = static_cast<T*>(p.values) + cache;
     int const offset = lane % HeadKeys::kLANES * 8;
     auto const* const newest =
         static_cast<T const*>(p.qkv) + (static_cast<size_t>(row) * 3 * p.heads + head) * kHEAD_DIM + offset;
@@ -786,6 +835,14 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
             output.fetch(product.barrier());
         }
     }
+    int const row = warp * kBLOCKS + rank;
+    size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
+    T* const allKeys = static_cast<T*>(p.keys) + cache;
+    T* const allValues = static_cast<T*>(p.values) + cache;
+    if (!kBEAMS && lane == 0 && row < rows)
+    {
+        prefetchCache<T, kHEAD_DIM>(allKeys, allValues, p.product.states[row], p.capacity);
+    }
     sm90::clusterSync();  // every block of the cluster runs
     sm90::waitForPriorGrids();
 
@@ -810,13 +867,9 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
     }
     sm90::clusterSync();
 
-    int const row = warp * kBLOCKS + rank;
     if (row < rows && active.has(row))
     {
         int const position = __ldcg(&p.product.states[row].position);
-        size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
-        T* const allKeys = static_cast<T*>(p.keys) + cache;
-        T* const allValues = static_cast<T*>(p.values) + cache;
         int const offset = lane % HeadKeys::kLANES * 8;
         T const* const newest = qkv + warp * 3 * kHEAD_DIM + offset;
         Softmax<T, kHEAD_DIM> softmax;
@@ -859,8 +912,10 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
             *reinterpret_cast<unsigned*>(sm90::atRank(to, other)) = bits;
         }
     }
+    unsigned residual[output.kMOST][2];
+    output.loadResidual(residual, rows);
     sm90::clusterSync();
-    output.add(contexts, rows, active);
+    output.add(contexts, rows, active, residual);
 }
 
 // ---- cross-attention to the encoder's states ----

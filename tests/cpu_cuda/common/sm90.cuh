@@ -153,6 +153,14 @@ inline void copyBulk(uint32_t to, void const* from, uint32_t bytes, uint32_t bar
     deliverBulk(cpu_cuda::memory(to), from, bytes, barrier);
 }
 
+inline void prefetchBulk(void const* from, uint32_t bytes)
+{
+    if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    {
+        cpu_cuda::fail("a bulk prefetch that is not of multiples of 16 bytes");
+    }
+}
+
 struct CachePolicies
 {
     uint64_t keep;
