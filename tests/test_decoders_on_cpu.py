@@ -92,10 +92,12 @@ def test_a_text_longer_than_what_its_warps_hold(cpu_kernels, name):
     assert_right(*search(cpu_kernels, name, 1, 66, num_layers=1, source_length=8))
 
 
-@pytest.mark.parametrize(("name", "slots"), (("team", 5), ("relu", 2)))
-def test_finished_rows_take_the_next_line(cpu_kernels, name, slots):
+@pytest.mark.parametrize(
+    ("name", "slots", "states"), (("team", 5, False), ("relu", 2, False), ("relu", 5, True))
+)
+def test_finished_rows_take_the_next_line(cpu_kernels, name, slots, states):
     lines, steps = 8, 5
-    free, attended, _, _ = search(cpu_kernels, name, lines, steps)
+    free, attended, _, _ = search(cpu_kernels, name, lines, steps, states=states)
     ends = free[0][::3, 2].unique().tolist()
     outputs, _, config, weights = search(
         cpu_kernels, name, lines, steps, slots, attended=attended, eos_ids=ends

@@ -139,6 +139,285 @@ __global__ void __launch_bounds__(kTHREADS) normalize(NormalizeParams p)
     }
 }
 
+// ---- LayerNorm in front of a product, of up to kROWS_A_TILE rows ----
+
+struct RowsNormParams
+{
+    SumPair const* sums;  //!< [rows, D / 2]
+    SumPair* added;       //!< [rows, D / 2]: the normalised rows and `bias` are added
+    SumPair* cleared;     //!< [rows, D / 2]: for the LayerNorm behind
+    void const* norm;     //!< T [2, D], gamma and beta; nullptr: rows are only rounded
+    uint8_t const* bias;  //!< float32, biasColumns a piece
+    size_t biasPiece;     //!< bytes from one to the next
+    int biasColumns;
+    int width;
+    float epsilon;
+};
+
+//! Every block normalises all rows, in the registers of the warps that multiply with them; each is the one that adds
+//! its chunk of them, the residual, to the sums.
+template <typename T>
+struct RowsNorm
+{
+    static constexpr int kCHUNKS = kMAX_WIDTH / kCHUNK / kWARPS;  //!< of a warp
+    static constexpr int kPARTS = kWARPS * kROWS_A_TILE * 8;      //!< bytes: float2 [kWARPS, 16], sums and squares
+
+    RowsNormParams const& p;
+    uint8_t* shared;  //!< bytes(): parts; T [2, D], gamma and beta
+    float4 bias[2];   //!< of the lane's columns
+
+    __device__ __forceinline__ RowsNorm(RowsNormParams const& params, uint8_t* memory) : p(params), shared(memory) {}
+
+    __host__ __device__ static constexpr int bytes(int width)
+    {
+        return kPARTS + 2 * width * static_cast<int>(sizeof(T));
+    }
+
+    //! Of what fetch() copies.
+    __device__ __forceinline__ uint32_t fetchedBytes() const
+    {
+        return p.norm != nullptr ? 2 * p.width * sizeof(T) : 0;
+    }
+    __device__ __forceinline__ void fetch(uint32_t barrier) const
+    {
+        if (p.norm != nullptr)
+        {
+            sm90::copyBulk(shared + kPARTS, p.norm, fetchedBytes(), barrier);
+        }
+    }
+
+    //! The bias of the block's chunk, on its way.
+    __device__ __forceinline__ void prepare()
+    {
+        loadBias(blockIdx.x);
+    }
+
+    //! The warp's chunks, warp + i kWARPS; for all warps of the block, when what was fetched is there.
+    __device__ __forceinline__ void run(Activations (&a)[kCHUNKS][1], int rows, RowLines const& lines)
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
+        int const t = lane % 4;
+        int const chunks = p.width / kCHUNK;
+        float values[kCHUNKS][2][8];
+        load(values, rows);
+        for (int i = blockIdx.x * kTHREADS + threadIdx.x; i < rows * p.width / 2; i += gridDim.x * kTHREADS)
+        {
+            p.cleared[i] = 0;
+        }
+        float scale[2] = {1.0F, 1.0F};
+        float shift[2] = {};
+        if (p.norm != nullptr)
+        {
+            statistics(values, scale, shift);
+        }
+        auto const* const norm = reinterpret_cast<uint4 const*>(shared + kPARTS);
+#pragma unroll
+        for (int i = 0; i < kCHUNKS; ++i)
+        {
+            int const chunk = warp + i * kWARPS;
+            if (chunk >= chunks)
+            {
+                break;
+            }
+            uint4 bits[2];
+            Pack<T> gamma{};
+            Pack<T> beta{};
+            if (p.norm != nullptr)
+            {
+                gamma = Pack<T>::fromBits(norm[chunk * 4 + t]);
+                beta = Pack<T>::fromBits(norm[(chunks + chunk) * 4 + t]);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                Pack<T> y;
+#pragma unroll
+                for (int e = 0; e < 8; ++e)
+                {
+                    y.values[e] = values[i][half][e] * scale[half] + shift[half];
+                    if (p.norm != nullptr)
+                    {
+                        y.values[e] = y.values[e] * gamma.values[e] + beta.values[e];
+                    }
+                }
+                bits[half] = y.toBits();
+            }
+            a[i][0] = {bits[0], bits[1]};
+        }
+        addResidual(a, rows, lines);
+    }
+
+private:
+    //! Eight columns of rows g and g + 8 a chunk. Two lanes read the 64 bytes that both need, whole sectors at a time,
+    //! and change.
+    __device__ __forceinline__ void load(float (&values)[kCHUNKS][2][8], int rows) const
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
+        int const chunks = p.width / kCHUNK;
+        bool const odd = lane % 2 != 0;
+        int4 first[kCHUNKS][2];
+        int4 second[kCHUNKS][2];
+#pragma unroll
+        for (int i = 0; i < kCHUNKS; ++i)
+        {
+            int const chunk = warp + i * kWARPS;
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                first[i][half] = second[i][half] = {};
+                if (chunk < chunks)
+                {
+                    int const row = min(half * 8 + lane / 4, rows - 1);
+                    auto const* const at =
+                        reinterpret_cast<int4 const*>(p.sums + static_cast<size_t>(row) * p.width / 2) + chunk * 8 +
+                        lane % 4 / 2 * 4 + lane % 2;
+                    first[i][half] = __ldcg(at);
+                    second[i][half] = __ldcg(at + 2);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kCHUNKS; ++i)
+        {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                int4 const& one = first[i][half];
+                int4 const& two = second[i][half];
+                auto const change = [&](int mine, int others)
+                { return __shfl_xor_sync(kFULL_WARP, odd ? mine : others, 1); };
+                int4 const got = {change(one.x, two.x), change(one.y, two.y), change(one.z, two.z),
+                                  change(one.w, two.w)};
+                int4 const low = odd ? got : one;
+                int4 const high = odd ? two : got;
+                int2 const pairs[4] = {{low.x, low.y}, {low.z, low.w}, {high.x, high.y}, {high.z, high.w}};
+#pragma unroll
+                for (int pair = 0; pair < 4; ++pair)
+                {
+                    float2 const value = fromSum(pairs[pair]);
+                    values[i][half][2 * pair] = value.x;
+                    values[i][half][2 * pair + 1] = value.y;
+                }
+            }
+        }
+    }
+
+    //! What normalises rows g and g + 8: x scale + shift.
+    __device__ __forceinline__ void statistics(float const (&values)[kCHUNKS][2][8], float (&scale)[2],
+                                               float (&shift)[2]) const
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
+        auto* const parts = reinterpret_cast<float2*>(shared);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+        {
+            float2 sum{};
+#pragma unroll
+            for (int i = 0; i < kCHUNKS; ++i)
+            {
+#pragma unroll
+                for (int e = 0; e < 8; ++e)
+                {
+                    sum.x += values[i][half][e];
+                    sum.y += values[i][half][e] * values[i][half][e];
+                }
+            }
+#pragma unroll
+            for (int offset = 1; offset < 4; offset *= 2)
+            {
+                sum.x += __shfl_xor_sync(kFULL_WARP, sum.x, offset);
+                sum.y += __shfl_xor_sync(kFULL_WARP, sum.y, offset);
+            }
+            if (lane % 4 == 0)
+            {
+                parts[warp * kROWS_A_TILE + half * 8 + lane / 4] = sum;
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+        {
+            float2 sum{};
+#pragma unroll
+            for (int other = 0; other < kWARPS; ++other)
+            {
+                float2 const part = parts[other * kROWS_A_TILE + half * 8 + lane / 4];
+                sum = {sum.x + part.x, sum.y + part.y};
+            }
+            float const inverse = 1.0F / static_cast<float>(p.width);
+            float const mean = sum.x * inverse;
+            scale[half] = rsqrtf(fmaxf(sum.y * inverse - mean * mean, 0.0F) + p.epsilon);
+            shift[half] = -mean * scale[half];
+        }
+    }
+
+    //! By their words: the compiler would choose between addresses, and put both into memory.
+    static __device__ __forceinline__ uint4 chosen(bool first, uint4 a, uint4 b)
+    {
+        auto const word = [=](unsigned one, unsigned other) { return first ? one : other; };
+        return {word(a.x, b.x), word(a.y, b.y), word(a.z, b.z), word(a.w, b.w)};
+    }
+
+    __device__ __forceinline__ void loadBias(int chunk)
+    {
+        int const column = min(chunk * kCHUNK, p.width - kCHUNK) + threadIdx.x % 4 * 8;
+        auto const* const at = reinterpret_cast<float4 const*>(p.bias + column / p.biasColumns * p.biasPiece +
+                                                               column % p.biasColumns * sizeof(float));
+        bias[0] = __ldg(at);
+        bias[1] = __ldg(at + 1);
+    }
+
+    //! Chunks are dealt over the blocks.
+    __device__ __forceinline__ void addResidual(Activations const (&a)[kCHUNKS][1], int rows, RowLines const& lines)
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
+        auto const active = lines.active();
+#pragma unroll 1
+        for (int chunk = blockIdx.x; chunk < p.width / kCHUNK; chunk += gridDim.x)
+        {
+            if (chunk % kWARPS != warp)
+            {
+                continue;
+            }
+            if (chunk != static_cast<int>(blockIdx.x))
+            {
+                loadBias(chunk);
+            }
+            Activations mine = a[0][0];
+#pragma unroll
+            for (int i = 1; i < kCHUNKS; ++i)
+            {
+                bool const isIt = chunk / kWARPS == i;
+                mine = {chosen(isIt, a[i][0].low, mine.low), chosen(isIt, a[i][0].high, mine.high)};
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                int const row = half * 8 + lane / 4;
+                if (row >= rows || !active.has(row))
+                {
+                    continue;
+                }
+                uint4 const& bits = half == 0 ? mine.low : mine.high;
+                SumPair* const to = p.added + (static_cast<size_t>(row) * p.width + chunk * kCHUNK + lane % 4 * 8) / 2;
+                auto const add = [&](int pair, unsigned word, float low, float high)
+                {
+                    float2 const h = unpackPair<T>(word);
+                    atomicAdd(to + pair, toSum(h.x + low, h.y + high));
+                };
+                add(0, bits.x, bias[0].x, bias[0].y);
+                add(1, bits.y, bias[0].z, bias[0].w);
+                add(2, bits.z, bias[1].x, bias[1].y);
+                add(3, bits.w, bias[1].z, bias[1].w);
+            }
+        }
+    }
+};
+
 // ---- products ----
 
 //! Where a block finds something: blocks of a group have it `stride` bytes apart, groups `groupStride`.
@@ -158,7 +437,8 @@ struct ProductParams
 {
     int rows;
     RowState const* states;
-    void const* input;  //!< T [rows, inputPitch]
+    RowsNormParams norm;  //!< in place of `input`
+    void const* input;    //!< T [rows, inputPitch]
     int inputPitch;
     int inputGroup;   //!< blocks that read the same inputs
     int inputStride;  //!< elements from a group's inputs to the next one's
@@ -178,8 +458,9 @@ struct ProductParams
     int outputPitch;
     void* output;  //!< T [rows, outputPitch]
     LinearActivation activation;
-    SumPair* sums;       //!< [rows, outputPitch / 2], instead of `output`; bias and residual are added once
-    void const* hidden;  //!< T [rows, outputPitch], the residual
+    SumPair* sums;  //!< [rows, outputPitch / 2], instead of `output`
+    void const*
+        hidden;  //!< T [rows, outputPitch], the residual: it and the bias are added once, where not by a RowsNorm
 };
 
 //! Floats from one row of a block's partial sums to the next: so that eight rows meet no bank twice.
@@ -281,14 +562,13 @@ struct BlockProduct
     __device__ __forceinline__ void multiply() const
     {
         int const warp = threadIdx.x / kWARP_SIZE;
-        int const lane = threadIdx.x % kWARP_SIZE;
         auto const* const input =
             static_cast<T const*>(p.input) + blockIdx.x / p.inputGroup * p.inputStride + firstChunk * kCHUNK;
-        float c[kROW_TILES][kTILES][4] = {};
+        Sums c{};
 #pragma unroll 1
         for (int first = warp; first < chunks; first += kWARPS * kAHEAD)
         {
-            Activations a[kAHEAD][kROW_TILES];
+            Inputs a;
 #pragma unroll
             for (int i = 0; i < kAHEAD; ++i)
             {
@@ -300,26 +580,71 @@ struct BlockProduct
                 }
             }
             wait();
+            multiplyAll(c, a, first);
+        }
+        addUp(c);
+    }
+
+    //! The same, of normalised rows.
+    __device__ __forceinline__ void multiply(RowsNorm<T>& norm, RowLines const& lines) const
+    {
+        Inputs a;
+        wait();
+        norm.run(a, p.rows, lines);
+        Sums c{};
+        multiplyAll(c, a, threadIdx.x / kWARP_SIZE);
+        addUp(c);
+    }
+
+    //! Columns 2 pair and 2 pair + 1 of a row.
+    __device__ __forceinline__ float2 collect(int row, int pair, bool addsBias) const
+    {
+        float2 sum{};
 #pragma unroll
-            for (int i = 0; i < kAHEAD; ++i)
+        for (int adder = 0; adder < kADDERS; ++adder)
+        {
+            float2 const part = *reinterpret_cast<float2 const*>(
+                partial() + (adder * kROW_TILES * kROWS_A_TILE + row) * kPITCH + pair * 2);
+            sum = {sum.x + part.x, sum.y + part.y};
+        }
+        if (addsBias)
+        {
+            float2 const bias = reinterpret_cast<float2 const*>(shared + kPRODUCT_BIAS)[pair];
+            sum = {sum.x + bias.x, sum.y + bias.y};
+        }
+        return sum;
+    }
+
+private:
+    using Inputs = Activations[kAHEAD][kROW_TILES];  //!< chunks kWARPS apart
+    using Sums = float[kROW_TILES][kTILES][4];
+
+    __device__ __forceinline__ void multiplyAll(Sums& c, Inputs const& a, int first) const
+    {
+#pragma unroll
+        for (int i = 0; i < kAHEAD; ++i)
+        {
+            int const chunk = first + i * kWARPS;
+            if (chunk < chunks)
             {
-                int const chunk = first + i * kWARPS;
-                if (chunk < chunks)
+#pragma unroll
+                for (int tile = 0; tile < kTILES; ++tile)
                 {
+                    uint4 const w = weightsOf(weights() + (chunk * kTILES + tile) * 8 * kCHUNK);
 #pragma unroll
-                    for (int tile = 0; tile < kTILES; ++tile)
+                    for (int m = 0; m < kROW_TILES; ++m)
                     {
-                        uint4 const w = weightsOf(weights() + (chunk * kTILES + tile) * 8 * kCHUNK);
-#pragma unroll
-                        for (int m = 0; m < kROW_TILES; ++m)
-                        {
-                            multiplyChunk<T>(c[m][tile], a[i][m], w);
-                        }
+                        multiplyChunk<T>(c[m][tile], a[i][m], w);
                     }
                 }
             }
         }
+    }
 
+    __device__ __forceinline__ void addUp(Sums const& c) const
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
         // Sums over the warps, in a fixed order: the upper half's are stored, the lower half's added, the rest by
         // columns.
         float* const mine = partial() + (warp % kADDERS * kROW_TILES * kROWS_A_TILE + lane / 4) * kPITCH + lane % 4 * 2;
@@ -353,40 +678,32 @@ struct BlockProduct
             __syncthreads();
         }
     }
-
-    //! Columns 2 pair and 2 pair + 1 of a row.
-    __device__ __forceinline__ float2 collect(int row, int pair, bool addsBias) const
-    {
-        float2 sum{};
-#pragma unroll
-        for (int adder = 0; adder < kADDERS; ++adder)
-        {
-            float2 const part = *reinterpret_cast<float2 const*>(
-                partial() + (adder * kROW_TILES * kROWS_A_TILE + row) * kPITCH + pair * 2);
-            sum = {sum.x + part.x, sum.y + part.y};
-        }
-        if (addsBias)
-        {
-            float2 const bias = reinterpret_cast<float2 const*>(shared + kPRODUCT_BIAS)[pair];
-            sum = {sum.x + bias.x, sum.y + bias.y};
-        }
-        return sum;
-    }
 };
 
 //! input weights^T of all rows for 8 kTILES columns a block: activated and written, or added to sums.
-template <typename T, int kROW_TILES, int kTILES, bool kTO_SUMS>
+//! kNORM: of normalised rows.
+template <typename T, int kROW_TILES, int kTILES, bool kTO_SUMS, bool kNORM = false>
 __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(ProductParams p)
 {
     TROCR_DYNAMIC_SHARED(shared, 128);
     BlockProduct<T, kROW_TILES, kTILES> const mine(p, shared);
     constexpr int kPAIRS = 4 * kTILES;                                                     // of a row
     constexpr int kMINE = (kROW_TILES * kROWS_A_TILE * kPAIRS + kTHREADS - 1) / kTHREADS;  // of a thread
-    bool const isFirst = !kTO_SUMS || blockIdx.y == 0;                                     // adds bias and residual
+    // Adds bias and residual. Those of few rows have been added: RowsNorm.
+    bool const isFirst = !kTO_SUMS || (kROW_TILES > 1 && blockIdx.y == 0);
+    RowsNorm<T> norm(p.norm, shared + productBytes<kROW_TILES, kTILES>(p.blockChunks));
     sm90::launchDependents();
     if (threadIdx.x < kWARP_SIZE)
     {
-        mine.fetch(isFirst);
+        mine.fetch(isFirst, kNORM ? norm.fetchedBytes() : 0);
+        if (kNORM && threadIdx.x == 0)
+        {
+            norm.fetch(mine.barrier());
+        }
+    }
+    if constexpr (kNORM)
+    {
+        norm.prepare();
     }
     __syncthreads();
     sm90::waitForPriorGrids();
@@ -408,8 +725,15 @@ __global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(Prod
             residual[i] = rowOf(i) < p.rows ? __ldcg(static_cast<unsigned const*>(p.hidden) + indexOf(i)) : 0;
         }
     }
-    mine.multiply();
-    mine.wait();  // of a warp without inputs: for the bias; and no copy may be under way when the block ends
+    if constexpr (kNORM)
+    {
+        mine.multiply(norm, lines);
+    }
+    else
+    {
+        mine.multiply();
+        mine.wait();  // of a warp without inputs: for the bias; and no copy may be under way when the block ends
+    }
     auto const active = lines.active();
 #pragma unroll(kTO_SUMS ? kMINE : 1)
     for (int i = 0; i < kMINE; ++i)
@@ -497,7 +821,8 @@ struct QueryParams
 };
 
 //! Queries in terms of the encoder's states: output[row, head] = W_k[head]^T (W_q[head] input[row] + b). The second
-//! product's columns are dealt over the cluster, and over the warps of a block.
+//! product's columns are dealt over the cluster, and over the warps of a block. Up to kROWS_A_TILE rows are normalised
+//! here.
 template <typename T, int kHEAD_DIM, int kROW_TILES>
 __global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
 {
@@ -507,6 +832,8 @@ __global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
     BlockProduct<T, kROW_TILES, 1> const queries(p.product, shared);
     HeadRows<T, kHEAD_DIM> const head{
         reinterpret_cast<T*>(shared + productBytes<kROW_TILES, 1>(p.product.blockChunks))};
+    constexpr bool kNORM = kROW_TILES == 1;
+    RowsNorm<T> norm(p.product.norm, reinterpret_cast<uint8_t*>(head.rows) + headRowsBytes<kROW_TILES, kHEAD_DIM>());
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
     int const tiles = p.width / 64;
@@ -514,7 +841,15 @@ __global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
     sm90::launchDependents();
     if (warp == 0)
     {
-        queries.fetch(true);
+        queries.fetch(true, kNORM ? norm.fetchedBytes() : 0);
+        if (kNORM && lane == 0)
+        {
+            norm.fetch(queries.barrier());
+        }
+    }
+    if constexpr (kNORM)
+    {
+        norm.prepare();
     }
     uint4 w[kMOST][kCHUNKS];
     auto const* const weights =
@@ -532,8 +867,15 @@ __global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
     sm90::waitForPriorGrids();
 
     auto const lines = RowLines::load(p.product.states, rows);
-    queries.multiply();
-    queries.wait();
+    if constexpr (kNORM)
+    {
+        queries.multiply(norm, lines);
+    }
+    else
+    {
+        queries.multiply();
+        queries.wait();
+    }
     auto const active = lines.active();
     head.exchange(queries, active);
 #pragma unroll
@@ -568,31 +910,21 @@ __global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
     }
 }
 
-//! The second product of a head where it adds to s: W_o context + b + hidden, of each head its part, for up to
-//! kROWS_A_TILE rows. A block has D / C columns.
+//! The second product of a head where it adds to s: W_o context, of each head its part, for up to kROWS_A_TILE rows. A
+//! block has D / C columns.
 struct OutputParams
 {
     uint8_t const* weights;  //!< T [H, C] pieces [d / 32, D / C, 32]
-    uint8_t const* bias;     //!< float32 [C] pieces [D / C]
     size_t pieceBytes;       //!< from one to the next
     SumPair* sums;           //!< [rows, D / 2]
-    void const* hidden;      //!< T [rows, D]
     int width;               //!< D
 };
-
-//! Weights, and float32 bias.
-template <int kHEAD_DIM>
-__host__ __device__ constexpr int headOutputBytes(int width)
-{
-    return width / (kHEAD_DIM / 8) * (kHEAD_DIM * 2 + 4);
-}
 
 template <typename T, int kHEAD_DIM>
 struct HeadOutput
 {
     static constexpr int kBLOCKS = kHEAD_DIM / 8;
     static constexpr int kCHUNKS = kHEAD_DIM / kCHUNK;
-    static constexpr int kMOST = kMAX_WIDTH / kBLOCKS / 8 / kWARPS;  //!< tiles of a warp
 
     OutputParams const& p;
     T* weights;  //!< in shared memory
@@ -601,93 +933,41 @@ struct HeadOutput
     {
         return p.width / kBLOCKS;
     }
-    //! Of what fetch() copies.
     __device__ __forceinline__ uint32_t bytes() const
     {
-        return headOutputBytes<kHEAD_DIM>(p.width);
-    }
-    __device__ __forceinline__ float* bias() const
-    {
-        return reinterpret_cast<float*>(weights + columns() * kHEAD_DIM);
+        return columns() * kHEAD_DIM * sizeof(T);
     }
 
     __device__ __forceinline__ void fetch(uint32_t barrier) const
     {
-        sm90::copyBulk(weights, p.weights + blockIdx.x * p.pieceBytes, columns() * kHEAD_DIM * sizeof(T), barrier);
-        sm90::copyBulk(bias(), p.bias + blockIdx.x * p.pieceBytes, columns() * sizeof(float), barrier);
+        sm90::copyBulk(weights, p.weights + blockIdx.x * p.pieceBytes, bytes(), barrier);
     }
 
-    //! Of the sums, in pairs of columns: those of lane (g, t) for tile i of its warp, and row g + 8 half.
-    __device__ __forceinline__ size_t indexOf(int i, int half) const
-    {
-        int const lane = threadIdx.x % kWARP_SIZE;
-        int const column = (threadIdx.x / kWARP_SIZE + i * kWARPS) * 8 + lane % 4 * 2;
-        return (static_cast<size_t>(half * 8 + lane / 4) * p.width + blockIdx.x % kBLOCKS * columns() + column) / 2;
-    }
-
-    //! The first head's blocks add bias and residual.
-    __device__ __forceinline__ bool isFirst() const
-    {
-        return blockIdx.x < kBLOCKS;
-    }
-
-    __device__ __forceinline__ void loadResidual(unsigned (&residual)[kMOST][2], int rows) const
+    __device__ __forceinline__ void add(HeadRows<T, kHEAD_DIM> const& contexts, int rows,
+                                        ActiveRows const& active) const
     {
         int const warp = threadIdx.x / kWARP_SIZE;
         int const lane = threadIdx.x % kWARP_SIZE;
-#pragma unroll
-        for (int i = 0; i < kMOST; ++i)
+#pragma unroll 1
+        for (int tile = warp; tile < columns() / 8; tile += kWARPS)
         {
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-            {
-                bool const isMine = isFirst() && half * 8 + lane / 4 < rows && (warp + i * kWARPS) * 8 < columns();
-                residual[i][half] = isMine ? __ldcg(static_cast<unsigned const*>(p.hidden) + indexOf(i, half)) : 0;
-            }
-        }
-    }
-
-    __device__ __forceinline__ void add(HeadRows<T, kHEAD_DIM> const& contexts, int rows, ActiveRows const& active,
-                                        unsigned const (&residual)[kMOST][2]) const
-    {
-        int const warp = threadIdx.x / kWARP_SIZE;
-        int const lane = threadIdx.x % kWARP_SIZE;
-#pragma unroll
-        for (int i = 0; i < kMOST; ++i)
-        {
-            int const tile = warp + i * kWARPS;
-            if (tile >= columns() / 8)
-            {
-                break;
-            }
-            uint4 w[kCHUNKS];
-#pragma unroll
-            for (int chunk = 0; chunk < kCHUNKS; ++chunk)
-            {
-                w[chunk] = weightsOf(weights + (chunk * columns() + tile * 8) * kCHUNK);
-            }
-            int const column = tile * 8 + lane % 4 * 2;
             float c[4] = {};
 #pragma unroll
             for (int chunk = 0; chunk < kCHUNKS; ++chunk)
             {
-                multiplyChunk<T>(c, contexts.load(0, rows, chunk), w[chunk]);
+                multiplyChunk<T>(c, contexts.load(0, rows, chunk),
+                                 weightsOf(weights + (chunk * columns() + tile * 8) * kCHUNK));
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half)
             {
                 int const row = half * 8 + lane / 4;
-                if (row >= rows || !active.has(row))
+                if (row < rows && active.has(row))
                 {
-                    continue;
+                    int const column = blockIdx.x % kBLOCKS * columns() + tile * 8 + lane % 4 * 2;
+                    atomicAdd(p.sums + (static_cast<size_t>(row) * p.width + column) / 2,
+                              toSum(c[2 * half], c[2 * half + 1]));
                 }
-                float2 sum = {c[2 * half], c[2 * half + 1]};
-                if (isFirst())
-                {
-                    float2 const h = unpackPair<T>(residual[i][half]);
-                    sum = {sum.x + bias()[column] + h.x, sum.y + bias()[column + 1] + h.y};
-                }
-                atomicAdd(p.sums + indexOf(i, half), toSum(sum.x, sum.y));
             }
         }
     }
@@ -807,7 +1087,7 @@ struct SelfRowsParams
     int const* owners;  //!< [rows, capacity], of a beam search
 };
 
-//! The products around it as well: sums += W_o attention(W_qkv input + b) + b + hidden. A cluster is a head; its blocks
+//! LayerNorm and the products around it as well: sums += W_o attention(W_qkv h + b). A cluster is a head; its blocks
 //! deal the rows that they attend for, a warp a row. For up to kROWS_A_TILE rows: with more, a head's 8 blocks take
 //! longer to attend, and each adds all of its columns' sums to those of the other heads, than kernels of their own do.
 template <typename T, int kHEAD_DIM, bool kBEAMS>
@@ -826,15 +1106,18 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
     int const rank = blockIdx.x % kBLOCKS;
     int const head = blockIdx.x / kBLOCKS;
     int const rows = p.product.rows;
+    RowsNorm<T> norm(p.product.norm, reinterpret_cast<uint8_t*>(output.weights) + output.bytes());
     sm90::launchDependents();
     if (warp == 0)
     {
-        product.fetch(true, output.bytes());
+        product.fetch(true, output.bytes() + norm.fetchedBytes());
         if (lane == 0)
         {
             output.fetch(product.barrier());
+            norm.fetch(product.barrier());
         }
     }
+    norm.prepare();
     int const row = warp * kBLOCKS + rank;
     size_t const cache = (static_cast<size_t>(row) * p.heads + head) * p.capacity * kHEAD_DIM;
     T* const allKeys = static_cast<T*>(p.keys) + cache;
@@ -847,8 +1130,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
     sm90::waitForPriorGrids();
 
     auto const lines = RowLines::load(p.product.states, rows);
-    product.multiply();
-    product.wait();
+    product.multiply(norm, lines);
     auto const active = lines.active();
     // Where the weights were, [row / C][query, key, value][d], of the rows that a block attends for.
     T* const qkv = product.weights();
@@ -912,10 +1194,8 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
             *reinterpret_cast<unsigned*>(sm90::atRank(to, other)) = bits;
         }
     }
-    unsigned residual[output.kMOST][2];
-    output.loadResidual(residual, rows);
     sm90::clusterSync();
-    output.add(contexts, rows, active, residual);
+    output.add(contexts, rows, active);
 }
 
 // ---- cross-attention to the encoder's states ----

@@ -351,11 +351,19 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
     float const scale = kLOG2_E / std::sqrt(static_cast<float>(kHEAD_DIM));
     int index = 0;
     Link link{};
-    auto const normalizeSums = [&]()
+    // In front of a product, which then adds the residual and the bias of the sums that follow.
+    constexpr bool kNORM = kROW_TILES == 1;
+    int const normBytes = kNORM ? RowsNorm<T>::bytes(width) : 0;
+    RowsNormParams norm{};
+    auto const normalizeSums = [&](uint8_t const* bias, size_t biasPiece, int biasColumns)
     {
         link = linkAt(token, index++);
-        launch(normalize<T>, dim3(rows), 0,
-               NormalizeParams{link.input, link.output, link.norm, hidden, states, width, link.epsilon});
+        norm = {link.input, link.output, link.cleared, link.norm, bias, biasPiece, biasColumns, width, link.epsilon};
+        if constexpr (!kNORM)
+        {
+            launch(normalize<T>, dim3(rows), 0,
+                   NormalizeParams{link.input, link.output, link.norm, hidden, states, width, link.epsilon});
+        }
     };
     // Of `pieces`, one a block, that begin with the bias; the tiles of a chunk of inputs are chunkBytes apart.
     auto const productOf =
@@ -364,6 +372,7 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         ProductParams p{};
         p.rows = rows;
         p.states = states;
+        p.norm = norm;
         p.input = input;
         p.inputPitch = inputs;
         p.inputGroup = 1;
@@ -375,12 +384,14 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         p.tileColumns = 8;
         return p;
     };
-    auto const store = [&](auto tiles, ProductParams p, int blocks, void* output, int outputs)
+    auto const store = [&](auto tiles, auto normalizes, ProductParams p, int blocks, void* output, int outputs)
     {
         constexpr int kTILES = decltype(tiles)::value;
+        constexpr bool kNORMALIZES = decltype(normalizes)::value;
         p.output = output;
         p.outputPitch = outputs;
-        launch(product<T, kROW_TILES, kTILES, false>, dim3(blocks), productBytes<kROW_TILES, kTILES>(p.blockChunks), p);
+        launch(product<T, kROW_TILES, kTILES, false, kNORMALIZES>, dim3(blocks),
+               productBytes<kROW_TILES, kTILES>(p.blockChunks) + (kNORMALIZES ? normBytes : 0), p);
     };
     auto const addToSums = [&](ProductParams p, int blockChunks)
     {
@@ -418,7 +429,7 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         size_t const crossTiles = (8 + columns) * 4;
         size_t const layerBias = layer * width * 4;
 
-        normalizeSums();
+        normalizeSums(self + 24 * 4, blob.self, columns);
         ProductParams p = productOf(hidden, width, self, blob.self, selfTiles, 3 * kTILE_BYTES);
         p.blockColumns = 8;
         p.tileColumns = width;  // eight columns each of query, key and value
@@ -428,32 +439,26 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         size_t const selfOutput = selfTiles + 24 * width * kELEMENT;
         if constexpr (kROW_TILES == 1)
         {
-            launch(
-                owners != nullptr ? attendSelfAndAdd<T, kHEAD_DIM, true> : attendSelfAndAdd<T, kHEAD_DIM, false>,
-                dim3(heads * kCLUSTER),
-                productBytes<1, 3>(p.blockChunks) + headRowsBytes<1, kHEAD_DIM>() + headOutputBytes<kHEAD_DIM>(width),
-                SelfRowsParams{p,
-                               {self + selfOutput, self + 24 * 4, blob.self, link.output, hidden, width},
-                               keys,
-                               values,
-                               heads,
-                               mCapacity,
-                               owners},
-                kCLUSTER);
+            int const bytes = productBytes<1, 3>(p.blockChunks) + headRowsBytes<1, kHEAD_DIM>() +
+                              columns * kHEAD_DIM * kELEMENT + normBytes;
+            SelfRowsParams const params{
+                p, {self + selfOutput, blob.self, link.output, width}, keys, values, heads, mCapacity, owners};
+            launch(owners != nullptr ? attendSelfAndAdd<T, kHEAD_DIM, true> : attendSelfAndAdd<T, kHEAD_DIM, false>,
+                   dim3(heads * kCLUSTER), bytes, params, kCLUSTER);
         }
         else
         {
-            store(Three{}, p, heads * kCLUSTER, wide, 3 * width);
+            store(Three{}, std::false_type{}, p, heads * kCLUSTER, wide, 3 * width);
             launch(owners != nullptr ? attendSelf<T, kHEAD_DIM, true> : attendSelf<T, kHEAD_DIM, false>,
                    dim3(rows, ceilDiv(heads, kWARPS)), 0,
                    AttendParams{rows, states, wide, keys, values, context, heads, mCapacity, owners});
             addOutput(self, blob.self, selfOutput, 24 * 4);
         }
 
-        normalizeSums();
+        normalizeSums(cross + 8 * 4, blob.cross, columns);
         p = productOf(hidden, width, cross, blob.cross, crossTiles, kTILE_BYTES);
         launch(queryStates<T, kHEAD_DIM, kROW_TILES>, dim3(heads * kCLUSTER),
-               productBytes<kROW_TILES, 1>(p.blockChunks) + headRowsBytes<kROW_TILES, kHEAD_DIM>(),
+               productBytes<kROW_TILES, 1>(p.blockChunks) + headRowsBytes<kROW_TILES, kHEAD_DIM>() + normBytes,
                QueryParams{p, bytesOf(mWeights.crossKeys) + stateBytes, mWorkspace + at.stateQuery, heads, encoded},
                kCLUSTER);
         launch(attention.kernel, dim3(attentionBlocks, rows), attention.bytes,
@@ -468,14 +473,14 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         p.inputStride = encoded;
         p.bias = {bytesOf(mWeights.crossValueBias) + layerBias, 8 * 4, 0};
         p.blockColumns = 8;
-        store(One{}, p, heads * kCLUSTER, context, width);
+        store(One{}, std::false_type{}, p, heads * kCLUSTER, context, width);
         addOutput(cross, blob.cross, crossTiles + 8 * width * kELEMENT, 8 * 4);
 
-        normalizeSums();
+        normalizeSums(bytesOf(mWeights.feedForwardBias) + layerBias, 0, width);
         p = productOf(hidden, width, ffn, blob.feedForward, 32 * 4, 4 * kTILE_BYTES);
         p.blockColumns = 32;
         p.activation = mConfig.gelu ? LinearActivation::kGELU : LinearActivation::kRELU;
-        store(Four{}, p, inner / 32, wide, inner);
+        store(Four{}, std::bool_constant<kNORM>{}, p, inner / 32, wide, inner);
         p = productOf(wide, inner, ffn, 0, 32 * 4 + 32 * width * kELEMENT, 0);
         p.group = width / 32;
         p.inner = 1;
