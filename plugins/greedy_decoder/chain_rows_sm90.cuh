@@ -4,6 +4,8 @@
 // operation, weights are read once for all rows, and cross-attention reads the encoder's states themselves: the weights
 // of keys and values are multiplied with the query and the context instead (README.md, "Many rows").
 
+#include <type_traits>
+
 #include "greedy_decoder/chain_blocks_sm90.cuh"
 #include "linear/kernel.h"
 
@@ -811,6 +813,211 @@ __host__ __device__ constexpr int headRowsBytes()
     return kROW_TILES * kROWS_A_TILE * rowPitch<__half>(kHEAD_DIM) * 2;
 }
 
+// ---- a product of many rows whose inputs are dealt over a cluster ----
+
+//! A cluster is a head: kHEAD_DIM columns of all rows. Each of its blocks multiplies an eighth of the inputs, so that
+//! it reads an eighth of the activations; then each adds up some of the rows over the cluster.
+template <typename T, int kHEAD_DIM, int kROW_TILES>
+struct HeadProduct
+{
+    static constexpr int kBLOCKS = kHEAD_DIM / 8;
+    static constexpr int kROWS = kROW_TILES * kROWS_A_TILE;
+    static constexpr int kMOST = kMAX_WIDTH / kCHUNK / kBLOCKS;  //!< chunks of a block, a warp each...
+    static constexpr int kHALVES = kWARPS / kMOST;               //!< ...for so many parts of the columns
+    static constexpr int kTILES = kBLOCKS / kHALVES;             //!< of a warp
+    static constexpr int kBIAS = 128;                            //!< after the barrier: float32 [kHEAD_DIM]
+    static constexpr int kSUMS = kBIAS + kHEAD_DIM * 4;          //!< float [kROWS, kHEAD_DIM]
+    static constexpr int kSUMS_BYTES = kROWS * kHEAD_DIM * 4;
+    static constexpr int kWEIGHTS = kSUMS + kSUMS_BYTES;  //!< later the other sums
+    static constexpr int kWEIGHTS_BYTES = kBLOCKS * kMOST * kTILE_BYTES;
+    static constexpr int kBYTES = kWEIGHTS + (kWEIGHTS_BYTES > kSUMS_BYTES ? kWEIGHTS_BYTES : kSUMS_BYTES);
+    static_assert(kMOST == 4);
+
+    ProductParams const& p;
+    uint8_t* shared;  //!< kBYTES
+    int rank;
+    int firstChunk;
+    int chunks;
+
+    __device__ __forceinline__ HeadProduct(ProductParams const& params, uint8_t* memory)
+        : p(params),
+          shared(memory),
+          rank(blockIdx.x % kBLOCKS),
+          firstChunk(p.chunks * rank / kBLOCKS),
+          chunks(p.chunks * (rank + 1) / kBLOCKS - firstChunk)
+    {
+    }
+
+    //! By one warp: bias and weights, which lie in the pieces of all of the cluster's blocks.
+    __device__ __forceinline__ void fetch() const
+    {
+        constexpr int kBIAS_BYTES = 8 * 4;
+        int const lane = threadIdx.x % kWARP_SIZE;
+        int const bytes = chunks * kTILE_BYTES;
+        uint32_t const barrier = sharedAddress(shared);
+        if (lane == 0)
+        {
+            sm90::barrierInit(barrier, 1);
+            sm90::barrierInitFence();
+            sm90::barrierArriveExpect(barrier, kBLOCKS * (kBIAS_BYTES + bytes));
+        }
+        __syncwarp();
+        if (lane < kBLOCKS)
+        {
+            int const block = blockIdx.x - rank + lane;
+            sm90::copyBulk(shared + kBIAS + lane * kBIAS_BYTES, p.bias.of(block, 1), kBIAS_BYTES, barrier);
+            if (bytes > 0)
+            {
+                sm90::copyBulk(shared + kWEIGHTS + lane * bytes, p.weights.of(block, 1) + firstChunk * kTILE_BYTES,
+                               bytes, barrier);
+            }
+        }
+    }
+
+    //! Partial sums of all rows, for all of the cluster to read.
+    __device__ __forceinline__ void multiply() const
+    {
+        int const warp = threadIdx.x / kWARP_SIZE;
+        int const lane = threadIdx.x % kWARP_SIZE;
+        int const chunk = warp % kMOST;
+        int const firstTile = warp / kMOST * kTILES;
+        bool const multiplies = chunk < chunks;
+        auto const* const input = static_cast<T const*>(p.input) + blockIdx.x / p.inputGroup * p.inputStride;
+        Activations a[kROW_TILES];
+#pragma unroll
+        for (int m = 0; m < kROW_TILES; ++m)
+        {
+            a[m] = multiplies ? loadRows(input, p.inputPitch, p.rows, m, firstChunk + chunk) : Activations{};
+        }
+        sm90::barrierWait(sharedAddress(shared), 0);
+        float c[kROW_TILES][kTILES][4] = {};
+        if (multiplies)
+        {
+            auto const* const weights = reinterpret_cast<T const*>(shared + kWEIGHTS);
+#pragma unroll
+            for (int tile = 0; tile < kTILES; ++tile)
+            {
+                uint4 const w = weightsOf(weights + ((firstTile + tile) * chunks + chunk) * 8 * kCHUNK);
+#pragma unroll
+                for (int m = 0; m < kROW_TILES; ++m)
+                {
+                    multiplyChunk<T>(c[m][tile], a[m], w);
+                }
+            }
+        }
+        __syncthreads();  // the weights' place is free
+        // In a fixed order: chunks 2 and 3 are stored, 0 and 1 added, then the latter two.
+        float* const mine = sums(chunk % 2);
+#pragma unroll
+        for (int turn = 0; turn < 2; ++turn)
+        {
+            if (chunk / 2 != turn)
+            {
+#pragma unroll
+                for (int m = 0; m < kROW_TILES; ++m)
+                {
+#pragma unroll
+                    for (int tile = 0; tile < kTILES; ++tile)
+                    {
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                        {
+                            int const row = m * kROWS_A_TILE + half * 8 + lane / 4;
+                            auto* const at =
+                                reinterpret_cast<float2*>(mine + indexOf(row, (firstTile + tile) * 8 + lane % 4 * 2));
+                            float2 sum = {c[m][tile][2 * half], c[m][tile][2 * half + 1]};
+                            if (turn == 1)
+                            {
+                                float2 const other = *at;
+                                sum = {sum.x + other.x, sum.y + other.y};
+                            }
+                            *at = sum;
+                        }
+                    }
+                }
+            }
+            __syncthreads();
+        }
+        auto* const first = reinterpret_cast<float4*>(sums(0));
+        auto const* const second = reinterpret_cast<float4 const*>(sums(1));
+#pragma unroll
+        for (int i = threadIdx.x; i < kSUMS_BYTES / 16; i += kTHREADS)
+        {
+            float4 const one = first[i];
+            float4 const two = second[i];
+            first[i] = {one.x + two.x, one.y + two.y, one.z + two.z, one.w + two.w};
+        }
+        sm90::clusterSync();
+    }
+
+    //! Calls take(row, column, four columns' bits in T) for what this block adds up of the active rows. The cluster's
+    //! blocks read each other's memory: another clusterSync is to follow.
+    template <typename Take>
+    __device__ __forceinline__ void collect(ActiveRows const& active, Take const& take) const
+    {
+        constexpr int kPIECES = kHEAD_DIM / 4;
+        static_assert(kROWS / kBLOCKS * kPIECES <= kTHREADS);
+        int const row = static_cast<int>(threadIdx.x) / kPIECES * kBLOCKS + rank;
+        int const column = static_cast<int>(threadIdx.x) % kPIECES * 4;
+        if (row >= kROWS || row >= p.rows || !active.has(row))
+        {
+            return;
+        }
+        float4 parts[kBLOCKS];
+#pragma unroll
+        for (int other = 0; other < kBLOCKS; ++other)
+        {
+            parts[other] = *reinterpret_cast<float4 const*>(sm90::atRank(sums(0) + indexOf(row, column), other));
+        }
+        float4 sum = *reinterpret_cast<float4 const*>(shared + kBIAS + column * sizeof(float));
+#pragma unroll
+        for (int other = 0; other < kBLOCKS; ++other)
+        {
+            float4 const& part = parts[other];
+            sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+        }
+        take(row, column, uint2{packPair<T>(sum.x, sum.y), packPair<T>(sum.z, sum.w)});
+    }
+
+private:
+    __device__ __forceinline__ float* sums(int which) const
+    {
+        return reinterpret_cast<float*>(shared + (which == 0 ? kSUMS : kWEIGHTS));
+    }
+
+    //! Eight columns of eight rows meet no bank twice.
+    static __device__ __forceinline__ int indexOf(int row, int column)
+    {
+        return row * kHEAD_DIM + ((column / 8 ^ row % 8) * 8) + column % 8;
+    }
+};
+
+//! output = input weights^T + b, a head's columns a cluster, its inputs from p.inputStride times the head on.
+template <typename T, int kHEAD_DIM, int kROW_TILES>
+__global__ void __launch_bounds__(kTHREADS, 2) multiplyHeads(ProductParams p)
+{
+    TROCR_DYNAMIC_SHARED(shared, 128);
+    HeadProduct<T, kHEAD_DIM, kROW_TILES> const mine(p, shared);
+    sm90::launchDependents();
+    if (threadIdx.x < kWARP_SIZE)
+    {
+        mine.fetch();
+    }
+    __syncthreads();
+    sm90::waitForPriorGrids();
+
+    auto const lines = RowLines::load(p.states, p.rows);
+    mine.multiply();
+    int const firstColumn = blockIdx.x / mine.kBLOCKS * kHEAD_DIM;
+    mine.collect(lines.active(),
+                 [&](int row, int column, uint2 bits)
+                 {
+                     size_t const index = static_cast<size_t>(row) * p.outputPitch + firstColumn + column;
+                     *reinterpret_cast<uint2*>(static_cast<T*>(p.output) + index) = bits;
+                 });
+    sm90::clusterSync();
+}
+
 struct QueryParams
 {
     ProductParams product;  //!< of the queries
@@ -819,6 +1026,13 @@ struct QueryParams
     int heads;
     int width;  //!< E
 };
+
+//! Of the queries' product in queryStates.
+template <typename T, int kHEAD_DIM, int kROW_TILES>
+__host__ __device__ constexpr int queryBytes(int blockChunks)
+{
+    return kROW_TILES == 1 ? productBytes<kROW_TILES, 1>(blockChunks) : HeadProduct<T, kHEAD_DIM, kROW_TILES>::kBYTES;
+}
 
 //! Queries in terms of the encoder's states: output[row, head] = W_k[head]^T (W_q[head] input[row] + b). The second
 //! product's columns are dealt over the cluster, and over the warps of a block. Up to kROWS_A_TILE rows are normalised
@@ -829,27 +1043,32 @@ __global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
     constexpr int kCHUNKS = kHEAD_DIM / kCHUNK;
     constexpr int kMOST = kMAX_WIDTH / 64 / kWARPS;  // tiles of a warp
     TROCR_DYNAMIC_SHARED(shared, 128);
-    BlockProduct<T, kROW_TILES, 1> const queries(p.product, shared);
-    HeadRows<T, kHEAD_DIM> const head{
-        reinterpret_cast<T*>(shared + productBytes<kROW_TILES, 1>(p.product.blockChunks))};
     constexpr bool kNORM = kROW_TILES == 1;
-    RowsNorm<T> norm(p.product.norm, reinterpret_cast<uint8_t*>(head.rows) + headRowsBytes<kROW_TILES, kHEAD_DIM>());
+    using Product = std::conditional_t<kNORM, BlockProduct<T, kROW_TILES, 1>, HeadProduct<T, kHEAD_DIM, kROW_TILES>>;
+    Product const queries(p.product, shared);
+    HeadRows<T, kHEAD_DIM> const head{
+        reinterpret_cast<T*>(shared + queryBytes<T, kHEAD_DIM, kROW_TILES>(p.product.blockChunks))};
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
     int const tiles = p.width / 64;
     int const rows = p.product.rows;
+    RowsNorm<T> norm(p.product.norm, reinterpret_cast<uint8_t*>(head.rows) + headRowsBytes<kROW_TILES, kHEAD_DIM>());
     sm90::launchDependents();
-    if (warp == 0)
-    {
-        queries.fetch(true, kNORM ? norm.fetchedBytes() : 0);
-        if (kNORM && lane == 0)
-        {
-            norm.fetch(queries.barrier());
-        }
-    }
     if constexpr (kNORM)
     {
+        if (warp == 0)
+        {
+            queries.fetch(true, norm.fetchedBytes());
+            if (lane == 0)
+            {
+                norm.fetch(queries.barrier());
+            }
+        }
         norm.prepare();
+    }
+    else if (warp == 0)
+    {
+        queries.fetch();
     }
     uint4 w[kMOST][kCHUNKS];
     auto const* const weights =
@@ -867,17 +1086,29 @@ __global__ void __launch_bounds__(kTHREADS, 2) queryStates(QueryParams p)
     sm90::waitForPriorGrids();
 
     auto const lines = RowLines::load(p.product.states, rows);
+    ActiveRows active;
     if constexpr (kNORM)
     {
         queries.multiply(norm, lines);
+        active = lines.active();
+        head.exchange(queries, active);
     }
     else
     {
         queries.multiply();
-        queries.wait();
+        active = lines.active();
+        queries.collect(active,
+                        [&](int row, int column, uint2 bits)
+                        {
+#pragma unroll
+                            for (int other = 0; other < head.kBLOCKS; ++other)
+                            {
+                                *reinterpret_cast<uint2*>(sm90::atRank(head.rows + row * head.kPITCH + column, other)) =
+                                    bits;
+                            }
+                        });
+        sm90::clusterSync();
     }
-    auto const active = lines.active();
-    head.exchange(queries, active);
 #pragma unroll
     for (int i = 0; i < kMOST; ++i)
     {

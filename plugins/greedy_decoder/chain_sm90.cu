@@ -458,7 +458,7 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         normalizeSums(cross + 8 * 4, blob.cross, columns);
         p = productOf(hidden, width, cross, blob.cross, crossTiles, kTILE_BYTES);
         launch(queryStates<T, kHEAD_DIM, kROW_TILES>, dim3(heads * kCLUSTER),
-               productBytes<kROW_TILES, 1>(p.blockChunks) + headRowsBytes<kROW_TILES, kHEAD_DIM>() + normBytes,
+               queryBytes<T, kHEAD_DIM, kROW_TILES>(p.blockChunks) + headRowsBytes<kROW_TILES, kHEAD_DIM>() + normBytes,
                QueryParams{p, bytesOf(mWeights.crossKeys) + stateBytes, mWorkspace + at.stateQuery, heads, encoded},
                kCLUSTER);
         launch(attention.kernel, dim3(attentionBlocks, rows), attention.bytes,
@@ -473,7 +473,17 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         p.inputStride = encoded;
         p.bias = {bytesOf(mWeights.crossValueBias) + layerBias, 8 * 4, 0};
         p.blockColumns = 8;
-        store(One{}, std::false_type{}, p, heads * kCLUSTER, context, width);
+        if constexpr (kROW_TILES == 1)
+        {
+            store(One{}, std::false_type{}, p, heads * kCLUSTER, context, width);
+        }
+        else
+        {
+            p.output = context;
+            p.outputPitch = width;
+            launch(multiplyHeads<T, kHEAD_DIM, kROW_TILES>, dim3(heads * kCLUSTER),
+                   HeadProduct<T, kHEAD_DIM, kROW_TILES>::kBYTES, p, kCLUSTER);
+        }
         addOutput(cross, blob.cross, crossTiles + 8 * width * kELEMENT, 8 * 4);
 
         normalizeSums(bytesOf(mWeights.feedForwardBias) + layerBias, 0, width);
