@@ -469,7 +469,13 @@ struct ProductParams
 template <int kTILES>
 constexpr int kPARTIAL_PITCH = kTILES % 4 == 0 ? 8 * kTILES + 8 : 8 * kTILES;
 
-constexpr int kADDERS = kWARPS / 2;  //!< partial sums of a block that lie in shared memory
+//! Parts of the rows that a product's warps deal, besides its inputs: so that a thread needs no more than half of a
+//! multiprocessor's registers, and the blocks of the next product find room and fetch their weights.
+template <int kROW_TILES>
+constexpr int kROW_PARTS = kROW_TILES < 4 ? 1 : 2;
+
+template <int kROW_TILES>
+constexpr int kADDERS = kWARPS / kROW_PARTS<kROW_TILES> / 2;  //!< partial sums of a block that lie in shared memory
 
 constexpr int kPRODUCT_BIAS = 128;  //!< behind the barrier: float32 [8 kTILES]
 constexpr int kPRODUCT_WEIGHTS = 256;
@@ -478,7 +484,7 @@ template <int kROW_TILES, int kTILES>
 __host__ __device__ constexpr int productBytes(int blockChunks)
 {
     return kPRODUCT_WEIGHTS + blockChunks * kTILES * kTILE_BYTES +
-           kADDERS * kROW_TILES * kROWS_A_TILE * kPARTIAL_PITCH<kTILES> * 4;
+           kADDERS<kROW_TILES> * kROW_TILES * kROWS_A_TILE * kPARTIAL_PITCH<kTILES> * 4;
 }
 
 //! Rows g and g + 8 of a tile of 16, in global memory, past L1; rows behind the last repeat it.
@@ -492,12 +498,15 @@ __device__ __forceinline__ Activations loadRows(T const* input, int pitch, int r
             __ldcg(reinterpret_cast<uint4 const*>(at + static_cast<size_t>(min(row + 8, rows - 1)) * pitch))};
 }
 
-//! A block's part of a product: 8 kTILES columns of all rows. Its warps deal the inputs.
+//! A block's part of a product: 8 kTILES columns of all rows. Its warps deal the inputs, and many rows.
 template <typename T, int kROW_TILES, int kTILES>
 struct BlockProduct
 {
     //! Chunks of a warp's activations on their way at once.
-    static constexpr int kAHEAD = kROW_TILES < 4 ? 4 : 2;
+    static constexpr int kAHEAD = 4;
+    static constexpr int kPARTS = kROW_PARTS<kROW_TILES>;
+    static constexpr int kMINE = kROW_TILES / kPARTS;     //!< tiles of rows of a warp
+    static constexpr int kINPUT_WARPS = kWARPS / kPARTS;  //!< that deal the inputs
     static constexpr int kPITCH = kPARTIAL_PITCH<kTILES>;
 
     ProductParams const& p;
@@ -560,25 +569,27 @@ struct BlockProduct
         sm90::barrierWait(barrier(), 0);
     }
 
-    //! partial [adder][row][column], kADDERS of them to be added up.
+    //! partial [adder][row][column], to be added up.
     __device__ __forceinline__ void multiply() const
     {
         int const warp = threadIdx.x / kWARP_SIZE;
+        int const firstTile = warp / kINPUT_WARPS * kMINE;
         auto const* const input =
             static_cast<T const*>(p.input) + blockIdx.x / p.inputGroup * p.inputStride + firstChunk * kCHUNK;
         Sums c{};
 #pragma unroll 1
-        for (int first = warp; first < chunks; first += kWARPS * kAHEAD)
+        for (int first = warp % kINPUT_WARPS; first < chunks; first += kINPUT_WARPS * kAHEAD)
         {
             Inputs a;
 #pragma unroll
             for (int i = 0; i < kAHEAD; ++i)
             {
-                int const chunk = first + i * kWARPS;
+                int const chunk = first + i * kINPUT_WARPS;
 #pragma unroll
-                for (int m = 0; m < kROW_TILES; ++m)
+                for (int m = 0; m < kMINE; ++m)
                 {
-                    a[i][m] = chunk < chunks ? loadRows(input, p.inputPitch, p.rows, m, chunk) : Activations{};
+                    a[i][m] =
+                        chunk < chunks ? loadRows(input, p.inputPitch, p.rows, firstTile + m, chunk) : Activations{};
                 }
             }
             wait();
@@ -603,7 +614,7 @@ struct BlockProduct
     {
         float2 sum{};
 #pragma unroll
-        for (int adder = 0; adder < kADDERS; ++adder)
+        for (int adder = 0; adder < kADDERS<kROW_TILES>; ++adder)
         {
             float2 const part = *reinterpret_cast<float2 const*>(
                 partial() + (adder * kROW_TILES * kROWS_A_TILE + row) * kPITCH + pair * 2);
@@ -618,15 +629,15 @@ struct BlockProduct
     }
 
 private:
-    using Inputs = Activations[kAHEAD][kROW_TILES];  //!< chunks kWARPS apart
-    using Sums = float[kROW_TILES][kTILES][4];
+    using Inputs = Activations[kAHEAD][kMINE];  //!< chunks kINPUT_WARPS apart
+    using Sums = float[kMINE][kTILES][4];
 
     __device__ __forceinline__ void multiplyAll(Sums& c, Inputs const& a, int first) const
     {
 #pragma unroll
         for (int i = 0; i < kAHEAD; ++i)
         {
-            int const chunk = first + i * kWARPS;
+            int const chunk = first + i * kINPUT_WARPS;
             if (chunk < chunks)
             {
 #pragma unroll
@@ -634,7 +645,7 @@ private:
                 {
                     uint4 const w = weightsOf(weights() + (chunk * kTILES + tile) * 8 * kCHUNK);
 #pragma unroll
-                    for (int m = 0; m < kROW_TILES; ++m)
+                    for (int m = 0; m < kMINE; ++m)
                     {
                         multiplyChunk<T>(c[m][tile], a[i][m], w);
                     }
@@ -649,14 +660,16 @@ private:
         int const lane = threadIdx.x % kWARP_SIZE;
         // Sums over the warps, in a fixed order: the upper half's are stored, the lower half's added, the rest by
         // columns.
-        float* const mine = partial() + (warp % kADDERS * kROW_TILES * kROWS_A_TILE + lane / 4) * kPITCH + lane % 4 * 2;
+        constexpr int kHALF = kADDERS<kROW_TILES>;
+        int const firstRow = (warp % kHALF * kROW_TILES + warp / kINPUT_WARPS * kMINE) * kROWS_A_TILE;
+        float* const mine = partial() + (firstRow + lane / 4) * kPITCH + lane % 4 * 2;
 #pragma unroll
         for (int turn = 0; turn < 2; ++turn)
         {
-            if (warp / kADDERS != turn)
+            if (warp % kINPUT_WARPS / kHALF != turn)
             {
 #pragma unroll
-                for (int m = 0; m < kROW_TILES; ++m)
+                for (int m = 0; m < kMINE; ++m)
                 {
 #pragma unroll
                     for (int tile = 0; tile < kTILES; ++tile)
@@ -685,7 +698,7 @@ private:
 //! input weights^T of all rows for 8 kTILES columns a block: activated and written, or added to sums.
 //! kNORM: of normalised rows.
 template <typename T, int kROW_TILES, int kTILES, bool kTO_SUMS, bool kNORM = false>
-__global__ void __launch_bounds__(kTHREADS, kROW_TILES < 4 ? 2 : 1) product(ProductParams p)
+__global__ void __launch_bounds__(kTHREADS, 2) product(ProductParams p)
 {
     TROCR_DYNAMIC_SHARED(shared, 128);
     BlockProduct<T, kROW_TILES, kTILES> const mine(p, shared);
