@@ -1331,6 +1331,16 @@ struct SelfRowsParams
     int const* owners;  //!< [rows, capacity], of a beam search
 };
 
+template <typename T, int kHEAD_DIM>
+__host__ __device__ constexpr int attendSelfAndAddBytes(int width)
+{
+    constexpr int kBLOCKS = kHEAD_DIM / 8;
+    int const output = width / kBLOCKS * kHEAD_DIM;
+    int const qkv = kROWS_A_TILE / kBLOCKS * 3 * kHEAD_DIM;
+    return productBytes<1, 3>(width / kCHUNK) + headRowsBytes<1, kHEAD_DIM>() +
+           (output + qkv) * static_cast<int>(sizeof(T)) + RowsNorm<T>::bytes(width);
+}
+
 //! LayerNorm and the products around it as well: sums += W_o attention(W_qkv h + b). A cluster is a head; its blocks
 //! deal the rows that they attend for, a warp a row. For up to kROWS_A_TILE rows: with more, a head's 8 blocks take
 //! longer to attend, and each adds all of its columns' sums to those of the other heads, than kernels of their own do.
@@ -1350,7 +1360,9 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
     int const rank = blockIdx.x % kBLOCKS;
     int const head = blockIdx.x / kBLOCKS;
     int const rows = p.product.rows;
-    RowsNorm<T> norm(p.product.norm, reinterpret_cast<uint8_t*>(output.weights) + output.bytes());
+    // [row / C][query, key, value][d], of the rows that a block attends for.
+    T* const qkv = output.weights + output.bytes() / sizeof(T);
+    RowsNorm<T> norm(p.product.norm, reinterpret_cast<uint8_t*>(qkv + kROWS_A_TILE / kBLOCKS * 3 * kHEAD_DIM));
     sm90::launchDependents();
     if (warp == 0)
     {
@@ -1376,9 +1388,6 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
     auto const lines = RowLines::load(p.product.states, rows);
     product.multiply(norm, lines);
     auto const active = lines.active();
-    // Where the weights were, [row / C][query, key, value][d], of the rows that a block attends for.
-    T* const qkv = product.weights();
-    sm90::clusterSync();  // all blocks are done with their weights
 #pragma unroll 1
     for (int i = threadIdx.x; i < rows * 12; i += kTHREADS)
     {

@@ -439,8 +439,7 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         size_t const selfOutput = selfTiles + 24 * width * kELEMENT;
         if constexpr (kROW_TILES == 1)
         {
-            int const bytes = productBytes<1, 3>(p.blockChunks) + headRowsBytes<1, kHEAD_DIM>() +
-                              columns * kHEAD_DIM * kELEMENT + normBytes;
+            int const bytes = attendSelfAndAddBytes<T, kHEAD_DIM>(width);
             SelfRowsParams const params{
                 p, {self + selfOutput, blob.self, link.output, width}, keys, values, heads, mCapacity, owners};
             launch(owners != nullptr ? attendSelfAndAdd<T, kHEAD_DIM, true> : attendSelfAndAdd<T, kHEAD_DIM, false>,
