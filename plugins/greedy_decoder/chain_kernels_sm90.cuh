@@ -531,8 +531,8 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
 {
     constexpr int kTILE_ROWS = kROWS < 16 ? kROWS : 16;
     constexpr int kTILES = kROWS / kTILE_ROWS;
-    // Tiles of tokens at a time: what a warp reads of many rows, it multiplies with both.
-    constexpr int kTOKEN_TILES = kTILES > 1 ? 2 : 1;
+    // Tiles of tokens at a time: what a warp reads of many rows, it multiplies with all of them.
+    constexpr int kTOKEN_TILES = kTILES > 2 ? 3 : kTILES > 1 ? 2 : 1;
     constexpr int kBATCH = kTILES > 2 ? 4 : 8;  // chunks in registers, and as many on their way
     TROCR_DYNAMIC_SHARED(shared, 128);
     int const warp = threadIdx.x / kWARP_SIZE;
