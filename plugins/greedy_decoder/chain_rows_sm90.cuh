@@ -553,13 +553,15 @@ struct BlockProduct
         }
         __syncwarp();
         uint8_t const* const tiles = p.weights.of(blockIdx.x, p.group);
+        uint32_t const to = sharedAddress(weights());
+        uint64_t const once = sm90::CachePolicies::make().drop;  // each weight is read once a token
         for (int i = lane; i < chunks; i += kWARP_SIZE)
         {
             int const chunk = firstChunk + i;
             sm90::copyBulk(
-                weights() + i * kTILES * kTILE_BYTES / 2,
+                to + i * kTILES * kTILE_BYTES,
                 tiles + chunk / p.inner * p.outerStride + chunk % p.inner * static_cast<size_t>(p.innerStride),
-                kTILES * kTILE_BYTES, barrier());
+                kTILES * kTILE_BYTES, barrier(), once);
         }
     }
 
@@ -881,8 +883,9 @@ struct HeadProduct
             sm90::copyBulk(shared + kBIAS + lane * kBIAS_BYTES, p.bias.of(block, 1), kBIAS_BYTES, barrier);
             if (bytes > 0)
             {
-                sm90::copyBulk(shared + kWEIGHTS + lane * bytes, p.weights.of(block, 1) + firstChunk * kTILE_BYTES,
-                               bytes, barrier);
+                sm90::copyBulk(sharedAddress(shared + kWEIGHTS + lane * bytes),
+                               p.weights.of(block, 1) + firstChunk * kTILE_BYTES, bytes, barrier,
+                               sm90::CachePolicies::make().drop);
             }
         }
     }
@@ -1184,7 +1187,8 @@ struct HeadOutput
 
     __device__ __forceinline__ void fetch(uint32_t barrier) const
     {
-        sm90::copyBulk(weights, p.weights + blockIdx.x * p.pieceBytes, bytes(), barrier);
+        sm90::copyBulk(sharedAddress(weights), p.weights + blockIdx.x * p.pieceBytes, bytes(), barrier,
+                       sm90::CachePolicies::make().drop);
     }
 
     __device__ __forceinline__ void add(HeadRows<T, kHEAD_DIM> const& contexts, int rows,
