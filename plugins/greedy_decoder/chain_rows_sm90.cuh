@@ -1610,25 +1610,14 @@ __global__ void __launch_bounds__(kTHREADS, kSTEPS <= 6 ? 2 : 1) attendStates(St
     float context[2 * kSTEPS][4] = {};
     float maximum[2] = {kNO_SCORE, kNO_SCORE};
     float total[2] = {};
-#pragma unroll 1
-    for (int stage = 0; stage < stages; ++stage)
+    auto const keysOf = [&](int stage) { return min(Layout::kKEYS, count - stage * Layout::kKEYS); };
+    auto const columnsOf = [&](int stage)  // the warp's, of key 0
+    { return ring + stage % Layout::kSTAGES * Layout::kSTAGE + warp * 32 * kSTEPS; };
+    // The warp's part of a stage's scores.
+    auto const score = [&](int stage)
     {
-        int const slot = stage % Layout::kSTAGES;
-        int const keys = min(Layout::kKEYS, count - stage * Layout::kKEYS);
-        uint32_t const columns = ring + slot * Layout::kSTAGE + warp * 32 * kSTEPS;  // the warp's, of key 0
-        sm90::barrierWait(barriers + slot * 8, (stage / Layout::kSTAGES + turns) & 1);
-        if (keys < Layout::kKEYS)
-        {
-            // What lies there may be no number, and 0 times that none either.
-#pragma unroll 1
-            for (int i = lane; i < (Layout::kKEYS - keys) * 2 * kSTEPS; i += kWARP_SIZE)
-            {
-                int const key = keys + i / (2 * kSTEPS);
-                *reinterpret_cast<uint4*>(shared + Layout::kRING + slot * Layout::kSTAGE + key * Layout::kPITCH +
-                                          warp * 32 * kSTEPS + i % (2 * kSTEPS) * 16) = uint4{};
-            }
-            __syncwarp();
-        }
+        uint32_t const columns = columnsOf(stage);
+        sm90::barrierWait(barriers + stage % Layout::kSTAGES * 8, (stage / Layout::kSTAGES + turns) & 1);
         float c[kTILES][4] = {};
 #pragma unroll
         for (int step = 0; step < kSTEPS; ++step)
@@ -1650,12 +1639,9 @@ __global__ void __launch_bounds__(kTHREADS, kSTEPS <= 6 ? 2 : 1) attendStates(St
             *reinterpret_cast<float2*>(at) = {c[tile][0], c[tile][1]};
             *reinterpret_cast<float2*>(at + 8 * kPITCH) = {c[tile][2], c[tile][3]};
         }
-        __syncthreads();
-        // All warps are done with the stage before: its slot is free.
-        if (warp == 0 && stage >= 1 && stage - 1 + Layout::kSTAGES < stages)
-        {
-            fetch(line, stage - 1 + Layout::kSTAGES);
-        }
+    };
+    auto const addUp = [&](int stage)
+    {
         static_assert(kTHREADS >= kROWS_A_TILE * Layout::kKEYS / 2);
         if (threadIdx.x < kROWS_A_TILE * Layout::kKEYS / 2)
         {
@@ -1668,11 +1654,29 @@ __global__ void __launch_bounds__(kTHREADS, kSTEPS <= 6 ? 2 : 1) attendStates(St
                 float2 const part = *reinterpret_cast<float2 const*>(partial + other * kROWS_A_TILE * kPITCH + at);
                 sum = {sum.x + part.x, sum.y + part.y};
             }
+            int const keys = keysOf(stage);
             *reinterpret_cast<float2*>(scores + at) = {key < keys ? sum.x * p.scale : kNO_SCORE,
                                                        key + 1 < keys ? sum.y * p.scale : kNO_SCORE};
         }
-        __syncthreads();
+    };
+    auto const weigh = [&](int stage)
+    {
         // Every warp weighs all keys for itself.
+        uint32_t const columns = columnsOf(stage);
+        int const keys = keysOf(stage);
+        if (keys < Layout::kKEYS)
+        {
+            // What lies there may be no number, and 0 times that none either.
+#pragma unroll 1
+            for (int i = lane; i < (Layout::kKEYS - keys) * 2 * kSTEPS; i += kWARP_SIZE)
+            {
+                int const key = keys + i / (2 * kSTEPS);
+                *reinterpret_cast<uint4*>(shared + Layout::kRING + stage % Layout::kSTAGES * Layout::kSTAGE +
+                                          key * Layout::kPITCH + warp * 32 * kSTEPS + i % (2 * kSTEPS) * 16) = uint4{};
+            }
+            __syncwarp();
+        }
+        float c[kTILES][4];
         float most[2] = {maximum[0], maximum[1]};
 #pragma unroll
         for (int tile = 0; tile < kTILES; ++tile)
@@ -1728,12 +1732,35 @@ __global__ void __launch_bounds__(kTHREADS, kSTEPS <= 6 ? 2 : 1) attendStates(St
                 multiplyAdd<T>(context[2 * tile + 1], weights[step], v[2], v[3]);
             }
         }
+    };
+    // Between two barriers a stage is weighed and the next one scored: what one waits for, the other fills.
+#pragma unroll 1
+    for (int stage = -1; stage < stages; ++stage)
+    {
+        if (stage >= 0)
+        {
+            weigh(stage);
+        }
+        if (stage + 1 < stages)
+        {
+            score(stage + 1);
+        }
+        __syncthreads();
+        if (stage + 1 < stages)
+        {
+            // All warps are done with this stage: its slot is free.
+            if (warp == 0 && stage >= 0 && stage + Layout::kSTAGES < stages)
+            {
+                fetch(line, stage + Layout::kSTAGES);
+            }
+            addUp(stage + 1);
+            __syncthreads();
+        }
     }
     // A context of the block's own softmax, in T: straight to its place, or where the cluster's blocks find it.
     constexpr int kPIECES = Layout::kWIDTH / 8;  // of 16 bytes, of a head
     auto* const output = static_cast<uint8_t*>(p.context) + static_cast<size_t>(row) * p.heads * Layout::kWIDTH * 2;
     uint8_t* const parts = shared + Layout::kRING;  // T [16], Layout::kPITCH apart
-    __syncthreads();                                // all warps are done with the ring
 #pragma unroll
     for (int half = 0; half < 2; ++half)
     {
