@@ -381,7 +381,7 @@ def build_engines(
 
 @functools.cache
 def _builder(trt: Any) -> Any:
-    """One builder a process: TensorRT 10.6 takes a minute for the first one's kernels."""
+    """One builder a process: what TensorRT has loaded and compiled for one engine serves the next."""
     return trt.Builder(tensorrt_logger(trt))
 
 
@@ -489,7 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--model",
         action="append",
         help=f"checkpoint folder or hub id (default: {DEFAULT_MODEL}); several --model are built in turn, "
-        "and TensorRT's minute of start-up is paid once",
+        "by one process, which loads TensorRT's kernels once",
     )
     parser.add_argument(
         "--plugins",

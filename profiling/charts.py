@@ -2,8 +2,8 @@
 
     python -m profiling.charts
 
-They are of bench.json, load.json and tensors/tensors.json in results/<gpu>/<model>. A chart of bench.json is
-of greedy search, and shows the variants that were measured; one for which nothing was measured is not drawn.
+They are of bench.json, load.json, tensors/tensors.json and layers/layers.json in results/<gpu>/<model>. A
+chart of bench.json is of greedy search, and shows the variants that were measured; one for which nothing was measured is not drawn.
 The same records give the same bytes: no dates, no random names.
 """
 
@@ -87,6 +87,12 @@ def charts(results: Path) -> dict[str, Figure]:
     for file in sorted(results.glob("*/*/tensors/tensors.json")):
         folder = file.parent.parent.relative_to(results).as_posix()
         figures[f"{folder}/tensors.svg"] = tensors_chart(_read(file))
+    for file in sorted(results.glob("*/*/layers/layers.json")):
+        folder, content = file.parent.parent, _read(file)
+        for graph in dict.fromkeys(entry["graph"] for entry in content["comparisons"]):
+            entries = [entry for entry in content["comparisons"] if entry["graph"] == graph]
+            name = f"{folder.relative_to(results).as_posix()}/{graph}-timeline.svg"
+            figures[name] = timeline_chart(entries, folder.name, content["environment"]["gpu"])
     if measured:
         figures["headline.svg"] = headline_chart([measured[file] for file in latest(measured)])
     return figures
@@ -149,6 +155,34 @@ def tensors_chart(content: Mapping[str, Any]) -> Figure:
     axes.set_ylabel("relative error, p99")
     axes.set_xticks(range(len(tensors)), tensors, rotation=90, fontsize=6)
     axes.legend(fontsize=8)
+    return figure
+
+
+def timeline_chart(entries: Sequence[Mapping[str, Any]], model: str, gpu: str) -> Figure:
+    """The layers of stock and fused in the order of execution, coloured by op: a panel a batch size."""
+    figure = Figure(figsize=(11, 0.6 + 1.3 * len(entries)), layout="constrained")
+    figure.suptitle(f"Layers of the {entries[0]['graph']} one after another: {model} on {gpu}", fontsize=11)
+    variants = ("fused", "stock")
+    layers = [layer for entry in entries for variant in variants for layer in entry["timelines"][variant]]
+    ops = [op for op in dict.fromkeys(layer["op"] for layer in layers if layer["ms"] > 0) if op]
+    colours = {op: matplotlib.colormaps["tab20"](i % 20) for i, op in enumerate(ops)}
+    for axes, entry in zip(figure.subplots(len(entries), squeeze=False)[:, 0], entries, strict=True):
+        for place, variant in enumerate(variants):
+            bars: dict[str, list[tuple[float, float]]] = {op: [] for op in ops}
+            begin = 0.0
+            for layer in entry["timelines"][variant]:
+                if layer["ms"] > 0:
+                    bars[layer["op"]].append((begin, layer["ms"]))
+                begin += layer["ms"]
+            for op, spans in bars.items():
+                label = op if place == 0 else None
+                axes.broken_barh(spans, (place - 0.4, 0.8), color=colours[op], label=label, edgecolor="none")
+        axes.set_yticks(range(len(variants)), variants)
+        axes.set_ylabel(f"batch {entry['batch']}")
+        axes.grid(axis="y", visible=False)
+    axes.set_xlabel("ms")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=7)
     return figure
 
 

@@ -6,8 +6,8 @@
 The published checkpoints have six configurations (`PUBLISHED` in graph_surgery/architectures.py); the weights
 are random, drawn on the GPU. The bundled checkpoint, which is trained, is measured beside them. Weights and
 graphs are written by processes of their own, some at a time, while this one builds the engines of those that
-are done: TensorRT 10.6 takes a minute for the first engine of a process, whichever that is, so one is built
-before, whose time is no checkpoint's.
+are done. A stock encoder's build has TensorRT compile its attention for a minute and more, a fused one's
+does not.
 
 For each: seconds to build and bytes of the stock and the fused engines; milliseconds of the encoder and
 microseconds a token, at batch 1; the encoder's largest error and the share of the tokens that are those of
@@ -24,7 +24,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,10 +33,9 @@ from typing import Any
 
 import torch
 
-from build import build, build_engines, dynamic_sizes
+from build import build
 from graph_surgery.architectures import PUBLISHED, random_checkpoint
 from graph_surgery.checkpoint import load_model, load_spec
-from graph_surgery.fuse import load
 from profiling.models import BUNDLED
 from profiling.records import ROOT, environment
 from runtime.bench import Case, EngineVariant, Reference, measure_case
@@ -120,17 +118,6 @@ def measure(configuration: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def start_tensorrt(folder: Path) -> float:
-    """Build an engine of the stock graphs in `folder` and throw it away; returns the seconds it took."""
-    began = time.monotonic()
-    manifest = Manifest.read(folder)
-    sizes = dynamic_sizes(PROFILE, manifest.max_length)
-    with tempfile.TemporaryDirectory() as scratch:
-        graphs = {"encoder": load(folder)["encoder"]}
-        build_engines(load_tensorrt(), graphs, Path(scratch), sizes, 1, [], Path(scratch) / "timing.cache")
-    return time.monotonic() - began
-
-
 def run(
     configurations: Sequence[str],
     scratch: Path,
@@ -144,7 +131,6 @@ def run(
         save: is given each entry as soon as it is there.
     """
     failed = []
-    started = False
     with ThreadPoolExecutor(jobs) as pool:
         prepared: dict[str, Future] = {
             name: pool.submit(prepare_in_a_process, name, scratch / name) for name in configurations
@@ -153,9 +139,6 @@ def run(
             folder = scratch / name
             try:
                 future.result()
-                if not started:
-                    print(f"TensorRT's start: {start_tensorrt(folder / 'stock'):.0f} s", flush=True)
-                    started = True
                 began = time.monotonic()
                 save(measure(name, folder))
                 print(f"{name}: measured in {time.monotonic() - began:.0f} s", flush=True)

@@ -2,9 +2,10 @@
 
     python -m profiling.peers --model bundled --precision fp16 --batch 1,16,64
 
-builds the engines that the bench compares, in one process, because TensorRT 10.6 takes a minute for the first
-engine of a process: stock, fused, and the encoder of the naive export. TensorRT-RTX's engines are built where
-they are measured: it takes seconds, and it cannot be in one process with TensorRT.
+builds the engines that the bench compares: stock, fused, and the encoder of the naive export. In one process,
+because TensorRT compiles the attention of stock encoders for a minute and more, once a process, precision and
+width. TensorRT-RTX's engines are built where they are measured: it takes seconds, and it cannot be in one
+process with TensorRT.
 
 Exit codes: those of build.py.
 """

@@ -87,6 +87,28 @@ def test_load_and_tensors_are_drawn(tmp_path: Path):
         charts(tmp_path / "results")
 
 
+def test_layers_are_drawn_in_their_order(tmp_path: Path):
+    folder = tmp_path / "results" / "gpu" / "model" / "layers"
+    folder.mkdir(parents=True)
+    layers = [{"name": "a", "ms": 0.5, "op": "Attention"}, {"name": "b", "ms": 0.0, "op": "nothing"}]
+    timelines = {"stock": [*layers, {"name": "c", "ms": 0.25, "op": "Linear"}], "fused": layers}
+    entry = {"graph": "encoder", "batch": 8, "timelines": timelines}
+    content = {"environment": {"gpu": "G"}, "comparisons": [entry, entry | {"batch": 16}]}
+    (folder / "layers.json").write_text(json.dumps(content))
+    figure = charts(tmp_path / "results")["gpu/model/encoder-timeline.svg"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["batch 8", "batch 16"]
+    assert figure.legends[0].get_texts()[0].get_text() == "Attention"
+    spans = {
+        collection.get_label(): [
+            path.get_extents().extents[[0, 2]].tolist() for path in collection.get_paths()
+        ]
+        for collection in figure.axes[0].collections
+        if collection.get_paths()
+    }
+    assert [0.5, 0.75] in [span for found in spans.values() for span in found]  # behind the first
+    assert not any("nothing" in text.get_text() for text in figure.legends[0].get_texts())
+
+
 def test_speedups_are_of_the_same_precision(tmp_path: Path):
     measured = [record(variant="fused"), dataclasses.replace(record(variant="onnxruntime"), precision="fp32")]
     records.write(measured, tmp_path / "gpu" / "model" / "bench.json")

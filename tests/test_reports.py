@@ -60,7 +60,14 @@ def test_layers_and_greedy_decoder(tmp_path):
     op = {"op": "MatMul", "units": 2, "stock_ms": 0.5, "stock_shared_ms": 0.1, "fused_ms": 0.25}
     comparison = {"graph": "encoder", "batch": 1, "whole": {"stock": whole, "fused": whole}, "ops": [op]}
     (tmp_path / "gpu" / "layers" / "layers.json").write_text(json.dumps({"comparisons": [comparison]}))
-    row = {"decoder": "small", "attends_to": "states", "batch": 1, "us_per_token": 20.4, "floor_us": 10.2, "of_floor": 0.5}
+    row = {
+        "decoder": "small",
+        "attends_to": "states",
+        "batch": 1,
+        "us_per_token": 20.4,
+        "floor_us": 10.2,
+        "of_floor": 0.5,
+    }
     (tmp_path / "gpu" / "greedy_decoder.json").write_text(json.dumps([row]))
     layers = re.sub(" +", " ", filled(place("layers gpu encoder 1"), tmp_path, "en"))
     assert "| stock | 3 | 0.500 | 0.250 |" in layers
