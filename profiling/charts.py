@@ -3,8 +3,8 @@
     python -m profiling.charts
 
 They are of bench.json, load.json, tensors/tensors.json and layers/layers.json in results/<gpu>/<model>. A
-chart of bench.json is of greedy search, and shows the variants that were measured; one for which nothing was measured is not drawn.
-The same records give the same bytes: no dates, no random names.
+chart of bench.json is of greedy search, and shows the variants that were measured; one for which nothing was
+measured is not drawn. The same records give the same bytes: no dates, no random names.
 """
 
 from __future__ import annotations
