@@ -176,7 +176,7 @@ private:
     template <typename T, int kHEAD_DIM, int kROWS>
     cudaError_t enqueueToken(Token const& token, cudaStream_t stream);
     template <typename T>
-    cudaError_t enqueueHead(Token const& token, Link const& link, cudaStream_t stream);
+    cudaError_t enqueueEnd(Token const& token, Link const& link, cudaStream_t stream);
     template <typename T>
     cudaError_t enqueueNext(GreedyRequest const& request, bool first, unsigned long long conditional, bool last,
                             cudaStream_t stream);
@@ -281,16 +281,21 @@ auto headOf(int rows) -> void (*)(HeadParams)
                         : head<T, kHEAD_DIM, 64, kBEAMS>;
 }
 
+//! The head, and of a greedy search what ends the token.
 template <typename T>
-cudaError_t ChainDecoder::enqueueHead(Token const& token, Link const& link, cudaStream_t stream)
+cudaError_t ChainDecoder::enqueueEnd(Token const& token, Link const& link, cudaStream_t stream)
 {
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
     int const slots = token.request.slots;
     HeadParams const params{link, mWeights.head, mConfig.vocabulary, reinterpret_cast<float4*>(mWorkspace + at.choices),
                             token.beams != nullptr ? token.beams->logits : nullptr};
     int const rows = slots <= 1 ? 1 : std::min(ceilDiv(slots, 16), 4) * 16;
-    return launchLink(token.beams != nullptr ? headOf<T, true>(rows) : headOf<T, false>(rows), dim3(mMultiprocessors),
-                      1, HeadLayout(mConfig.width, std::min(slots, rows)).bytes, stream, params);
+    cudaError_t const status =
+        launchLink(token.beams != nullptr ? headOf<T, true>(rows) : headOf<T, false>(rows), dim3(mMultiprocessors), 1,
+                   HeadLayout(mConfig.width, std::min(slots, rows)).bytes, stream, params);
+    return status != cudaSuccess || token.beams != nullptr
+               ? status
+               : enqueueNext<T>(token.request, false, token.conditional, token.last, stream);
 }
 
 //! The rows' newest tokens, to the first sums.
@@ -470,13 +475,7 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
         p.bias.base = bytesOf(mWeights.feedForwardBias) + layerBias;
         addToSums(p, 32);
     }
-    if (status == cudaSuccess)
-    {
-        status = enqueueHead<T>(token, linkAt(token, index), stream);
-    }
-    return status != cudaSuccess || token.beams != nullptr
-               ? status
-               : enqueueNext<T>(request, false, token.conditional, token.last, stream);
+    return status != cudaSuccess ? status : enqueueEnd<T>(token, linkAt(token, index), stream);
 }
 
 template <typename T, int kHEAD_DIM, int kROWS>
@@ -538,13 +537,7 @@ cudaError_t ChainDecoder::enqueueToken(Token const& token, cudaStream_t stream)
         status = launchLink(feedForward<T, kHEAD_DIM, kROWS>, dim3(innerBlocks, sideBySide(innerBlocks)), 1,
                             FeedForwardLayout(width, rows, kROWS).bytes, stream, inner);
     }
-    if (status == cudaSuccess)
-    {
-        status = enqueueHead<T>(token, link(), stream);
-    }
-    return status != cudaSuccess || token.beams != nullptr
-               ? status
-               : enqueueNext<T>(request, false, token.conditional, token.last, stream);
+    return status != cudaSuccess ? status : enqueueEnd<T>(token, link(), stream);
 }
 
 template <typename T, int kHEAD_DIM>
