@@ -144,7 +144,7 @@ def _graph_inputs(
     # load_spec downloads a hub id, or says what is wrong with the name.
     folder = Path(model) if Path(model).is_dir() else _load_spec(model).source
     checkpoint = sorted(path for path in folder.iterdir() if path.suffix in CHECKPOINT_FILES)
-    sources = [ROOT / "build.py", ROOT / "runtime" / "greedy_weights.py"]
+    sources = [ROOT / "build.py", ROOT / "runtime" / "decoder_weights.py"]
     sources += sorted((ROOT / "graph_surgery").rglob("*.py"))
     return {
         "checkpoint": {path.name: sha256(path) for path in checkpoint},
@@ -292,12 +292,12 @@ def _write_graphs(
 ) -> dict[str, onnx.ModelProto]:
     """Export the checkpoint, fuse the graphs, and save them with the definitions that ONNX Runtime needs.
 
-    A fully fused folder also gets the weights of the CUDA greedy decoder, where that can run the checkpoint.
+    A fully fused folder also gets the weights of the device decoder, where that can run the checkpoint.
     """
     from graph_surgery.checkpoint import DTYPES, CheckpointError, load_model
     from graph_surgery.export import export_graphs
     from graph_surgery.fuse import fuse, save
-    from runtime import greedy_weights
+    from runtime import decoder_weights
 
     try:
         weights = load_model(spec, DTYPES[precision])
@@ -306,9 +306,9 @@ def _write_graphs(
     graphs = fuse(export_graphs(spec, weights, precision), spec, plugins)
     for name, graph in graphs.items():
         save(graph, folder / f"{name}.onnx")
-    if GROUPS["fused"] <= set(plugins) and greedy_weights.obstacle(spec, weights.dtype) is None:
-        packed = greedy_weights.pack_decoder(weights)
-        greedy_weights.save_decoder(packed, greedy_weights.decoder_config(spec, weights), folder)
+    if GROUPS["fused"] <= set(plugins) and decoder_weights.obstacle(spec, weights.dtype) is None:
+        packed = decoder_weights.pack_decoder(weights)
+        decoder_weights.save_decoder(packed, decoder_weights.decoder_config(spec, weights), folder)
     return graphs
 
 

@@ -414,7 +414,7 @@ PYBIND11_MODULE(trocr_kernels, module)
                "or 'bicubic', "
                "antialiased.");
 
-    bindGreedyDecoder(module);
+    bindDeviceDecoder(module);
 
     module.def(
         "patch_embedding", bindPatchEmbedding, "pixels"_a, "weight"_a, "bias"_a, "positions"_a, "y"_a, py::kw_only(),

@@ -60,7 +60,7 @@ inline void* output(uintptr_t address)
     return reinterpret_cast<void*>(address);
 }
 
-//! Adds the class GreedyDecoder and what belongs to it (greedy_decoder/bindings.cpp).
-void bindGreedyDecoder(pybind11::module_& module);
+//! Adds the class DeviceDecoder and what belongs to it (device_decoder/bindings.cpp).
+void bindDeviceDecoder(pybind11::module_& module);
 
 }  // namespace trocr

@@ -94,7 +94,7 @@ def measure(configuration: str, folder: Path) -> dict[str, Any]:
     parameters = sum(weight.numel() for weight in load_model(spec, torch.float16).parameters())
     with torch.inference_mode():
         for variant in VARIANTS:
-            opened = EngineVariant(folder / variant, cuda_graphs=True, greedy_kernels=True)
+            opened = EngineVariant(folder / variant, cuda_graphs=True, device_decoder=True)
             encoder = measure_case(opened, Case("encoder", 1, None), spec, reference)
             decoder = measure_case(opened, Case("decoder", 1, TOKENS), spec, reference)
             engines[variant] |= {

@@ -102,7 +102,7 @@ def _once_a_gpu(out: Path) -> list[Stage]:
     """What depends on no checkpoint."""
     return [
         _module("kernels", ["profiling.kernels"], 30, out / "kernels.json", "--out"),
-        _module("greedy decoder", ["profiling.greedy_decoder"], 30, out / "greedy_decoder.json", "--out"),
+        _module("device decoder", ["profiling.device_decoder"], 30, out / "device_decoder.json", "--out"),
     ]
 
 

@@ -3,12 +3,12 @@
     python -m profiling.mixed_page [--lines 100] [--json FILE]
 
 Labelled lines, as evenly spread over the lengths of their texts as there are lines of each, are decoded by
-the CUDA greedy decoder in one search, whose finished rows take the next line (bundled checkpoint, fused
+the device decoder in one search, whose finished rows take the next line (bundled checkpoint, fused
 engines): in random order, and widest crop first, as `Recognizer` has them. Beside the time stands that of as
 many tokens with no row idle: what a step of full rows takes, whose texts nothing ends, times the steps that
 all tokens fill. Medians, on the GPU.
 
-Exit codes: 0 measured; 2 no GPU, engines or greedy decoder.
+Exit codes: 0 measured; 2 no GPU, engines or device decoder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from profiling.accuracy import line_images, read_reference
 from profiling.models import BUNDLED
 from profiling.records import environment
 from runtime.backends.base import BackendError
-from runtime.backends.tensorrt_backend import GREEDY_SLOTS, TensorRTBackend
+from runtime.backends.tensorrt_backend import DEVICE_SLOTS, TensorRTBackend
 from runtime.bench import measure
 from runtime.images import load_image
 from runtime.search import GREEDY
@@ -64,13 +64,13 @@ def compare(backend: TensorRTBackend, pixels: torch.Tensor) -> dict[str, Any]:
     encoding = backend.encode(pixels)
     found = backend.search(encoding, MOST_TOKENS, GREEDY)
     if found is None:
-        raise BackendError(f"the CUDA greedy decoder does not take {len(pixels)} lines here")
+        raise BackendError(f"the device decoder does not take {len(pixels)} lines here")
     lengths = found.lengths.tolist()
     times = measure(lambda: backend.search(encoding, MOST_TOKENS, GREEDY))
     steps = round(statistics.mean(lengths))
-    full = backend.encode(pixels[:GREEDY_SLOTS])
+    full = backend.encode(pixels[:DEVICE_SLOTS])
     full_times = measure(lambda: backend.search(full, steps, GREEDY, stop=False))
-    rows = min(GREEDY_SLOTS, len(pixels))
+    rows = min(DEVICE_SLOTS, len(pixels))
     search, without_idle = (statistics.median(t) for t in (times, full_times))
     without_idle *= sum(lengths) / (rows * steps)
     return {

@@ -284,18 +284,18 @@ def image_resize(ops) -> None:
         torch.cuda.synchronize()
 
 
-def greedy_decoder(ops, name: str = "small", states: bool = False, beams: int = 1) -> None:
+def device_decoder(ops, name: str = "small", states: bool = False, beams: int = 1) -> None:
     import torch
 
-    from profiling.greedy_decoder import DECODERS, random_cross, random_states, random_weights
-    from runtime.greedy_decoder import GreedyDecoder
+    from profiling.device_decoder import DECODERS, random_cross, random_states, random_weights
+    from runtime.device_decoder import DeviceDecoder
     from runtime.search import SearchSettings
 
     small = {"num_layers": 2, "vocab_size": 997, "source_length": 97, "dtype": "float16"}
     config = DECODERS[name] | small
     # Made on the host: on the device another kernel would write them.
     weights = {key: value.cuda() for key, value in random_weights(config, torch.float16, "cpu").items()}
-    decoder = GreedyDecoder(ops.kernels, weights, config, 3 if beams == 1 else 5 * beams, 32)
+    decoder = DeviceDecoder(ops.kernels, weights, config, 3 if beams == 1 else 5 * beams, 32)
     outputs = decoder.outputs(5, 4)
     if states:
         attended = _on_gpu(random_states(config, 5, torch.float16, "cpu"))
@@ -309,23 +309,23 @@ def greedy_decoder(ops, name: str = "small", states: bool = False, beams: int = 
     torch.cuda.synchronize()
 
 
-def greedy_decoder_wide(ops) -> None:
+def device_decoder_wide(ops) -> None:
     """The same with heads of 64 elements."""
-    greedy_decoder(ops, "base")
+    device_decoder(ops, "base")
 
 
-def greedy_decoder_states(ops) -> None:
+def device_decoder_states(ops) -> None:
     """The step of many rows, which attends to the encoder's states."""
-    greedy_decoder(ops, "base", states=True)
+    device_decoder(ops, "base", states=True)
 
 
 def beam_search(ops) -> None:
-    greedy_decoder(ops, beams=3)
+    device_decoder(ops, beams=3)
 
 
 def beam_search_wide(ops) -> None:
     """Of the step of many rows."""
-    greedy_decoder(ops, "base", states=True, beams=3)
+    device_decoder(ops, "base", states=True, beams=3)
 
 
 KERNELS: dict[str, Callable] = {
@@ -341,9 +341,9 @@ KERNELS: dict[str, Callable] = {
         patch_embedding,
         reorder_cache,
         image_resize,
-        greedy_decoder,
-        greedy_decoder_wide,
-        greedy_decoder_states,
+        device_decoder,
+        device_decoder_wide,
+        device_decoder_states,
         beam_search,
         beam_search_wide,
     )

@@ -493,8 +493,8 @@ def _layer_place(folder: Path, words: Sequence[str], language: str) -> str | Non
     return _table(rows, header, language) if rows else None
 
 
-def _greedy_place(folder: Path, words: Sequence[str], language: str) -> str | None:
-    """The CUDA greedy decoder alone, against the bytes that it must read."""
+def _device_decoder_place(folder: Path, words: Sequence[str], language: str) -> str | None:
+    """The device decoder alone, against the bytes that it must read."""
     rows = [
         [
             row["decoder"],
@@ -504,7 +504,7 @@ def _greedy_place(folder: Path, words: Sequence[str], language: str) -> str | No
             f"{row['floor_us']:.0f}",
             f"{row['of_floor']:.0%}",
         ]
-        for row in _content(folder / "greedy_decoder.json") or []
+        for row in _content(folder / "device_decoder.json") or []
     ]
     header = ["decoder", "attends to", "batch", "us/token", "byte floor us", "of the floor"]
     return _table(rows, header, language) if rows else None
@@ -567,7 +567,7 @@ PLACES: Mapping[str, tuple[Callable[[Path, Sequence[str], str], str | None], str
     "environment": (_environment_place, "bench.json", 0),
     "layers": (_layers_place, LAYERS, 2),
     "layer": (_layer_place, LAYERS, 3),
-    "greedy": (_greedy_place, "greedy_decoder.json", 0),
+    "device_decoder": (_device_decoder_place, "device_decoder.json", 0),
     "kernels": (_kernels_place, "kernels.json", 2),
     "family": (_family_place, "family.json", 0),
 }

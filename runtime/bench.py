@@ -19,7 +19,7 @@ the variant's encoder takes, normalised beforehand where that is normalised; end
 pixels on the device, and includes normalising in every variant that needs it.
 
 Variants:
-    stock, fused    the engine folders of build.py; `fused` decodes with the CUDA greedy decoder where that
+    stock, fused    the engine folders of build.py; `fused` decodes with the device decoder where that
     serves
                     the GPU and the checkpoint
     fused_steps     the same engines, the decoder's a step at a time
@@ -265,9 +265,9 @@ class BackendVariant:
 class EngineVariant(BackendVariant):
     """The engines of a folder."""
 
-    def __init__(self, folder: Path, cuda_graphs: bool, greedy_kernels: bool):
-        super().__init__(TensorRTBackend(folder, cuda_graphs, greedy_kernels=greedy_kernels), folder)
-        self.steps_only = not greedy_kernels and self.backend.manifest.cache == "fixed"
+    def __init__(self, folder: Path, cuda_graphs: bool, device_decoder: bool):
+        super().__init__(TensorRTBackend(folder, cuda_graphs, device_decoder=device_decoder), folder)
+        self.steps_only = not device_decoder and self.backend.manifest.cache == "fixed"
 
     def check(self, case: Case) -> None:
         if self.steps_only and case.part in ("encoder", "page"):
@@ -304,7 +304,7 @@ class RtxVariant(EngineVariant):
     """The stock graphs as engines of TensorRT-RTX."""
 
     def __init__(self, folder: Path, cuda_graphs: bool):
-        backend = TensorRTBackend(folder, cuda_graphs, greedy_kernels=False, engines=rtx_engines(folder))
+        backend = TensorRTBackend(folder, cuda_graphs, device_decoder=False, engines=rtx_engines(folder))
         BackendVariant.__init__(self, backend, folder)
         self.steps_only = False
 
@@ -526,7 +526,7 @@ def open_variant(
             f"{target} does not exist; build it: python build.py --model {folder} --plugins {plugins} "
             f"--precision {precision} --batch 1,16,64 --out {target}"
         )
-    return EngineVariant(target, cuda_graphs, greedy_kernels=name == "fused")
+    return EngineVariant(target, cuda_graphs, device_decoder=name == "fused")
 
 
 def _measure_page(read: Callable[[Sequence[np.ndarray]], Any], lines: Sequence[np.ndarray]) -> Measurement:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from profiling.greedy_reference import ReferenceDecoder, forced_logits, greedy_reference
+from profiling.reference_decoder import ReferenceDecoder, forced_logits, greedy_reference
 from runtime.beam_search import BeamSearch
 from runtime.search import Generation, SearchSettings
 

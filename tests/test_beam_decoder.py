@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
-from profiling.greedy_decoder import cross_of_states, random_cross, random_states
-from runtime.greedy_decoder import GreedyDecoder
+from profiling.device_decoder import cross_of_states, random_cross, random_states
+from runtime.device_decoder import DeviceDecoder
 from runtime.search import SearchSettings
 from tests.beam_reference import assert_right, likely_ends
-from tests.test_greedy_decoder import hopper, kernels, settings, weights_of  # noqa: F401  (fixtures)
+from tests.test_device_decoder import hopper, kernels, settings, weights_of  # noqa: F401  (fixtures)
 
 FOUR = SearchSettings(4)
 SETTINGS = (
@@ -42,7 +42,7 @@ def with_ends(name, dtype, ends=1) -> dict:
 
 def search(hopper, name, dtype, config, source, images, steps, chosen, slots=64):  # noqa: F811
     """The device's outputs from poisoned buffers, and its decoder."""
-    decoder = GreedyDecoder(hopper, weights_of(name, dtype), config, slots, steps)
+    decoder = DeviceDecoder(hopper, weights_of(name, dtype), config, slots, steps)
     outputs = decoder.outputs(images, steps)
     outputs[0].fill_(-7)
     outputs[1].fill_(torch.nan)
@@ -124,7 +124,7 @@ def test_searches_of_all_kinds_on_one_decoder(hopper, name):  # noqa: F811
     config = with_ends(name, dtype)
     source, _ = attended(config, name, 6, dtype, False)
     few = tuple([tensor[:2].contiguous() for tensor in tensors] for tensors in source)
-    decoder = GreedyDecoder(hopper, weights_of(name, dtype), config, 64, 12)
+    decoder = DeviceDecoder(hopper, weights_of(name, dtype), config, 64, 12)
     runs = [
         (lambda outputs: decoder.run(source, outputs), 6),
         (lambda outputs: decoder.search_beams(few, outputs, FOUR), 2),
@@ -156,6 +156,6 @@ def test_refuses(hopper):  # noqa: F811
     assert "candidates" in hopper.beam_search_obstacle(config | {"eos_ids": [3, 4, 5, 6, 7]}, 6)
     assert "131072" in hopper.beam_search_obstacle(config | {"vocab_size": 140000}, 2)
     source, _ = attended(config, name, 2, dtype, False)
-    decoder = GreedyDecoder(hopper, weights_of(name, dtype), config, 64, 12)
+    decoder = DeviceDecoder(hopper, weights_of(name, dtype), config, 64, 12)
     with pytest.raises(RuntimeError, match="max_new_tokens"):
         decoder.search_beams(source, decoder.outputs(2, 13), FOUR)

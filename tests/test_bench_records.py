@@ -175,7 +175,7 @@ def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
     of_all = ["plugins", "engines", "compile", "batches", "tokens", "beams", "tensorrt_rtx"]
     of_trained_weights = ["torch's page", "mixed page", "timeline"]
     of_trained_weights += ["engines of all precisions", "accuracy", "tensors"]
-    once_a_gpu = ["kernels", "greedy decoder"]
+    once_a_gpu = ["kernels", "device decoder"]
     assert list(plan) == [*of_all, *of_trained_weights, *once_a_gpu]
     assert plan["engines of all precisions"].command[-1] == "fp16,bf16,fp32"
     assert [word.split("printed-")[1] for word in plan["accuracy"].command if "printed-" in word][:4] == [

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import build as build_module
 from build import BuildError, NoEngines, build, default_folder, main
 from graph_surgery.fused_ops import DOMAIN, SurgeryError
+from runtime.decoder_weights import FILE_NAME as DECODER_WEIGHTS
 from runtime.gpu import current_gpu
-from runtime.greedy_weights import FILE_NAME as GREEDY_WEIGHTS
 from runtime.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -301,9 +301,9 @@ def test_manifest_is_plain_json(model: str, tmp_path: Path):
         ("attention", "fp16", False),
     ],
 )
-def test_weights_of_the_cuda_greedy_decoder(
+def test_weights_of_the_cuda_device_decoder(
     model: str, tmp_path: Path, plugins: str, precision: str, packed: bool
 ):
     folder = build(model, plugins, precision, out=tmp_path / "engines", onnx_only=True)
-    assert (folder / GREEDY_WEIGHTS).is_file() == packed
-    assert (GREEDY_WEIGHTS in Manifest.read(folder).files) == packed
+    assert (folder / DECODER_WEIGHTS).is_file() == packed
+    assert (DECODER_WEIGHTS in Manifest.read(folder).files) == packed

@@ -1,6 +1,6 @@
 """The decoders' CUDA kernels on a CPU (tests/cpu_cuda) against the PyTorch decoder of the GPU tests.
 
-What tests/test_greedy_decoder.py asks on a GPU, on smaller decoders: the emulated machine has room for two
+What tests/test_device_decoder.py asks on a GPU, on smaller decoders: the emulated machine has room for two
 teams, so that 3 and 9 lines already need teams of two and of eight rows.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from profiling.greedy_decoder import (
+from profiling.device_decoder import (
     DECODERS,
     cross_of_states,
     differences,
@@ -17,7 +17,7 @@ from profiling.greedy_decoder import (
     random_states,
     random_weights,
 )
-from runtime.greedy_decoder import GreedyDecoder
+from runtime.device_decoder import DeviceDecoder
 from runtime.search import SearchSettings
 from tests import beam_reference
 
@@ -47,7 +47,7 @@ def search(
     """The outputs, from poisoned buffers, what was attended to, the configuration and the weights."""
     config = CASES[name] | {"dtype": str(dtype).removeprefix("torch.")} | changes
     weights = random_weights(config, dtype, "cpu")
-    decoder = GreedyDecoder(kernels, weights, config, slots or lines, steps)
+    decoder = DeviceDecoder(kernels, weights, config, slots or lines, steps)
     if attended is None:
         attended = (random_states if states else random_cross)(config, lines, dtype, "cpu", seed=lines)
     outputs = decoder.outputs(lines, steps)
@@ -129,7 +129,7 @@ def test_beam_search(cpu_kernels, name, images, states, settings):
     else:
         attended = cross = random_cross(config, images, dtype, "cpu", seed=images)
     config["eos_ids"] = beam_reference.likely_ends(weights, config, cross, 1)
-    decoder = GreedyDecoder(cpu_kernels, weights, config, 64, steps)
+    decoder = DeviceDecoder(cpu_kernels, weights, config, 64, steps)
     assert decoder.searches_beams(settings.num_beams) and not decoder.searches_beams(9)
     outputs = decoder.outputs(images, steps)
     decoder.search_beams(attended, outputs, settings)

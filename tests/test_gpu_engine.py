@@ -127,7 +127,7 @@ def test_beam_search_is_that_of_torch_in_fp32(checkpoint, tmp_path_factory, refe
 
 
 def test_encoding_ahead_changes_nothing(engines):
-    backend = TensorRTBackend(engines("fused"), greedy_kernels=False)
+    backend = TensorRTBackend(engines("fused"), device_decoder=False)
     decode = Decoder(backend, TOKENS)
     batches = [pixels(backend, batch) for batch in (4, 3, 4, 2, 4, 1)]
     alone = [decode(images) for images in batches]
@@ -191,7 +191,7 @@ def test_second_build_is_a_no_op(engines, checkpoint, capsys):
 
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="the greedy decoder needs compute capability 9.0",
+    reason="the device decoder needs compute capability 9.0",
 )
 def test_one_search_of_more_lines_than_the_engines_batch(checkpoint, tmp_path):
     """Encoded in 3 batches for one search: as one by one, to the bit, and again when graphs are replayed."""
@@ -213,7 +213,7 @@ def test_one_search_of_more_lines_than_the_engines_batch(checkpoint, tmp_path):
 def test_beam_search_as_a_whole(checkpoint, tmp_path):
     """More rows than the engines have room for; as step by step, but for near ties of two roundings."""
     folder = build(str(checkpoint("wide")), "fused", "fp16", (1, 2, 4), tmp_path, timing_cache=TIMING_CACHE)
-    whole, steps = TensorRTBackend(folder), TensorRTBackend(folder, greedy_kernels=False)
+    whole, steps = TensorRTBackend(folder), TensorRTBackend(folder, device_decoder=False)
     settings = SearchSettings(4, 2.0, 3, True)
     assert whole.searches(settings) and not steps.searches(settings)
     images = pixels(whole, 11)
@@ -226,7 +226,7 @@ def test_beam_search_as_a_whole(checkpoint, tmp_path):
 
 
 def test_batch_above_the_profile(engines):
-    backend = TensorRTBackend(engines("fused"), greedy_kernels=False)
+    backend = TensorRTBackend(engines("fused"), device_decoder=False)
     with pytest.raises(EngineError, match=r"encoder.engine: a batch of 5 is above 4.*--batch"):
         backend.start(pixels(backend, 5))
 

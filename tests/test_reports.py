@@ -54,7 +54,7 @@ def test_languages_have_the_same_figures():
     assert "batch" in english and "批大小" in chinese
 
 
-def test_layers_and_greedy_decoder(tmp_path):
+def test_layers_and_device_decoder(tmp_path):
     (tmp_path / "gpu" / "layers").mkdir(parents=True)
     whole = {"layers": 3, "sum_ms": 0.5, "replay_ms": 0.25}
     op = {"op": "MatMul", "units": 2, "stock_ms": 0.5, "stock_shared_ms": 0.1, "fused_ms": 0.25}
@@ -68,13 +68,13 @@ def test_layers_and_greedy_decoder(tmp_path):
         "floor_us": 10.2,
         "of_floor": 0.5,
     }
-    (tmp_path / "gpu" / "greedy_decoder.json").write_text(json.dumps([row]))
+    (tmp_path / "gpu" / "device_decoder.json").write_text(json.dumps([row]))
     layers = re.sub(" +", " ", filled(place("layers gpu encoder 1"), tmp_path, "en"))
     assert "| stock | 3 | 0.500 | 0.250 |" in layers
     assert "| MatMul | 2 | 0.5000 | 20% | 0.2500 | 2.00x |" in layers
     assert "| total | | 0.5000 | | 0.2500 | 2.00x |" in layers
-    greedy = re.sub(" +", " ", filled(place("greedy gpu"), tmp_path, "zh"))
-    assert "| small | 编码器状态 | 1 | 20 | 10 | 50% |" in greedy
+    decoder = re.sub(" +", " ", filled(place("device_decoder gpu"), tmp_path, "zh"))
+    assert "| small | 编码器状态 | 1 | 20 | 10 | 50% |" in decoder
     assert "`results/gpu/layers/layers.json`" in filled(place("layers gpu encoder 64"), tmp_path, "en")
 
 

@@ -135,7 +135,7 @@ def test_every_kernel_of_the_module_is_called():
     names = set(re.findall(r'module\.def\(\s*"(\w+)", bind', bindings))
     assert len(names) >= 11
     missing = {name for name in names if f".{name}(" not in source and name != "image_resize"}
-    assert not missing and {"image_resize", "greedy_decoder", "greedy_decoder_wide"} <= KERNELS.keys()
+    assert not missing and {"image_resize", "device_decoder", "device_decoder_wide"} <= KERNELS.keys()
 
 
 def test_errors(monkeypatch, tmp_path: Path, capsys):

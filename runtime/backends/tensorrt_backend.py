@@ -16,9 +16,9 @@ import torch
 from graph_surgery.checkpoint import load_normalization, load_spec
 from graph_surgery.fused_ops import CROSS_ATTENTION
 from runtime.backends.base import Backend, SearchResult, check_bytes, image_rows, normalised
+from runtime.decoder_weights import FILE_NAME, DecoderWeightsError, load_decoder
+from runtime.device_decoder import DeviceDecoder
 from runtime.engine import ALIGNMENT, BoundEngine, Engine, EngineError, capture
-from runtime.greedy_decoder import GreedyDecoder
-from runtime.greedy_weights import FILE_NAME, GreedyWeightsError, load_decoder
 from runtime.kernels import optional_kernels
 from runtime.manifest import Manifest, ManifestError
 from runtime.ranges import stage, staged
@@ -27,13 +27,13 @@ from runtime.search import GREEDY, SearchSettings
 T = TypeVar("T")
 
 
-# Rows that the CUDA greedy decoder works on at a time; it refills those that have ended.
-GREEDY_SLOTS = 64
+# Rows that the device decoder works on at a time; it refills those that have ended.
+DEVICE_SLOTS = 64
 # Lines that it is given at a time: a page. One search of many lines keeps its rows busier than two of fewer.
-GREEDY_LINES = 128
+DEVICE_LINES = 128
 # The most images that it decodes by keys and values where heads have 64 elements: its time grows with every 8
 # rows. For more it attends to the encoder's states, or, where it cannot, leaves them to the step engine.
-GREEDY_MOST_WIDE = 8
+DEVICE_MOST_WIDE = 8
 
 MOST_BEAMS = 16  # of the kernel reorder_cache
 
@@ -123,7 +123,7 @@ class TensorRTBackend(Backend):
         folder: Path | str,
         cuda_graphs: bool = True,
         overlap: bool = True,
-        greedy_kernels: bool = True,
+        device_decoder: bool = True,
         engines: Sequence[Engine] | None = None,
     ):
         """
@@ -131,7 +131,7 @@ class TensorRTBackend(Backend):
             folder: made by build.py.
             cuda_graphs: replay graphs in place of enqueueing engines.
             overlap: encode one batch while another is decoded.
-            greedy_kernels: search with the CUDA decoder, greedily and with beams, where the folder has its
+            device_decoder: search with the CUDA decoder, greedily and with beams, where the folder has its
                 weights.
             engines: encoder, cross_kv and decoder in place of the folder's own.
 
@@ -166,9 +166,9 @@ class TensorRTBackend(Backend):
         ]
 
         self._kernels = optional_kernels()
-        self._greedy = None
-        if greedy_kernels and self._kernels is not None:
-            self._greedy = GreedyKernels.load(
+        self._device_search = None
+        if device_decoder and self._kernels is not None:
+            self._device_search = DeviceSearch.load(
                 self._kernels, folder, self.manifest, self.device, self.max_batch, self.max_steps
             )
         _, _, pixels_shape = self.encoder.profile("pixel_values")
@@ -210,7 +210,7 @@ class TensorRTBackend(Backend):
     def _most_lines(self, pixels: Sequence[int]) -> int:
         """The most lines that are encoded for one search.
 
-        More than the engines' largest batch where the greedy decoder takes them and TensorRT can begin at any
+        More than the engines' largest batch where the device decoder takes them and TensorRT can begin at any
         image's pixels, states, keys and values.
         """
         pixel, state = (self.encoder.dtypes[name].itemsize for name in ("pixel_values", "last_hidden_state"))
@@ -219,13 +219,13 @@ class TensorRTBackend(Backend):
         divisible = (
             all(size % ALIGNMENT == 0 for size in sizes) and 2 * self.encoder.min_batch <= self.max_batch
         )
-        if self._greedy is None or self._greedy.most_images is not None or not divisible:
+        if self._device_search is None or self._device_search.most_images is not None or not divisible:
             return self.max_batch
-        return max(self.max_batch, GREEDY_LINES)
+        return max(self.max_batch, DEVICE_LINES)
 
     def _wants_states(self, images: int) -> bool:
         """Whether a greedy search of so many images reads the encoder's states, and no keys and values."""
-        return self._greedy is not None and self._greedy.wants_states(images)
+        return self._device_search is not None and self._device_search.wants_states(images)
 
     def largest_batch(self, beams: int, whole: bool = False) -> int:
         return self._max_lines if whole else super().largest_batch(beams)
@@ -359,17 +359,17 @@ class TensorRTBackend(Backend):
         return selected
 
     def searches(self, settings: SearchSettings) -> bool:
-        return self._greedy is not None and self._greedy.searches(settings)
+        return self._device_search is not None and self._device_search.searches(settings)
 
     def search(
         self, encoding: Encoding, max_new_tokens: int, settings: SearchSettings, stop: bool = True
     ) -> SearchResult | None:
-        if not self.searches(settings) or not self._greedy.takes(encoding.images):
+        if not self.searches(settings) or not self._device_search.takes(encoding.images):
             return None
         torch.cuda.current_stream().wait_event(encoding.ready)
         with stage("search", (encoding.images, settings.num_beams, max_new_tokens)):
             states, cross = self._hidden[encoding.slot], self._cross[encoding.slot]
-            return self._greedy(states, cross, encoding.images, max_new_tokens, settings, stop)
+            return self._device_search(states, cross, encoding.images, max_new_tokens, settings, stop)
 
     def capture(self, state: State, step: Callable[[], None]) -> Callable[[], None]:
         """One CUDA graph a state; with a growing cache, whose shapes change, one a position.
@@ -454,13 +454,13 @@ class TensorRTBackend(Backend):
         return list(self._cache_views(state, number, length).values())
 
 
-class GreedyKernels:
+class DeviceSearch:
     """The CUDA decoder with one folder's weights.
 
     Its outputs are one set of tensors for each number of images: addresses are part of the decoder's graphs.
     """
 
-    def __init__(self, decoder: GreedyDecoder, layers: int, most_by_keys: int | None):
+    def __init__(self, decoder: DeviceDecoder, layers: int, most_by_keys: int | None):
         """
         Args:
             most_by_keys: images a search by keys and values has at most; None: any number.
@@ -479,7 +479,7 @@ class GreedyKernels:
         device: torch.device,
         max_batch: int,
         max_new_tokens: int,
-    ) -> GreedyKernels | None:
+    ) -> DeviceSearch | None:
         """None where the folder has no weights for it, or the GPU or the decoder's sizes are not served.
 
         Raises EngineError where the weights are damaged.
@@ -489,14 +489,14 @@ class GreedyKernels:
         try:
             manifest.check_file(Path(folder), FILE_NAME)
             weights, config = load_decoder(Path(folder), device)
-        except (ManifestError, GreedyWeightsError) as error:
+        except (ManifestError, DecoderWeightsError) as error:
             raise EngineError(str(error)) from error
-        if kernels.greedy_decoder_obstacle(config) is not None:
+        if kernels.device_decoder_obstacle(config) is not None:
             return None
-        decoder = GreedyDecoder(kernels, weights, config, GREEDY_SLOTS, max_new_tokens)
+        decoder = DeviceDecoder(kernels, weights, config, DEVICE_SLOTS, max_new_tokens)
         if config["hidden_size"] == 32 * config["num_heads"]:
             return cls(decoder, config["num_layers"], most_by_keys=None)
-        return cls(decoder, config["num_layers"], most_by_keys=min(GREEDY_MOST_WIDE, max_batch))
+        return cls(decoder, config["num_layers"], most_by_keys=min(DEVICE_MOST_WIDE, max_batch))
 
     @property
     def most_images(self) -> int | None:

@@ -3,24 +3,24 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings.h"
-#include "greedy_decoder/beams.h"
+#include "device_decoder/beams.h"
 
-using trocr::greedy::BeamSearch;
+using trocr::decoder::BeamSearch;
 
 PYBIND11_MODULE(trocr_cpu_kernels, module)
 {
-    trocr::bindGreedyDecoder(module);
+    trocr::bindDeviceDecoder(module);
 
     // The kernels between two steps alone, on a struct BeamSearch that Python has made (tests/test_beams_on_cpu.py).
     auto const at = [](uintptr_t address) -> BeamSearch const& { return *reinterpret_cast<BeamSearch*>(address); };
     module.attr("beam_search_bytes") = sizeof(BeamSearch);
-    module.def("begin_beams", [at](uintptr_t search) { trocr::greedy::beginBeams(at(search), nullptr); });
+    module.def("begin_beams", [at](uintptr_t search) { trocr::decoder::beginBeams(at(search), nullptr); });
     module.def("advance_beams",
                [at](uintptr_t search)
                {
                    unsigned goesOn = 2;
-                   trocr::greedy::rankTokens(at(search), nullptr);
-                   trocr::greedy::advanceBeams(at(search), reinterpret_cast<uintptr_t>(&goesOn), nullptr);
+                   trocr::decoder::rankTokens(at(search), nullptr);
+                   trocr::decoder::advanceBeams(at(search), reinterpret_cast<uintptr_t>(&goesOn), nullptr);
                    return goesOn == 1;
                });
 }

@@ -1,13 +1,13 @@
 #include "common/launch.h"
-#include "greedy_decoder/kernel.h"
-#include "greedy_decoder/team_layout.h"
+#include "device_decoder/kernel.h"
+#include "device_decoder/team_layout.h"
 
 namespace trocr
 {
 
-using namespace greedy;
+using namespace decoder;
 
-bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason)
+bool canDecodeOnDevice(DeviceDecoderConfig const& config, char const** reason)
 {
     int major{};
     if (deviceAttribute(cudaDevAttrComputeCapabilityMajor, major) != cudaSuccess || major != 9)
@@ -53,7 +53,7 @@ bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason)
     return true;
 }
 
-bool canAttendToStates(GreedyDecoderConfig const& config, char const** reason)
+bool canAttendToStates(DeviceDecoderConfig const& config, char const** reason)
 {
     if (config.width != config.heads * 64 || config.heads > 16 || config.width % 256 != 0)
     {

@@ -5,7 +5,7 @@
 //! Sizes of the team decoder, for kernel and host alike. All are fixed: a narrower decoder is padded with zeros, so
 //! that the kernel's addresses are constants. T has two bytes.
 
-namespace trocr::greedy
+namespace trocr::decoder
 {
 
 constexpr int kTEAM_BLOCKS = 8;  //!< of a team, a cluster: one a head
@@ -91,4 +91,4 @@ struct TeamLayout
                   partial % 16 == 0 && scratch % 16 == 0);
 };
 
-}  // namespace trocr::greedy
+}  // namespace trocr::decoder

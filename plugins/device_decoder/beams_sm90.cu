@@ -1,9 +1,9 @@
 #include "common/device.cuh"
 #include "common/launch.h"
 #include "common/sm90.cuh"
-#include "greedy_decoder/beams.h"
+#include "device_decoder/beams.h"
 
-namespace trocr::greedy
+namespace trocr::decoder
 {
 
 namespace
@@ -403,4 +403,4 @@ cudaError_t advanceBeams(BeamSearch const& search, unsigned long long conditiona
     return launch(advance, dim3(search.images), dim3(kBLOCK), stream, search, conditional);
 }
 
-}  // namespace trocr::greedy
+}  // namespace trocr::decoder

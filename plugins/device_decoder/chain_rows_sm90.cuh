@@ -4,10 +4,10 @@
 // operation, weights are read once for all rows, and cross-attention reads the encoder's states themselves: the weights
 // of keys and values are multiplied with the query and the context instead (README.md, "Many rows").
 
-#include "greedy_decoder/chain_blocks_sm90.cuh"
+#include "device_decoder/chain_blocks_sm90.cuh"
 #include "linear/kernel.h"
 
-namespace trocr::greedy
+namespace trocr::decoder
 {
 
 constexpr int kROWS_A_TILE = 16;
@@ -1271,4 +1271,4 @@ __global__ void __launch_bounds__(kTHREADS, kSTEPS <= 6 ? 2 : 1) attendStates(St
     sm90::clusterSync();  // no block ends while another reads its memory
 }
 
-}  // namespace trocr::greedy
+}  // namespace trocr::decoder

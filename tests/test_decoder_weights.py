@@ -9,10 +9,10 @@ import torch
 
 from graph_surgery.checkpoint import load_model, load_spec
 from graph_surgery.export import CrossKeyValue
-from profiling.greedy_reference import forced_logits, greedy_reference
-from runtime.greedy_weights import (
+from profiling.reference_decoder import forced_logits, greedy_reference
+from runtime.decoder_weights import (
     FILE_NAME,
-    GreedyWeightsError,
+    DecoderWeightsError,
     decoder_config,
     load_decoder,
     obstacle,
@@ -108,11 +108,11 @@ def test_what_the_decoder_cannot_run_is_named(checkpoint: Callable[[str], Path])
 
 
 def test_missing_and_damaged_files(checkpoint: Callable[[str], Path], tmp_path: Path):
-    with pytest.raises(GreedyWeightsError, match=f"{FILE_NAME} is missing or damaged .*build.py --force"):
+    with pytest.raises(DecoderWeightsError, match=f"{FILE_NAME} is missing or damaged .*build.py --force"):
         load_decoder(tmp_path)
     spec = load_spec(checkpoint("small"))
     model = load_model(spec, torch.float16)
     file = save_decoder(pack_decoder(model), decoder_config(spec, model), tmp_path)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(GreedyWeightsError, match=f"{FILE_NAME} is missing or damaged"):
+    with pytest.raises(DecoderWeightsError, match=f"{FILE_NAME} is missing or damaged"):
         load_decoder(tmp_path)

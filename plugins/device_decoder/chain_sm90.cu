@@ -4,10 +4,10 @@
 #include <utility>
 
 #include "common/launch.h"
-#include "greedy_decoder/chain_kernels_sm90.cuh"
-#include "greedy_decoder/chain_rows_sm90.cuh"
-#include "greedy_decoder/kernel.h"
-#include "greedy_decoder/while_graph.h"
+#include "device_decoder/chain_kernels_sm90.cuh"
+#include "device_decoder/chain_rows_sm90.cuh"
+#include "device_decoder/kernel.h"
+#include "device_decoder/while_graph.h"
 
 namespace trocr
 {
@@ -15,7 +15,7 @@ namespace trocr
 namespace
 {
 
-using namespace greedy;
+using namespace decoder;
 
 //! Tokens in one turn of the WHILE node: a turn costs 5 us by itself, and a text's end inside a turn the idle rest of
 //! it.
@@ -31,7 +31,7 @@ struct Workspace
     size_t hidden, inner, context, stateQuery, stateContext;
     size_t bytes;
 
-    Workspace(GreedyDecoderConfig const& config, int32_t slots, int32_t capacity, int32_t blocks)
+    Workspace(DeviceDecoderConfig const& config, int32_t slots, int32_t capacity, int32_t blocks)
     {
         size_t at = 0;
         auto const take = [&](size_t size) { return std::exchange(at, at + align256(size)); };
@@ -132,7 +132,7 @@ struct StatesKernel
 
 }  // namespace
 
-ChainBytes chainBytes(GreedyDecoderConfig const& config)
+ChainBytes chainBytes(DeviceDecoderConfig const& config)
 {
     int32_t const headDim = config.width / config.heads;
     return {static_cast<size_t>(SelfLayout(headDim, config.width, 1, 1).blobBytes),
@@ -143,13 +143,13 @@ ChainBytes chainBytes(GreedyDecoderConfig const& config)
 namespace
 {
 
-class ChainDecoder : public GreedyDecoder
+class ChainDecoder : public DeviceDecoder
 {
 public:
-    ChainDecoder(GreedyDecoderConfig config, ChainWeights weights, int32_t maxSlots, int32_t capacity);
+    ChainDecoder(DeviceDecoderConfig config, ChainWeights weights, int32_t maxSlots, int32_t capacity);
     ~ChainDecoder() override;
 
-    cudaError_t run(GreedyRequest const& request, cudaStream_t stream) override;
+    cudaError_t run(SearchRequest const& request, cudaStream_t stream) override;
 
     int32_t mostRows() const override
     {
@@ -162,7 +162,7 @@ private:
     //! A token's chain and what is behind it: of a greedy search `next`, of a beam search (`beams`) nothing.
     struct Token
     {
-        GreedyRequest const& request;
+        SearchRequest const& request;
         BeamSearch const* beams;
         RowState const* states;  //!< [slots]
         unsigned long long conditional;
@@ -178,7 +178,7 @@ private:
     template <typename T>
     cudaError_t enqueueEnd(Token const& token, Link const& link, cudaStream_t stream);
     template <typename T>
-    cudaError_t enqueueNext(GreedyRequest const& request, bool first, unsigned long long conditional, bool last,
+    cudaError_t enqueueNext(SearchRequest const& request, bool first, unsigned long long conditional, bool last,
                             cudaStream_t stream);
     template <typename T>
     cudaError_t enqueueEmbed(BeamSearch const& search, cudaStream_t stream);
@@ -196,8 +196,8 @@ private:
     WhileGraphs mGraphs;
 };
 
-ChainDecoder::ChainDecoder(GreedyDecoderConfig config, ChainWeights weights, int32_t maxSlots, int32_t capacity)
-    : GreedyDecoder(std::move(config), maxSlots, capacity), mWeights(weights)
+ChainDecoder::ChainDecoder(DeviceDecoderConfig config, ChainWeights weights, int32_t maxSlots, int32_t capacity)
+    : DeviceDecoder(std::move(config), maxSlots, capacity), mWeights(weights)
 {
     mStatus = deviceAttribute(cudaDevAttrMultiProcessorCount, mMultiprocessors);
     mMultiprocessors = std::min(mMultiprocessors, kCHOOSERS_A_LANE * kWARP_SIZE);
@@ -219,7 +219,7 @@ ChainDecoder::~ChainDecoder()
 }
 
 template <typename T>
-cudaError_t ChainDecoder::enqueueNext(GreedyRequest const& request, bool first, unsigned long long conditional,
+cudaError_t ChainDecoder::enqueueNext(SearchRequest const& request, bool first, unsigned long long conditional,
                                       bool last, cudaStream_t stream)
 {
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
@@ -314,7 +314,7 @@ cudaError_t ChainDecoder::enqueueEmbed(BeamSearch const& search, cudaStream_t st
 template <typename T, int kROW_TILES>
 cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stream)
 {
-    GreedyRequest const& request = token.request;
+    SearchRequest const& request = token.request;
     constexpr int kHEAD_DIM = 64;
     constexpr int kCLUSTER = kHEAD_DIM / 8;  // blocks that share a head in the packed weights
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
@@ -481,7 +481,7 @@ cudaError_t ChainDecoder::enqueueRowsToken(Token const& token, cudaStream_t stre
 template <typename T, int kHEAD_DIM, int kROWS>
 cudaError_t ChainDecoder::enqueueToken(Token const& token, cudaStream_t stream)
 {
-    GreedyRequest const& request = token.request;
+    SearchRequest const& request = token.request;
     Workspace const at(mConfig, mMaxSlots, mCapacity, mMultiprocessors);
     int const width = mConfig.width;
     int const heads = mConfig.heads;
@@ -543,7 +543,7 @@ cudaError_t ChainDecoder::enqueueToken(Token const& token, cudaStream_t stream)
 template <typename T, int kHEAD_DIM>
 cudaError_t ChainDecoder::enqueueRows(Token const& token, cudaStream_t stream)
 {
-    GreedyRequest const& request = token.request;
+    SearchRequest const& request = token.request;
     if (request.states != nullptr)
     {
         return request.slots <= 16   ? enqueueRowsToken<T, 1>(token, stream)
@@ -572,7 +572,7 @@ cudaError_t ChainDecoder::enqueueStep(BeamRequest const& request, BeamSearch con
     return mConfig.dataType == DataType::kHALF ? enqueue(__half{}) : enqueue(__nv_bfloat16{});
 }
 
-cudaError_t ChainDecoder::run(GreedyRequest const& request, cudaStream_t stream)
+cudaError_t ChainDecoder::run(SearchRequest const& request, cudaStream_t stream)
 {
     if (!isPossible(request))
     {
@@ -600,7 +600,7 @@ cudaError_t ChainDecoder::run(GreedyRequest const& request, cudaStream_t stream)
 
 }  // namespace
 
-std::unique_ptr<GreedyDecoder> makeChainDecoder(GreedyDecoderConfig config, ChainWeights const& weights,
+std::unique_ptr<DeviceDecoder> makeChainDecoder(DeviceDecoderConfig config, ChainWeights const& weights,
                                                 int32_t maxSlots, int32_t capacity)
 {
     return std::make_unique<ChainDecoder>(std::move(config), weights, maxSlots, capacity);

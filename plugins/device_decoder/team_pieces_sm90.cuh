@@ -6,10 +6,10 @@
 #include "common/device.cuh"
 #include "common/mma.cuh"
 #include "common/sm90.cuh"
-#include "greedy_decoder/common.cuh"
-#include "greedy_decoder/team_layout.h"
+#include "device_decoder/common.cuh"
+#include "device_decoder/team_layout.h"
 
-namespace trocr::greedy
+namespace trocr::decoder
 {
 
 constexpr int kTEAM_COMPUTE = kTEAM_WARPS * kWARP_SIZE;  //!< threads that compute
@@ -386,4 +386,4 @@ struct Choice
     }
 };
 
-}  // namespace trocr::greedy
+}  // namespace trocr::decoder

@@ -11,7 +11,7 @@
 
 //! CUDA graphs in which a WHILE node repeats what a step of a search launches.
 
-namespace trocr::greedy
+namespace trocr::decoder
 {
 
 //! Captures what `enqueue` launches on `stream` into `graph`.
@@ -165,4 +165,4 @@ private:
     std::map<std::vector<uintptr_t>, std::unique_ptr<Graph>> mGraphs;
 };
 
-}  // namespace trocr::greedy
+}  // namespace trocr::decoder

@@ -2,12 +2,12 @@
 #include <utility>
 
 #include "common/launch.h"
-#include "greedy_decoder/kernel.h"
+#include "device_decoder/kernel.h"
 
 namespace trocr
 {
 
-using namespace greedy;
+using namespace decoder;
 
 namespace
 {
@@ -40,14 +40,14 @@ struct Layout
 };
 
 //! Candidates that a search of so many beams keeps of a step: enough for n to run on if the best of every row end.
-int candidatesOf(GreedyDecoderConfig const& config, int beams)
+int candidatesOf(DeviceDecoderConfig const& config, int beams)
 {
     return std::max(2, 1 + static_cast<int>(config.endIds.size())) * beams;
 }
 
 }  // namespace
 
-bool canSearchBeams(GreedyDecoderConfig const& config, int32_t beams, char const** reason)
+bool canSearchBeams(DeviceDecoderConfig const& config, int32_t beams, char const** reason)
 {
     if (beams < 2 || beams > kMAX_BEAMS)
     {
@@ -66,14 +66,14 @@ bool canSearchBeams(GreedyDecoderConfig const& config, int32_t beams, char const
     return true;
 }
 
-GreedyDecoder::~GreedyDecoder()
+DeviceDecoder::~DeviceDecoder()
 {
     cudaFree(mBeams);
 }
 
-cudaError_t GreedyDecoder::search(BeamRequest const& request, cudaStream_t stream)
+cudaError_t DeviceDecoder::search(BeamRequest const& request, cudaStream_t stream)
 {
-    GreedyRequest const& images = request.images;
+    SearchRequest const& images = request.images;
     int const rows = images.lines * request.beams;
     if (!isPossible(images) || !canSearchBeams(mConfig, request.beams, nullptr) || images.slots != rows ||
         rows > mostRows() || request.noRepeatNgram < 0 || request.penalties == nullptr)

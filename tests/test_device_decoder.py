@@ -1,4 +1,4 @@
-"""The CUDA greedy decoder against a PyTorch decoder on the same weights; its packing; what it refuses."""
+"""The device decoder against a PyTorch decoder on the same weights; its packing; what it refuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import product as cartesian
 import pytest
 import torch
 
-from profiling.greedy_decoder import (
+from profiling.device_decoder import (
     DECODERS,
     NO_END,
     cross_of_states,
@@ -17,7 +17,7 @@ from profiling.greedy_decoder import (
     random_states,
     random_weights,
 )
-from runtime.greedy_decoder import STATE_ROWS, GreedyDecoder, pack_blobs
+from runtime.device_decoder import STATE_ROWS, DeviceDecoder, pack_blobs
 from runtime.kernels import load_kernels
 
 # name -> config: the published decoders with fewer layers, and other sizes and switches.
@@ -87,7 +87,7 @@ def search(kernels, name, dtype, lines, steps, slots=None, cross=None, states=Fa
     `states`: attend to the encoder's states in place of keys and values.
     """
     config = settings(name, dtype) | changes
-    decoder = GreedyDecoder(kernels, weights_of(name, dtype), config, slots or lines, steps)
+    decoder = DeviceDecoder(kernels, weights_of(name, dtype), config, slots or lines, steps)
     if cross is None:
         cross = (random_states if states else random_cross)(config, lines, dtype, "cuda", seed=lines)
     outputs = decoder.outputs(lines, steps)
@@ -158,9 +158,9 @@ def test_refuses_states(hopper):
     with pytest.raises(RuntimeError, match="slots 1 to 64"):
         search(hopper, "base", dtype, lines, 3, states=True)
     config = settings("base", dtype)
-    assert "width" in hopper.greedy_states_obstacle(config | {"encoder_size": 512})
-    assert "heads" in hopper.greedy_states_obstacle(settings("small", dtype) | {"encoder_size": 384})
-    decoder = GreedyDecoder(hopper, weights_of("base", dtype), config | {"encoder_size": 512}, 4, 4)
+    assert "width" in hopper.device_decoder_states_obstacle(config | {"encoder_size": 512})
+    assert "heads" in hopper.device_decoder_states_obstacle(settings("small", dtype) | {"encoder_size": 384})
+    decoder = DeviceDecoder(hopper, weights_of("base", dtype), config | {"encoder_size": 512}, 4, 4)
     assert not decoder.attends_to_states
     with pytest.raises(RuntimeError, match="made with their weights"):
         decoder.run(random_states(config, 4, dtype, "cuda"), decoder.outputs(4, 4))
@@ -292,20 +292,20 @@ def test_refuses_a_request(hopper, change, message):
     ),
 )
 def test_refuses_a_decoder(hopper, change, message):
-    assert message in hopper.greedy_decoder_obstacle(settings("small", torch.float16) | change)
+    assert message in hopper.device_decoder_obstacle(settings("small", torch.float16) | change)
 
 
 def test_needs_hopper(kernels):
     if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
         pytest.skip("this GPU is served")
-    assert "compute capability" in kernels.greedy_decoder_obstacle(settings("small", torch.float16))
+    assert "compute capability" in kernels.device_decoder_obstacle(settings("small", torch.float16))
 
 
 @pytest.mark.parametrize("name", ("small", "base", "odd"))
 def test_pieces_have_the_size_that_the_kernel_reads(kernels, name):
     config = settings(name, torch.float16) | {"vocab_size": 51}
     blobs = pack_blobs(random_weights(config, torch.float16, "cpu"), config)
-    sizes = kernels.greedy_blob_bytes(config)
+    sizes = kernels.device_decoder_blob_bytes(config)
     pieces = {part: blobs[part][0].nbytes if part == "head" else blobs[part].shape[-1] for part in sizes}
     assert pieces == sizes
 

@@ -5,11 +5,11 @@
 // A warp runs most instructions of a layer once a token, so their number is what time there is to save: sizes are
 // constants, and what every warp would compute alike is computed by as few as possible.
 
-#include "greedy_decoder/beams.h"
-#include "greedy_decoder/kernel.h"
-#include "greedy_decoder/team_pieces_sm90.cuh"
+#include "device_decoder/beams.h"
+#include "device_decoder/kernel.h"
+#include "device_decoder/team_pieces_sm90.cuh"
 
-namespace trocr::greedy
+namespace trocr::decoder
 {
 
 // One thread more would do, which fetches; but it can hand its registers over only with a whole warpgroup. Not one may
@@ -1305,4 +1305,4 @@ __global__ void __launch_bounds__(kTEAM_THREADS, 1) decodeInTeams(__grid_constan
     }
 }
 
-}  // namespace trocr::greedy
+}  // namespace trocr::decoder

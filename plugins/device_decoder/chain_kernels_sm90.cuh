@@ -3,11 +3,11 @@
 // The kernels of one decoder step: `next` (end the token before, embed the new one), then for every layer
 // `selfAttention`, `crossAttention` and `feedForward`, then `head`. README.md draws the chain.
 
-#include "greedy_decoder/chain_blocks_sm90.cuh"
-#include "greedy_decoder/chain_layout.h"
-#include "greedy_decoder/kernel.h"
+#include "device_decoder/chain_blocks_sm90.cuh"
+#include "device_decoder/chain_layout.h"
+#include "device_decoder/kernel.h"
 
-namespace trocr::greedy
+namespace trocr::decoder
 {
 
 //! What the search keeps in global memory besides caches and sums.
@@ -904,4 +904,4 @@ __global__ void __launch_bounds__(kTHREADS) embedRows(EmbedParams p)
     }
 }
 
-}  // namespace trocr::greedy
+}  // namespace trocr::decoder

@@ -1,6 +1,6 @@
-"""The CUDA greedy decoder alone: correctness and time a token of the published decoders, in one run.
+"""The device decoder alone: correctness and time a token of the published decoders, in one run.
 
-    python -m profiling.greedy_decoder [--models small,base] [--batches 1,8,16,64] [--tokens 20] [--out FILE]
+    python -m profiling.device_decoder [--models small,base] [--batches 1,8,16,64] [--tokens 20] [--out FILE]
 
 Weights and encoder keys and values are random. Every text has exactly `--tokens` tokens: no id ends it. Times
 are medians of whole searches, from enqueueing to the end on the GPU. The byte floor is every weight and every
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from profiling.greedy_reference import forced_logits
-from runtime.greedy_decoder import STATE_ROWS, GreedyDecoder
+from profiling.reference_decoder import forced_logits
+from runtime.device_decoder import STATE_ROWS, DeviceDecoder
 from runtime.kernels import load_kernels
 
 BANDWIDTH = 4.5e12  # bytes a second
@@ -221,7 +221,7 @@ def main() -> int:
         config = DECODERS[name] | {"dtype": options.dtype}
         weights = random_weights(config, dtype, "cuda")
         batches = [int(batch) for batch in options.batches.split(",")]
-        decoder = GreedyDecoder(kernels, weights, config, max(batches), options.tokens)
+        decoder = DeviceDecoder(kernels, weights, config, max(batches), options.tokens)
         for batch in batches:
             for attends_to in ("states", "keys and values"):
                 outputs = decoder.outputs(batch, options.tokens)

@@ -1,4 +1,4 @@
-"""A decoder in plain PyTorch on the packed weights of runtime/greedy_weights.py: the kernels' reference."""
+"""A decoder in plain PyTorch on the packed weights of runtime/decoder_weights.py: the kernels' reference."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def greedy_reference(
     max_new_tokens: int,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Greedy search, with the results of `GreedyDecoder.run`.
+    """Greedy search, with the results of `DeviceDecoder.run`.
 
     Returns:
         tokens int32 [B, max_new_tokens], padded after the end of text; log_probs float32 [B], summed over the

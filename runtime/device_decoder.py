@@ -1,4 +1,4 @@
-"""The CUDA greedy decoder (plugins/greedy_decoder) on torch tensors: packs its weights, holds its buffers."""
+"""The device decoder (plugins/device_decoder) on torch tensors: packs its weights, holds its buffers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def pack_blobs(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tens
     """The weights as the decoder that serves these sizes reads them: one contiguous piece a block.
 
     Args:
-        weights: as `greedy_weights.pack_decoder` makes them, on any device.
-        config: as `greedy_weights.decoder_config` makes it.
+        weights: as `decoder_weights.pack_decoder` makes them, on any device.
+        config: as `decoder_weights.decoder_config` makes it.
 
     Returns:
         For heads of 32 what the team decoder takes, else what the chain takes
-        (plugins/greedy_decoder/README.md).
+        (plugins/device_decoder/README.md).
     """
     if config["hidden_size"] == 32 * config["num_heads"]:
         return _pack_for_teams(weights, config)
@@ -121,7 +121,7 @@ def _pack_for_chain(weights: Mapping[str, Tensor], config: Mapping) -> dict[str,
         "feed_forward_bias" float32 [L, D], "head" T [ceil(V / 8), D / 32, 8, 32], "norms" T [1 + 3 L, 2, D],
         "embedding" T [V, D], "position_embedding" T [positions, D]; and where there are weights of
         cross-attention's keys and values, "cross_keys" T [L, H, 8, d / 32, E / 64, 8, 32], "cross_values"
-        T [L, H, C, E / 32, 8, 32], "cross_value_bias" float32 [L, D]. See plugins/greedy_decoder/README.md.
+        T [L, H, C, E / 32, 8, 32], "cross_value_bias" float32 [L, D]. See plugins/device_decoder/README.md.
     """
     layers, width, heads = config["num_layers"], config["hidden_size"], config["num_heads"]
     size = width // heads
@@ -187,7 +187,7 @@ def _blobs(dims: int, *parts: Tensor) -> Tensor:
     return torch.cat([part.contiguous().flatten(dims).view(torch.uint8) for part in parts], dim=-1)
 
 
-class GreedyDecoder:
+class DeviceDecoder:
     """Decodes a batch of lines in one launch.
 
     Attributes:
@@ -207,24 +207,24 @@ class GreedyDecoder:
         """
         Args:
             kernels: the module `trocr_kernels`.
-            weights: as `greedy_weights.pack_decoder` makes them, on the GPU; may be freed afterwards.
-            config: as `greedy_weights.decoder_config` makes it.
+            weights: as `decoder_weights.pack_decoder` makes them, on the GPU; may be freed afterwards.
+            config: as `decoder_weights.decoder_config` makes it.
 
         Raises:
             RuntimeError: the GPU or the sizes are not served; the message says why.
         """
-        obstacle = kernels.greedy_decoder_obstacle(dict(config))
+        obstacle = kernels.device_decoder_obstacle(dict(config))
         if obstacle is not None:
             raise RuntimeError(f"cannot decode on the GPU because {obstacle}")
         self.max_slots, self.max_new_tokens = max_slots, max_new_tokens
-        if kernels.greedy_states_obstacle(dict(config)) is not None:
+        if kernels.device_decoder_states_obstacle(dict(config)) is not None:
             weights = {name: weight for name, weight in weights.items() if name not in STATE_WEIGHTS}
         self._blobs = pack_blobs(weights, config)
         self.attends_to_states = "cross_keys" in self._blobs
         self._device = self._blobs["head"].device
         self._kernels, self._config = kernels, dict(config)
         self._penalties: dict[tuple[int, float], Tensor] = {}
-        self._decoder = kernels.GreedyDecoder(
+        self._decoder = kernels.DeviceDecoder(
             dict(config),
             {name: blob.data_ptr() for name, blob in self._blobs.items()},
             max_slots=max_slots,

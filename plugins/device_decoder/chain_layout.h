@@ -7,7 +7,7 @@
 //! T has two bytes. Offsets are multiples of 16; the first 16 bytes hold two mbarriers. `rows` is the most that a pass
 //! has, at most `kernelRows`, the kernel's kROWS.
 
-namespace trocr::greedy
+namespace trocr::decoder
 {
 
 constexpr int32_t kELEMENT = 2;  //!< bytes
@@ -107,4 +107,4 @@ struct HeadLayout
 
 #undef TROCR_BOTH
 
-}  // namespace trocr::greedy
+}  // namespace trocr::decoder

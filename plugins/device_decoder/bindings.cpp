@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "common/launch.h"
-#include "greedy_decoder/kernel.h"
+#include "device_decoder/kernel.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -20,11 +20,11 @@ namespace trocr
 namespace
 {
 
-GreedyDecoderConfig parseGreedyConfig(py::dict const& config)
+DeviceDecoderConfig parseConfig(py::dict const& config)
 {
-    std::string const op = "greedy_decoder";
+    std::string const op = "device_decoder";
     auto const integer = [&](char const* name) { return py::cast<int32_t>(config[name]); };
-    GreedyDecoderConfig parsed{};
+    DeviceDecoderConfig parsed{};
     parsed.dataType = parseDataType(op, py::cast<std::string>(config["dtype"]));
     parsed.layers = integer("num_layers");
     parsed.width = integer("hidden_size");
@@ -45,13 +45,13 @@ GreedyDecoderConfig parseGreedyConfig(py::dict const& config)
     return parsed;
 }
 
-std::unique_ptr<GreedyDecoder> makeGreedyDecoder(py::dict const& config, py::dict const& weights, int32_t maxSlots,
+std::unique_ptr<DeviceDecoder> makeDeviceDecoder(py::dict const& config, py::dict const& weights, int32_t maxSlots,
                                                  int32_t capacity)
 {
-    std::string const op = "greedy_decoder";
-    GreedyDecoderConfig parsed = parseGreedyConfig(config);
+    std::string const op = "device_decoder";
+    DeviceDecoderConfig parsed = parseConfig(config);
     char const* reason = nullptr;
-    if (!canDecodeGreedily(parsed, &reason))
+    if (!canDecodeOnDevice(parsed, &reason))
     {
         fail(op, reason);
     }
@@ -99,7 +99,7 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(py::dict const& config, py::dic
                                   pointer("position_embedding")};
         return makeChainDecoder(parsed, packed, maxSlots, capacity);
     };
-    std::unique_ptr<GreedyDecoder> decoder = make();
+    std::unique_ptr<DeviceDecoder> decoder = make();
     if (decoder->status() != cudaSuccess)
     {
         throw std::runtime_error(op + " cannot be made: " + cudaGetErrorString(decoder->status()));
@@ -108,12 +108,12 @@ std::unique_ptr<GreedyDecoder> makeGreedyDecoder(py::dict const& config, py::dic
 }
 
 //! What a search of so many lines in so many rows is given; fails where it cannot be.
-GreedyRequest requestOf(GreedyDecoder const& decoder, int32_t lines, int32_t slots,
+SearchRequest requestOf(DeviceDecoder const& decoder, int32_t lines, int32_t slots,
                         std::vector<uintptr_t> const& crossKeys, std::vector<uintptr_t> const& crossValues,
                         uintptr_t states, uintptr_t tokens, uintptr_t logProbs, uintptr_t lengths, int32_t maxNewTokens,
                         bool stops)
 {
-    std::string const op = "greedy_decoder";
+    std::string const op = "device_decoder";
     auto const layers = static_cast<size_t>(decoder.config().layers);
     if (maxNewTokens < 1 || maxNewTokens > decoder.capacity() || maxNewTokens > decoder.config().positions)
     {
@@ -132,7 +132,7 @@ GreedyRequest requestOf(GreedyDecoder const& decoder, int32_t lines, int32_t slo
         fail(op, "the encoder's states want a decoder made with their weights, and slots 1 to " +
                      std::to_string(kMOST_STATE_ROWS));
     }
-    GreedyRequest request{lines,
+    SearchRequest request{lines,
                           slots,
                           maxNewTokens,
                           stops,
@@ -161,30 +161,30 @@ void checkSearch(cudaError_t status)
 {
     if (status != cudaSuccess)
     {
-        throw std::runtime_error(std::string("greedy_decoder failed: ") + cudaGetErrorString(status) + " (" +
+        throw std::runtime_error(std::string("device_decoder failed: ") + cudaGetErrorString(status) + " (" +
                                  cudaGetErrorName(status) + ")");
     }
 }
 
-void runGreedyDecoder(GreedyDecoder& decoder, int32_t lines, int32_t slots, std::vector<uintptr_t> const& crossKeys,
+void runDeviceDecoder(DeviceDecoder& decoder, int32_t lines, int32_t slots, std::vector<uintptr_t> const& crossKeys,
                       std::vector<uintptr_t> const& crossValues, uintptr_t states, uintptr_t tokens, uintptr_t logProbs,
                       uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
 {
     if (lines < 1 || slots < 1 || slots > decoder.maxSlots())
     {
-        fail("greedy_decoder", "lines must be at least 1, slots 1 to " + std::to_string(decoder.maxSlots()));
+        fail("device_decoder", "lines must be at least 1, slots 1 to " + std::to_string(decoder.maxSlots()));
     }
-    GreedyRequest const request = requestOf(decoder, lines, slots, crossKeys, crossValues, states, tokens, logProbs,
+    SearchRequest const request = requestOf(decoder, lines, slots, crossKeys, crossValues, states, tokens, logProbs,
                                             lengths, maxNewTokens, stops);
     checkSearch(decoder.run(request, reinterpret_cast<cudaStream_t>(stream)));
 }
 
-void runBeamSearch(GreedyDecoder& decoder, int32_t images, int32_t beams, int32_t noRepeatNgram, bool stopsEarly,
+void runBeamSearch(DeviceDecoder& decoder, int32_t images, int32_t beams, int32_t noRepeatNgram, bool stopsEarly,
                    bool hopesLong, uintptr_t penalties, std::vector<uintptr_t> const& crossKeys,
                    std::vector<uintptr_t> const& crossValues, uintptr_t states, uintptr_t tokens, uintptr_t logProbs,
                    uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
 {
-    std::string const op = "greedy_decoder";
+    std::string const op = "device_decoder";
     char const* reason = nullptr;
     if (!canSearchBeams(decoder.config(), beams, &reason))
     {
@@ -210,16 +210,16 @@ void runBeamSearch(GreedyDecoder& decoder, int32_t images, int32_t beams, int32_
 
 }  // namespace
 
-void bindGreedyDecoder(py::module_& module)
+void bindDeviceDecoder(py::module_& module)
 {
     // Local, because trocr_cpu_kernels (tests/cpu_cuda) has one of its own.
-    py::class_<GreedyDecoder> decoder(
-        module, "GreedyDecoder", py::module_local(),
-        "Greedy decoding of a whole batch in one launch: config as runtime.greedy_weights.decoder_config makes it, "
+    py::class_<DeviceDecoder> decoder(
+        module, "DeviceDecoder", py::module_local(),
+        "Search of a whole batch in one launch: config as runtime.decoder_weights.decoder_config makes it, "
         "weights: "
-        "addresses of what runtime.greedy_decoder.pack_blobs makes. Owns its caches: one run at a time.");
-    decoder.def(py::init(&makeGreedyDecoder), "config"_a, "weights"_a, py::kw_only(), "max_slots"_a, "capacity"_a)
-        .def("run", &runGreedyDecoder, py::kw_only(), "lines"_a, "slots"_a, "cross_keys"_a = std::vector<uintptr_t>{},
+        "addresses of what runtime.device_decoder.pack_blobs makes. Owns its caches: one run at a time.");
+    decoder.def(py::init(&makeDeviceDecoder), "config"_a, "weights"_a, py::kw_only(), "max_slots"_a, "capacity"_a)
+        .def("run", &runDeviceDecoder, py::kw_only(), "lines"_a, "slots"_a, "cross_keys"_a = std::vector<uintptr_t>{},
              "cross_values"_a = std::vector<uintptr_t>{}, "states"_a = 0, "tokens"_a, "log_probs"_a, "lengths"_a,
              "max_new_tokens"_a, "stops"_a = true, "stream"_a,
              "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, "
@@ -239,38 +239,38 @@ void bindGreedyDecoder(py::module_& module)
             "+ max_new_tokens]: a hypothesis of so many tokens is worth its log-probability divided by it. An image "
             "ends with its last complete hypothesis, if it stops_early, else when no running one is better, taken as "
             "if it had all tokens, if one hopes_long. The rest as in run.")
-        .def_property_readonly("most_rows", &GreedyDecoder::mostRows, "Rows of a beam search.");
+        .def_property_readonly("most_rows", &DeviceDecoder::mostRows, "Rows of a beam search.");
     module.def(
         "beam_search_obstacle",
         [](py::dict const& config, int32_t beams) -> py::object
         {
             char const* reason = nullptr;
-            bool const served = canSearchBeams(parseGreedyConfig(config), beams, &reason);
+            bool const served = canSearchBeams(parseConfig(config), beams, &reason);
             return served ? py::object(py::none()) : py::object(py::str(reason));
         },
         "config"_a, "beams"_a, "Why the decoder cannot search with so many beams; None where it can.");
     auto const obstacle =
-        [&module](char const* name, bool (*possible)(GreedyDecoderConfig const&, char const**), char const* what)
+        [&module](char const* name, bool (*possible)(DeviceDecoderConfig const&, char const**), char const* what)
     {
         module.def(
             name,
             [possible](py::dict const& config) -> py::object
             {
                 char const* reason = nullptr;
-                bool const served = possible(parseGreedyConfig(config), &reason);
+                bool const served = possible(parseConfig(config), &reason);
                 return served ? py::object(py::none()) : py::object(py::str(reason));
             },
             "config"_a, what);
     };
-    obstacle("greedy_decoder_obstacle", canDecodeGreedily,
+    obstacle("device_decoder_obstacle", canDecodeOnDevice,
              "Why this GPU or these sizes are not served; None where they are.");
-    obstacle("greedy_states_obstacle", canAttendToStates,
+    obstacle("device_decoder_states_obstacle", canAttendToStates,
              "Why the decoder cannot attend to the encoder's states themselves; None where it can.");
     module.def(
-        "greedy_blob_bytes",
+        "device_decoder_blob_bytes",
         [](py::dict const& config)
         {
-            GreedyDecoderConfig const parsed = parseGreedyConfig(config);
+            DeviceDecoderConfig const parsed = parseConfig(config);
             py::dict sizes;
             if (decodesInTeams(parsed))
             {

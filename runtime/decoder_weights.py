@@ -1,6 +1,6 @@
-"""The decoder's weights as the CUDA greedy decoder takes them: one tensor a kind, stacked over the layers.
+"""The decoder's weights as the device decoder takes them: one tensor a kind, stacked over the layers.
 
-They lie in one file of an engine folder, `greedy_decoder.safetensors`, together with the decoder's sizes. T
+They lie in one file of an engine folder, `device_decoder.safetensors`, together with the decoder's sizes. T
 is float16 or bfloat16; L layers of width d, feed-forward width f, V tokens:
 
     token_embedding [V, d] T              position_embedding [positions, d] T, row p: after p tokens
@@ -35,19 +35,19 @@ from transformers import VisionEncoderDecoderModel
 from graph_surgery.checkpoint import ModelSpec
 from graph_surgery.export import position_table
 
-FILE_NAME = "greedy_decoder.safetensors"
+FILE_NAME = "device_decoder.safetensors"
 ACTIVATIONS = ("relu", "gelu")
 DTYPES = (torch.float16, torch.bfloat16)
 
 Config = dict[str, int | float | str | list[int]]
 
 
-class GreedyWeightsError(ValueError):
+class DecoderWeightsError(ValueError):
     """A file of packed weights that cannot be used; the message names it and the remedy."""
 
 
 def obstacle(spec: ModelSpec, dtype: torch.dtype) -> str | None:
-    """Why the CUDA greedy decoder cannot run this checkpoint in `dtype`; None where it can."""
+    """Why the device decoder cannot run this checkpoint in `dtype`; None where it can."""
     if dtype not in DTYPES:
         return f"it computes in float16 or bfloat16, not in {str(dtype).removeprefix('torch.')}"
     if spec.decoder.activation_function not in ACTIVATIONS:
@@ -56,7 +56,7 @@ def obstacle(spec: ModelSpec, dtype: torch.dtype) -> str | None:
 
 
 def decoder_config(spec: ModelSpec, model: VisionEncoderDecoderModel) -> Config:
-    """What the CUDA greedy decoder needs to know beside the weights; `eos_ids` only if there are several."""
+    """What the device decoder needs to know beside the weights; `eos_ids` only if there are several."""
     decoder = model.decoder.model.decoder
     several = {"eos_ids": list(spec.eos_token_ids)} if len(spec.eos_token_ids) > 1 else {}
     return {
@@ -147,7 +147,7 @@ def save_decoder(weights: dict[str, Tensor], config: Config, folder: Path) -> Pa
 def load_decoder(folder: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Config]:
     """The weights of `folder` on `device`, and the configuration.
 
-    Raises GreedyWeightsError for a file that is missing or damaged.
+    Raises DecoderWeightsError for a file that is missing or damaged.
     """
     file = folder / FILE_NAME
     try:
@@ -155,7 +155,7 @@ def load_decoder(folder: Path, device: torch.device | str = "cpu") -> tuple[dict
             config = json.loads(opened.metadata()["config"])
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise GreedyWeightsError(
+        raise DecoderWeightsError(
             f"{file} is missing or damaged ({error}); build the folder again: python build.py --force"
         ) from error
     weights.setdefault("head_weight", weights["token_embedding"])

@@ -8,10 +8,10 @@
 #include "common/device.cuh"
 #include "common/mma.cuh"
 #include "common/sm90.cuh"
-#include "greedy_decoder/beams.h"
-#include "greedy_decoder/common.cuh"
+#include "device_decoder/beams.h"
+#include "device_decoder/common.cuh"
 
-namespace trocr::greedy
+namespace trocr::decoder
 {
 
 constexpr int kTHREADS = 256;
@@ -663,4 +663,4 @@ struct Constants
     }
 };
 
-}  // namespace trocr::greedy
+}  // namespace trocr::decoder

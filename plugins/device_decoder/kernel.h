@@ -11,22 +11,22 @@
 #include <vector>
 
 #include "common/data_type.h"
-#include "greedy_decoder/beams.h"
-#include "greedy_decoder/while_graph.h"
+#include "device_decoder/beams.h"
+#include "device_decoder/while_graph.h"
 
-//! Greedy decoding of a whole batch in one launch: a CUDA graph whose WHILE node repeats a chain of fused kernels until
+//! Search of a whole batch in one launch: a CUDA graph whose WHILE node repeats a chain of fused kernels until
 //! every line has ended. See README.md for the design.
 
 namespace trocr
 {
 
-namespace greedy
+namespace decoder
 {
 constexpr int kMAX_END_IDS = 8;
 }
 
 //! Sizes of a TrOCR decoder, and what its search starts and ends with.
-struct GreedyDecoderConfig
+struct DeviceDecoderConfig
 {
     DataType dataType;     //!< kHALF or kBF16
     int32_t layers;        //!< L
@@ -76,7 +76,7 @@ struct TeamWeights
 };
 
 //! One batch: `lines` lines decoded in `slots` rows. Buffers must stay where they are: the graph is kept a request.
-struct GreedyRequest
+struct SearchRequest
 {
     int32_t lines;
     int32_t slots;                       //!< rows at a time; a row whose line has ended takes the next line
@@ -93,7 +93,7 @@ struct GreedyRequest
 //! A beam search of one batch.
 struct BeamRequest
 {
-    GreedyRequest images;  //!< a greedy search of them; a line is an image, `slots` all rows, images * beams
+    SearchRequest images;  //!< a greedy search of them; a line is an image, `slots` all rows, images * beams
     int32_t beams;         //!< n, rows of an image
     int32_t noRepeatNgram;
     bool stopsEarly;
@@ -102,19 +102,19 @@ struct BeamRequest
 };
 
 //! Whether the current device and these sizes are served; the reason where not.
-bool canDecodeGreedily(GreedyDecoderConfig const& config, char const** reason);
+bool canDecodeOnDevice(DeviceDecoderConfig const& config, char const** reason);
 
 //! The most rows at a time of a request with `states`.
 constexpr int32_t kMOST_STATE_ROWS = 64;
 
-//! Whether so many beams are served, where canDecodeGreedily; the reason where not.
-bool canSearchBeams(GreedyDecoderConfig const& config, int32_t beams, char const** reason);
+//! Whether so many beams are served, where canDecodeOnDevice; the reason where not.
+bool canSearchBeams(DeviceDecoderConfig const& config, int32_t beams, char const** reason);
 
-//! Whether requests may have `states` in place of keys and values, where canDecodeGreedily; the reason where not.
-bool canAttendToStates(GreedyDecoderConfig const& config, char const** reason);
+//! Whether requests may have `states` in place of keys and values, where canDecodeOnDevice; the reason where not.
+bool canAttendToStates(DeviceDecoderConfig const& config, char const** reason);
 
 //! Which of the two decoders serves these sizes: the team decoder takes heads of 32.
-inline bool decodesInTeams(GreedyDecoderConfig const& config)
+inline bool decodesInTeams(DeviceDecoderConfig const& config)
 {
     return config.width == config.heads * 32;
 }
@@ -127,7 +127,7 @@ struct ChainBytes
     size_t feedForward;
 };
 
-ChainBytes chainBytes(GreedyDecoderConfig const& config);
+ChainBytes chainBytes(DeviceDecoderConfig const& config);
 
 //! Bytes of a piece of the team decoder's packed weights.
 struct TeamBytes
@@ -140,15 +140,15 @@ struct TeamBytes
 TeamBytes teamBytes();
 
 //! Owns the workspace: caches for `maxSlots` rows of `capacity` tokens. Check `status()` before use.
-class GreedyDecoder
+class DeviceDecoder
 {
 public:
-    virtual ~GreedyDecoder();
-    GreedyDecoder(GreedyDecoder const&) = delete;
-    GreedyDecoder& operator=(GreedyDecoder const&) = delete;
+    virtual ~DeviceDecoder();
+    DeviceDecoder(DeviceDecoder const&) = delete;
+    DeviceDecoder& operator=(DeviceDecoder const&) = delete;
 
     //! Enqueues the search on `stream`; returns at once.
-    virtual cudaError_t run(GreedyRequest const& request, cudaStream_t stream) = 0;
+    virtual cudaError_t run(SearchRequest const& request, cudaStream_t stream) = 0;
 
     //! Enqueues a beam search: a graph of steps, see WhileGraphs.
     cudaError_t search(BeamRequest const& request, cudaStream_t stream);
@@ -171,22 +171,22 @@ public:
         return mCapacity;
     }
 
-    GreedyDecoderConfig const& config() const
+    DeviceDecoderConfig const& config() const
     {
         return mConfig;
     }
 
 protected:
-    GreedyDecoder(GreedyDecoderConfig config, int32_t maxSlots, int32_t capacity)
+    DeviceDecoder(DeviceDecoderConfig config, int32_t maxSlots, int32_t capacity)
         : mConfig(std::move(config)), mMaxSlots(maxSlots), mCapacity(capacity)
     {
     }
 
     //! Enqueues a step of a beam search: logits of every row whose image is open.
-    virtual cudaError_t enqueueStep(BeamRequest const& request, greedy::BeamSearch const& search,
+    virtual cudaError_t enqueueStep(BeamRequest const& request, decoder::BeamSearch const& search,
                                     cudaStream_t stream) = 0;
 
-    bool isPossible(GreedyRequest const& request) const
+    bool isPossible(SearchRequest const& request) const
     {
         auto const layers = static_cast<size_t>(mConfig.layers);
         bool const attends = request.states != nullptr
@@ -197,7 +197,7 @@ protected:
     }
 
     //! All of a request, for WhileGraphs.
-    static std::vector<uintptr_t> keyOf(GreedyRequest const& request)
+    static std::vector<uintptr_t> keyOf(SearchRequest const& request)
     {
         auto const word = [](void const* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
         std::vector<uintptr_t> key = {static_cast<uintptr_t>(request.lines),
@@ -215,23 +215,23 @@ protected:
         return key;
     }
 
-    GreedyDecoderConfig mConfig;
+    DeviceDecoderConfig mConfig;
     int32_t mMaxSlots;
     int32_t mCapacity;
     cudaError_t mStatus{cudaSuccess};
 
 private:
     uint8_t* mBeams{};  //!< what a beam search keeps, from the first on
-    greedy::WhileGraphs mBeamGraphs;
+    decoder::WhileGraphs mBeamGraphs;
 };
 
 //! A CUDA graph whose WHILE node repeats a chain of fused kernels. A request that differs in any member from earlier
 //! ones is captured first (about a millisecond); the last few graphs are kept.
-std::unique_ptr<GreedyDecoder> makeChainDecoder(GreedyDecoderConfig config, ChainWeights const& weights,
+std::unique_ptr<DeviceDecoder> makeChainDecoder(DeviceDecoderConfig config, ChainWeights const& weights,
                                                 int32_t maxSlots, int32_t capacity);
 
 //! One persistent kernel, in which a cluster decodes up to eight rows.
-std::unique_ptr<GreedyDecoder> makeTeamDecoder(GreedyDecoderConfig config, TeamWeights const& weights, int32_t maxSlots,
+std::unique_ptr<DeviceDecoder> makeTeamDecoder(DeviceDecoderConfig config, TeamWeights const& weights, int32_t maxSlots,
                                                int32_t capacity);
 
 }  // namespace trocr

@@ -1,8 +1,8 @@
 #pragma once
 
-// What the kernels of both greedy decoders share.
+// What the kernels of both device decoders share.
 
-namespace trocr::greedy
+namespace trocr::decoder
 {
 
 constexpr float kNO_SCORE = -1e30F;  //!< below every score; finite, so that differences of two are 0
@@ -13,4 +13,4 @@ __device__ __forceinline__ float gelu(float x)
     return 0.5F * x * (1.0F + erff(x * 0.70710678F));
 }
 
-}  // namespace trocr::greedy
+}  // namespace trocr::decoder

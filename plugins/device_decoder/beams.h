@@ -8,7 +8,7 @@
 //! Beam search on the device: what comes between two steps of a decoder that leaves logits for every row. The n rows
 //! of an image are its running hypotheses; README.md, "Beams".
 
-namespace trocr::greedy
+namespace trocr::decoder
 {
 
 constexpr int kMAX_BEAMS = 8;        //!< of an image
@@ -80,4 +80,4 @@ cudaError_t rankTokens(BeamSearch const& search, cudaStream_t stream);
 //! an image is open.
 cudaError_t advanceBeams(BeamSearch const& search, unsigned long long conditional, cudaStream_t stream);
 
-}  // namespace trocr::greedy
+}  // namespace trocr::decoder

@@ -2,8 +2,8 @@
 #include <utility>
 
 #include "common/launch.h"
-#include "greedy_decoder/kernel.h"
-#include "greedy_decoder/team_sm90.cuh"
+#include "device_decoder/kernel.h"
+#include "device_decoder/team_sm90.cuh"
 
 namespace trocr
 {
@@ -11,7 +11,7 @@ namespace trocr
 namespace
 {
 
-using namespace greedy;
+using namespace decoder;
 
 using Kernel = void (*)(TeamParams);
 
@@ -30,11 +30,11 @@ int kernelRows(int rows)
     return rows <= 2 ? rows : rows <= 4 ? 4 : kMAX_ROWS;
 }
 
-class TeamDecoder : public GreedyDecoder
+class TeamDecoder : public DeviceDecoder
 {
 public:
-    TeamDecoder(GreedyDecoderConfig config, TeamWeights weights, int32_t maxSlots, int32_t capacity)
-        : GreedyDecoder(std::move(config), maxSlots, capacity), mWeights(weights)
+    TeamDecoder(DeviceDecoderConfig config, TeamWeights weights, int32_t maxSlots, int32_t capacity)
+        : DeviceDecoder(std::move(config), maxSlots, capacity), mWeights(weights)
     {
         size_t const slots = std::min(maxSlots, kMAX_SLOTS);
         size_t at = 0;
@@ -66,7 +66,7 @@ public:
         cudaFree(mWorkspace);
     }
 
-    cudaError_t run(GreedyRequest const& request, cudaStream_t stream) override
+    cudaError_t run(SearchRequest const& request, cudaStream_t stream) override
     {
         if (!isPossible(request))
         {
@@ -212,7 +212,7 @@ TeamBytes teamBytes()
     return {size_t{kLAYER_SLOTS} * kSLOT_BYTES, size_t{kCONSTANT_BYTES}, size_t{kSLOT_BYTES}};
 }
 
-std::unique_ptr<GreedyDecoder> makeTeamDecoder(GreedyDecoderConfig config, TeamWeights const& weights, int32_t maxSlots,
+std::unique_ptr<DeviceDecoder> makeTeamDecoder(DeviceDecoderConfig config, TeamWeights const& weights, int32_t maxSlots,
                                                int32_t capacity)
 {
     return std::make_unique<TeamDecoder>(std::move(config), weights, maxSlots, capacity);
