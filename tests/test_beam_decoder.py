@@ -11,6 +11,7 @@ from profiling.device_decoder import cross_of_states, random_cross, random_state
 from runtime.device_decoder import DeviceDecoder
 from runtime.search import SearchSettings
 from tests.beam_reference import assert_right, likely_ends
+from tests.decoder_outputs import poisoned_outputs
 from tests.test_device_decoder import hopper, kernels, settings, weights_of  # noqa: F401  (fixtures)
 
 FOUR = SearchSettings(4)
@@ -43,10 +44,7 @@ def with_ends(name, dtype, ends=1) -> dict:
 def search(hopper, name, dtype, config, source, images, steps, chosen, slots=64):  # noqa: F811
     """The device's outputs from poisoned buffers, and its decoder."""
     decoder = DeviceDecoder(hopper, weights_of(name, dtype), config, slots, steps)
-    outputs = decoder.outputs(images, steps)
-    outputs[0].fill_(-7)
-    outputs[1].fill_(torch.nan)
-    outputs[2].fill_(-7)
+    outputs = poisoned_outputs(decoder, images, steps)
     decoder.search_beams(source, outputs, chosen)
     torch.cuda.synchronize()
     return outputs, decoder

@@ -20,6 +20,7 @@ from profiling.device_decoder import (
 from runtime.device_decoder import DeviceDecoder
 from runtime.search import SearchSettings
 from tests import beam_reference
+from tests.decoder_outputs import poisoned_outputs
 
 TEAM = DECODERS["bundled"] | {"num_layers": 2, "source_length": 140}
 CHAIN = DECODERS["base"] | {
@@ -50,10 +51,7 @@ def search(
     decoder = DeviceDecoder(kernels, weights, config, slots or lines, steps)
     if attended is None:
         attended = (random_states if states else random_cross)(config, lines, dtype, "cpu", seed=lines)
-    outputs = decoder.outputs(lines, steps)
-    outputs[0].fill_(-7)
-    outputs[1].fill_(torch.nan)
-    outputs[2].fill_(-7)
+    outputs = poisoned_outputs(decoder, lines, steps)
     decoder.run(attended, outputs, slots)
     return outputs, attended, config, weights
 

@@ -19,6 +19,7 @@ from profiling.device_decoder import (
 )
 from runtime.device_decoder import STATE_ROWS, DeviceDecoder, pack_blobs
 from runtime.kernels import load_kernels
+from tests.decoder_outputs import poisoned_outputs
 
 # name -> config: the published decoders with fewer layers, and other sizes and switches.
 BASE = DECODERS["base"] | {"num_layers": 2, "vocab_size": 5003}
@@ -90,10 +91,7 @@ def search(kernels, name, dtype, lines, steps, slots=None, cross=None, states=Fa
     decoder = DeviceDecoder(kernels, weights_of(name, dtype), config, slots or lines, steps)
     if cross is None:
         cross = (random_states if states else random_cross)(config, lines, dtype, "cuda", seed=lines)
-    outputs = decoder.outputs(lines, steps)
-    outputs[0].fill_(-7)
-    outputs[1].fill_(torch.nan)
-    outputs[2].fill_(-7)
+    outputs = poisoned_outputs(decoder, lines, steps)
     decoder.run(cross, outputs, slots)
     torch.cuda.synchronize()
     return outputs, cross, config, decoder
