@@ -10,7 +10,7 @@ ARG TENSORRT_IMAGE=nvidia/tensorrt:25.10-py3
 FROM ${TENSORRT_IMAGE}
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends libgtest-dev make python3-venv \
+    && apt-get install -y --no-install-recommends libgtest-dev make python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /workspace/trocr

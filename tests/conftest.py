@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sysconfig
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: its threads would fight for the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +35,8 @@ def cpu_kernels() -> ModuleType:
     """The decoders' kernels on the CPU (tests/cpu_cuda/README.md), which `make test` has built."""
     if platform.machine() != "x86_64":
         pytest.skip("the coroutines of tests/cpu_cuda are x86-64's")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("Python's headers are not here (python3-dev): CMake builds no module for it")
     return load_kernels("trocr_cpu_kernels")
 
 

@@ -5,7 +5,6 @@ tests/cpp/test_plugins.cpp, which is run from here.
 """
 
 import _ctypes
-import ctypes.util
 import importlib.util
 import os
 import re
@@ -384,11 +383,12 @@ def test_without_tensorrt_the_message_says_what_is_missing(tmp_path):
     TENSORRT_MODULES != ["tensorrt_bindings"], reason="needs tensorrt_bindings and no tensorrt"
 )
 def test_without_libraries_the_message_says_where_they_were_looked_for(tmp_path):
-    if ctypes.util.find_library("nvinfer"):
+    major = tensorrt_loader._bindings_major()
+    on_the_path = f"import ctypes; ctypes.CDLL('libnvinfer.so.{major}')"
+    if subprocess.run([sys.executable, "-c", on_the_path], capture_output=True).returncode == 0:
         pytest.skip("TensorRT is on the loader's path here")
     empty = tmp_path / "empty"
     message = load(tmp_path, "load_tensorrt()", TENSORRT_ROOT=str(empty))
-    major = tensorrt_loader._bindings_major()
     assert f"libnvinfer.so.{major}" in message
     assert f"TENSORRT_ROOT is {empty}" in message
     assert str(tmp_path / ".deps" / "tensorrt" / "lib") in message
