@@ -418,6 +418,20 @@ struct AncestorCaches
     }
 };
 
+//! Where row `row` finds its keys: in a beam search `owners` [rows, capacity] say it, `cacheSize` elements a row.
+template <bool kBEAMS>
+__device__ __forceinline__ auto cachesOf(int const* owners, int row, int capacity, ptrdiff_t cacheSize)
+{
+    if constexpr (kBEAMS)
+    {
+        return AncestorCaches{owners + static_cast<size_t>(row) * capacity, row, cacheSize};
+    }
+    else
+    {
+        return OwnCache{};
+    }
+}
+
 //! Keys and values that one lane holds. A key is shared by kLANES neighbouring lanes, eight elements each; kROW_WARPS
 //! warps take turns at a row's keys.
 template <typename T, int kHEAD_DIM, int kROW_WARPS, int kPASSES>
@@ -458,18 +472,18 @@ struct Keys
     }
 };
 
-//! The row's newest key and value, at index `position`, from shared memory (`offset`: the lane's first element).
+//! The row's newest key and value, at index `position`; `key` and `value`: the lane's eight elements.
 template <typename T, int kHEAD_DIM, int kROW_WARPS, int kPASSES>
 __device__ __forceinline__ void insertNewest(Keys<T, kHEAD_DIM, kROW_WARPS, kPASSES>& held, int first, int position,
-                                             T const* key, T const* value)
+                                             uint4 const* key, uint4 const* value)
 {
 #pragma unroll
     for (int pass = 0; pass < kPASSES; ++pass)
     {
         if (held.indexOf(first, pass) == position)
         {
-            held.keys[pass] = *reinterpret_cast<uint4 const*>(key);
-            held.values[pass] = *reinterpret_cast<uint4 const*>(value);
+            held.keys[pass] = *key;
+            held.values[pass] = *value;
         }
     }
 }

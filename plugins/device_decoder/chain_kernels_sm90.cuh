@@ -92,18 +92,8 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
         size_t const cache = ((first + row) * static_cast<size_t>(p.heads) + head) * headSize;
         T* const allKeys = static_cast<T*>(p.keys) + cache;
         T* const allValues = static_cast<T*>(p.values) + cache;
-        auto const caches = [&]()
-        {
-            if constexpr (kBEAMS)
-            {
-                return AncestorCaches{p.owners + static_cast<size_t>(first + row) * p.capacity, first + row,
-                                      static_cast<ptrdiff_t>(headSize) * p.heads};
-            }
-            else
-            {
-                return OwnCache{};
-            }
-        }();
+        auto const caches =
+            cachesOf<kBEAMS>(p.owners, first + row, p.capacity, static_cast<ptrdiff_t>(headSize) * p.heads);
         // The cache is on its way while the query is computed.
         HeadKeys held;
         held.load(allKeys, allValues, 0, attends ? position : 0, caches);
@@ -130,9 +120,10 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
         if (attends)
         {
             int const offset = lane % HeadKeys::kLANES * 8;
-            T const* const newest = qkv + row * 3 * kHEAD_DIM + offset;
+            auto const newest = [&](int i)
+            { return reinterpret_cast<uint4 const*>(qkv + (row * 3 + i) * kHEAD_DIM + offset); };
             Softmax<T, kHEAD_DIM> softmax;
-            softmax.begin(*reinterpret_cast<uint4 const*>(newest));
+            softmax.begin(*newest(0));
 #pragma unroll 1
             for (int key = 0; key <= position; key += HeadKeys::kSPAN)
             {
@@ -140,7 +131,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
                 {
                     held.load(allKeys, allValues, key, position, caches);
                 }
-                insertNewest(held, key, position, newest + kHEAD_DIM, newest + 2 * kHEAD_DIM);
+                insertNewest(held, key, position, newest(1), newest(2));
                 softmax.add(held, key, position + 1);
             }
             softmax.finish(partial + warp * kHEAD_DIM, scales + warp);
@@ -148,8 +139,8 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
             if ((kDEAL || rank == 0) && warp % kROW_WARPS == 1 && lane < HeadKeys::kLANES)
             {
                 size_t const at = static_cast<size_t>(position) * kHEAD_DIM + offset;
-                *reinterpret_cast<uint4*>(allKeys + at) = *reinterpret_cast<uint4 const*>(newest + kHEAD_DIM);
-                *reinterpret_cast<uint4*>(allValues + at) = *reinterpret_cast<uint4 const*>(newest + 2 * kHEAD_DIM);
+                *reinterpret_cast<uint4*>(allKeys + at) = *newest(1);
+                *reinterpret_cast<uint4*>(allValues + at) = *newest(2);
             }
         }
         __syncthreads();

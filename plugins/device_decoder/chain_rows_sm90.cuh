@@ -708,6 +708,39 @@ __device__ __forceinline__ void prefetchCache(T const* keys, T const* values, Ro
     }
 }
 
+//! A warp attends for a row and head, over its cache and the newest key and value, which go into the cache. Of query,
+//! newest key and value, the lane's eight elements; `context` [kHEAD_DIM] and `scale` are the warp's scratch in shared
+//! memory. Returns columns 2 lane and 2 lane + 1 of the context.
+template <typename T, int kHEAD_DIM, typename Caches>
+__device__ __forceinline__ unsigned attendRow(uint4 const* query, uint4 const* newKey, uint4 const* newValue, T* keys,
+                                              T* values, int position, Caches const& caches, float* context,
+                                              float2* scale)
+{
+    using HeadKeys = Keys<T, kHEAD_DIM, 1, 8>;
+    int const lane = threadIdx.x % kWARP_SIZE;
+    Softmax<T, kHEAD_DIM> softmax;
+    softmax.begin(*query);
+#pragma unroll 1
+    for (int key = 0; key <= position; key += HeadKeys::kSPAN)
+    {
+        HeadKeys held;
+        held.load(keys, values, key, position, caches);
+        insertNewest(held, key, position, newKey, newValue);
+        softmax.add(held, key, position + 1);
+    }
+    if (lane < HeadKeys::kLANES)
+    {
+        size_t const at = static_cast<size_t>(position) * kHEAD_DIM + lane * 8;
+        *reinterpret_cast<uint4*>(keys + at) = *newKey;
+        *reinterpret_cast<uint4*>(values + at) = *newValue;
+    }
+    softmax.finish(context, scale);
+    __syncwarp();
+    float const factor = 1.0F / scale->y;
+    float2 const pair = reinterpret_cast<float2 const*>(context)[lane];
+    return packPair<T>(pair.x * factor, pair.y * factor);
+}
+
 struct AttendParams
 {
     int rows;
@@ -725,7 +758,6 @@ struct AttendParams
 template <typename T, int kHEAD_DIM, bool kBEAMS>
 __global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
 {
-    using HeadKeys = Keys<T, kHEAD_DIM, 1, 8>;
     __shared__ float contexts[kWARPS][kHEAD_DIM];
     __shared__ float2 scales[kWARPS];
     int const warp = threadIdx.x / kWARP_SIZE;
@@ -748,52 +780,19 @@ __global__ void __launch_bounds__(kTHREADS) attendSelf(AttendParams p)
     {
         return;
     }
-    int const offset = lane % HeadKeys::kLANES * 8;
+    int const offset = lane % (kHEAD_DIM / 8) * 8;
     auto const* const newest =
         static_cast<T const*>(p.qkv) + (static_cast<size_t>(row) * 3 * p.heads + head) * kHEAD_DIM + offset;
     auto const part = [&](int i)
     { return __ldcg(reinterpret_cast<uint4 const*>(newest + static_cast<size_t>(i) * p.heads * kHEAD_DIM)); };
     uint4 const newKey = part(1);
     uint4 const newValue = part(2);
-    Softmax<T, kHEAD_DIM> softmax;
-    softmax.begin(part(0));
-#pragma unroll 1
-    for (int key = 0; key <= state.position; key += HeadKeys::kSPAN)
-    {
-        HeadKeys held;
-        if constexpr (kBEAMS)
-        {
-            AncestorCaches const caches{p.owners + static_cast<size_t>(row) * p.capacity, row,
-                                        static_cast<ptrdiff_t>(p.heads) * p.capacity * kHEAD_DIM};
-            held.load(allKeys, allValues, key, state.position, caches);
-        }
-        else
-        {
-            held.load(allKeys, allValues, key, state.position);
-        }
-#pragma unroll
-        for (int pass = 0; pass < 8; ++pass)
-        {
-            if (held.indexOf(key, pass) == state.position)
-            {
-                held.keys[pass] = newKey;
-                held.values[pass] = newValue;
-            }
-        }
-        softmax.add(held, key, state.position + 1);
-    }
-    if (lane < HeadKeys::kLANES)
-    {
-        size_t const at = static_cast<size_t>(state.position) * kHEAD_DIM + offset;
-        *reinterpret_cast<uint4*>(allKeys + at) = newKey;
-        *reinterpret_cast<uint4*>(allValues + at) = newValue;
-    }
-    softmax.finish(contexts[warp], &scales[warp]);
-    __syncwarp();
-    float const factor = 1.0F / scales[warp].y;
-    float2 const pair = reinterpret_cast<float2 const*>(contexts[warp])[lane];
+    uint4 const query = part(0);
+    auto const caches =
+        cachesOf<kBEAMS>(p.owners, row, p.capacity, static_cast<ptrdiff_t>(p.heads) * p.capacity * kHEAD_DIM);
     static_cast<unsigned*>(p.context)[(static_cast<size_t>(row) * p.heads + head) * kHEAD_DIM / 2 + lane] =
-        packPair<T>(pair.x * factor, pair.y * factor);
+        attendRow<T, kHEAD_DIM>(&query, &newKey, &newValue, allKeys, allValues, state.position, caches, contexts[warp],
+                                &scales[warp]);
 }
 
 struct SelfRowsParams
@@ -813,7 +812,6 @@ struct SelfRowsParams
 template <typename T, int kHEAD_DIM, bool kBEAMS>
 __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p)
 {
-    using HeadKeys = Keys<T, kHEAD_DIM, 1, 8>;
     constexpr int kBLOCKS = kHEAD_DIM / 8;
     TROCR_DYNAMIC_SHARED(shared, 128);
     BlockProduct<T, 1, 3> const product(p.product, shared);
@@ -870,41 +868,15 @@ __global__ void __launch_bounds__(kTHREADS, 2) attendSelfAndAdd(SelfRowsParams p
     if (row < rows && active.has(row))
     {
         int const position = __ldcg(&p.product.states[row].position);
-        int const offset = lane % HeadKeys::kLANES * 8;
-        T const* const newest = qkv + warp * 3 * kHEAD_DIM + offset;
-        Softmax<T, kHEAD_DIM> softmax;
-        softmax.begin(*reinterpret_cast<uint4 const*>(newest));
-#pragma unroll 1
-        for (int key = 0; key <= position; key += HeadKeys::kSPAN)
-        {
-            HeadKeys held;
-            if constexpr (kBEAMS)
-            {
-                AncestorCaches const caches{p.owners + static_cast<size_t>(row) * p.capacity, row,
-                                            static_cast<ptrdiff_t>(p.heads) * p.capacity * kHEAD_DIM};
-                held.load(allKeys, allValues, key, position, caches);
-            }
-            else
-            {
-                held.load(allKeys, allValues, key, position);
-            }
-            insertNewest(held, key, position, newest + kHEAD_DIM, newest + 2 * kHEAD_DIM);
-            softmax.add(held, key, position + 1);
-        }
-        if (lane < HeadKeys::kLANES)
-        {
-            size_t const at = static_cast<size_t>(position) * kHEAD_DIM + offset;
-            *reinterpret_cast<uint4*>(allKeys + at) = *reinterpret_cast<uint4 const*>(newest + kHEAD_DIM);
-            *reinterpret_cast<uint4*>(allValues + at) = *reinterpret_cast<uint4 const*>(newest + 2 * kHEAD_DIM);
-        }
+        auto const newest = [&](int i)
+        { return reinterpret_cast<uint4 const*>(qkv + (warp * 3 + i) * kHEAD_DIM + lane % (kHEAD_DIM / 8) * 8); };
+        auto const caches =
+            cachesOf<kBEAMS>(p.owners, row, p.capacity, static_cast<ptrdiff_t>(p.heads) * p.capacity * kHEAD_DIM);
         // Where the product's partial sums were: the context, then its scale.
         float* const attended = product.partial() + warp * (kHEAD_DIM + 4);
-        auto* const scale = reinterpret_cast<float2*>(attended + kHEAD_DIM);
-        softmax.finish(attended, scale);
-        __syncwarp();
-        float const factor = 1.0F / scale->y;
-        float2 const pair = reinterpret_cast<float2 const*>(attended)[lane];
-        unsigned const bits = packPair<T>(pair.x * factor, pair.y * factor);
+        unsigned const bits =
+            attendRow<T, kHEAD_DIM>(newest(0), newest(1), newest(2), allKeys, allValues, position, caches, attended,
+                                    reinterpret_cast<float2*>(attended + kHEAD_DIM));
         T* const to = contexts.rows + row * contexts.kPITCH + lane * 2;
 #pragma unroll
         for (int other = 0; other < kBLOCKS; ++other)
