@@ -31,6 +31,24 @@ def give_gpu_memory_back():
 
 
 @pytest.fixture(scope="session")
+def kernels() -> ModuleType:
+    """The module trocr_kernels."""
+    try:
+        return load_kernels()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def hopper(kernels: ModuleType) -> ModuleType:
+    """The module trocr_kernels, on a GPU that runs what is written for Hopper alone."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return kernels
+
+
+@pytest.fixture(scope="session")
 def cpu_kernels() -> ModuleType:
     """The decoders' kernels on the CPU (tests/cpu_cuda/README.md), which `make test` has built."""
     if platform.machine() != "x86_64":

@@ -4,23 +4,10 @@ import pytest
 import torch
 
 from profiling.attention_sm90 import HOPPER_PATHS, attend, errors
-from runtime.kernels import load_kernels
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 
 DTYPES = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
-    try:
-        module = load_kernels()
-    except ImportError as error:
-        pytest.skip(str(error))
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return module
 
 
 @pytest.fixture(params=HOPPER_PATHS)

@@ -12,7 +12,7 @@ from runtime.device_decoder import DeviceDecoder
 from runtime.search import SearchSettings
 from tests.beam_reference import assert_right, likely_ends
 from tests.decoder_outputs import poisoned_outputs
-from tests.test_device_decoder import hopper, kernels, settings, weights_of  # noqa: F401  (fixtures)
+from tests.test_device_decoder import settings, weights_of
 
 FOUR = SearchSettings(4)
 SETTINGS = (
@@ -41,7 +41,7 @@ def with_ends(name, dtype, ends=1) -> dict:
     return config | {"eos_ids": likely_ends(weights_of(name, dtype), config, cross, ends)}
 
 
-def search(hopper, name, dtype, config, source, images, steps, chosen, slots=64):  # noqa: F811
+def search(hopper, name, dtype, config, source, images, steps, chosen, slots=64):
     """The device's outputs from poisoned buffers, and its decoder."""
     decoder = DeviceDecoder(hopper, weights_of(name, dtype), config, slots, steps)
     outputs = poisoned_outputs(decoder, images, steps)
@@ -54,7 +54,7 @@ def search(hopper, name, dtype, config, source, images, steps, chosen, slots=64)
 @pytest.mark.parametrize("chosen", SETTINGS, ids=str)
 @pytest.mark.parametrize("images", (1, 3, 8))
 @pytest.mark.parametrize(("name", "states"), (("bundled", False), ("small", False), ("relu", True)))
-def test_finds_what_the_reference_finds(hopper, name, states, images, chosen):  # noqa: F811
+def test_finds_what_the_reference_finds(hopper, name, states, images, chosen):
     dtype = torch.float16
     config = with_ends(name, dtype)
     source, cross = attended(config, name, images, dtype, states)
@@ -69,7 +69,7 @@ def test_finds_what_the_reference_finds(hopper, name, states, images, chosen):  
     ("name", "states"),
     (("bundled", False), ("small", False), ("base", False), ("base", True), ("odd", False)),
 )
-def test_decoders(hopper, name, states, images, dtype):  # noqa: F811
+def test_decoders(hopper, name, states, images, dtype):
     if name == "base" and not states and images * 4 > 8:
         pytest.skip("so many rows attend to states")
     config = with_ends(name, dtype, ends=2 if name == "small" else 1)
@@ -80,7 +80,7 @@ def test_decoders(hopper, name, states, images, dtype):  # noqa: F811
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ("bundled", "relu"))
-def test_long_texts(hopper, name):  # noqa: F811
+def test_long_texts(hopper, name):
     """No end, and more tokens than a row's warps hold at once."""
     dtype, config = torch.float16, settings(name, torch.float16)
     config = config | {"eos_ids": [config["vocab_size"] - 1]}
@@ -91,7 +91,7 @@ def test_long_texts(hopper, name):  # noqa: F811
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "states"), (("bundled", False), ("relu", True)))
-def test_an_image_does_not_depend_on_its_neighbours(hopper, name, states):  # noqa: F811
+def test_an_image_does_not_depend_on_its_neighbours(hopper, name, states):
     """In another order, and in groups: more rows than fit at once. The same bits."""
     dtype, images = torch.float16, 37
     config = settings(name, dtype)
@@ -116,7 +116,7 @@ def test_an_image_does_not_depend_on_its_neighbours(hopper, name, states):  # no
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ("bundled", "relu"))
-def test_searches_of_all_kinds_on_one_decoder(hopper, name):  # noqa: F811
+def test_searches_of_all_kinds_on_one_decoder(hopper, name):
     """Greedy and beam searches of several sizes one after another, on other streams: the same every time."""
     dtype = torch.float16
     config = with_ends(name, dtype)
@@ -146,7 +146,7 @@ def test_searches_of_all_kinds_on_one_decoder(hopper, name):  # noqa: F811
 
 
 @pytest.mark.gpu
-def test_refuses(hopper):  # noqa: F811
+def test_refuses(hopper):
     dtype, name = torch.float16, "bundled"
     config = settings(name, dtype) | {"eos_ids": [3]}
     assert hopper.beam_search_obstacle(config, 8) is None

@@ -301,7 +301,7 @@ def test_manifest_is_plain_json(model: str, tmp_path: Path):
         ("attention", "fp16", False),
     ],
 )
-def test_weights_of_the_cuda_device_decoder(
+def test_weights_of_the_device_decoder(
     model: str, tmp_path: Path, plugins: str, precision: str, packed: bool
 ):
     folder = build(model, plugins, precision, out=tmp_path / "engines", onnx_only=True)

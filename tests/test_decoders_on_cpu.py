@@ -22,7 +22,7 @@ from runtime.search import SearchSettings
 from tests import beam_reference
 from tests.decoder_outputs import poisoned_outputs
 
-TEAM = DECODERS["bundled"] | {"num_layers": 2, "source_length": 140}
+TEAM = DECODERS["bundled"] | {"num_layers": 2, "source_length": 150}
 CHAIN = DECODERS["base"] | {
     "num_layers": 2,
     "hidden_size": 256,
@@ -109,7 +109,7 @@ def test_finished_rows_take_the_next_line(cpu_kernels, name, slots, states):
     (
         ("team", 1, False, SearchSettings(4)),
         ("narrow team", 2, False, SearchSettings(3, 2.0, 2, True)),
-        ("team", 3, False, SearchSettings(4, 0.8, 1, "never")),
+        ("team", 4, False, SearchSettings(4, 0.8, 1, "never")),
         ("chain", 1, False, SearchSettings(2, 0.0)),
         ("relu", 2, False, SearchSettings(4, -1.0, 0, "never")),
         ("chain", 1, True, SearchSettings(8)),
@@ -119,7 +119,7 @@ def test_finished_rows_take_the_next_line(cpu_kernels, name, slots, states):
     ids=str,
 )
 def test_beam_search(cpu_kernels, name, images, states, settings):
-    config, dtype, steps = CASES[name] | {"dtype": "float16"}, torch.float16, 6
+    config, dtype, steps = CASES[name] | {"dtype": "float16"}, torch.float16, 7
     weights = random_weights(config, dtype, "cpu")
     if states:
         attended = random_states(config, images, dtype, "cpu", seed=images)
@@ -132,3 +132,6 @@ def test_beam_search(cpu_kernels, name, images, states, settings):
     outputs = decoder.outputs(images, steps)
     decoder.search_beams(attended, outputs, settings)
     beam_reference.assert_right(weights, config, cross, outputs, settings)
+    first = [tensor.clone() for tensor in outputs]
+    decoder.search_beams(attended, outputs, settings)
+    assert all(map(torch.equal, first, outputs))

@@ -18,7 +18,6 @@ from profiling.device_decoder import (
     random_weights,
 )
 from runtime.device_decoder import STATE_ROWS, DeviceDecoder, pack_blobs
-from runtime.kernels import load_kernels
 from tests.decoder_outputs import poisoned_outputs
 
 # name -> config: the published decoders with fewer layers, and other sizes and switches.
@@ -55,22 +54,6 @@ STATES = (
     "relu",
     "wide-heads",
 )  # that may attend to the encoder's states
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    try:
-        return load_kernels()
-    except ImportError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def hopper(kernels):
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return kernels
 
 
 def settings(name: str, dtype: torch.dtype) -> dict:

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor
 
 from runtime.device_resize import DeviceResize
 from runtime.images import load_image
-from runtime.kernels import load_kernels, optional_kernels
+from runtime.kernels import optional_kernels
 from tests.conftest import BUNDLED_MODEL
 
 SAMPLES = sorted((BUNDLED_MODEL.parents[1] / "samples").glob("*.jpg"))[:6]
@@ -81,13 +81,10 @@ def test_the_formula_is_the_processors(filter: str):
 
 
 @pytest.fixture(scope="module")
-def kernels():
+def kernels(kernels):
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    try:
-        return load_kernels()
-    except ImportError as error:
-        pytest.skip(str(error))
+    return kernels
 
 
 @pytest.mark.gpu

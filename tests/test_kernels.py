@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from profiling.kernel_calls import FusedOps, attention, merge_heads, split_qkv
-from runtime.kernels import load_kernels
 
 DEVICE = "cuda"
 TOKENS = (1, 59, 97, 257, 577, 578, 1025)
@@ -28,14 +27,6 @@ all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 all_head_dims = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 all_tokens = pytest.mark.parametrize("tokens", TOKENS)
 all_batches = pytest.mark.parametrize(("batch", "heads"), BATCH_HEADS)
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    try:
-        return load_kernels()
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

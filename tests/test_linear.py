@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.kernels import load_kernels
-
 POLYNOMIAL = (  # of gelu() in plugins/linear/epilogue.cuh, from degree 5 down
     -0.00030645227525383234,
     0.0056864055804908276,
@@ -68,12 +66,8 @@ def test_gelu_polynomial_is_within_a_quarter_of_half_an_ulp() -> None:
     assert ((gelu.double() - exact).abs() / half_ulp).max() < 0.25
 
 
-def test_tactics_are_nearly_the_best_of_those_measured() -> None:
+def test_tactics_are_nearly_the_best_of_those_measured(kernels) -> None:
     """The choice among Hopper's tactics, against times on an H100 (132 multiprocessors)."""
-    try:
-        kernels = load_kernels()
-    except ImportError as error:
-        pytest.skip(str(error))
     table = Path(__file__).parents[1] / "plugins" / "linear" / "tactics-h100.csv"
     ratios = []
     for row in csv.DictReader(table.open()):
