@@ -164,7 +164,7 @@ def timeline_chart(entries: Sequence[Mapping[str, Any]], model: str, gpu: str) -
     figure.suptitle(f"Layers of the {entries[0]['graph']} one after another: {model} on {gpu}", fontsize=11)
     variants = ("fused", "stock")
     layers = [layer for entry in entries for variant in variants for layer in entry["timelines"][variant]]
-    ops = [op for op in dict.fromkeys(layer["op"] for layer in layers if layer["ms"] > 0) if op]
+    ops = list(dict.fromkeys(layer["op"] for layer in layers if layer["ms"] > 0))
     colours = {op: matplotlib.colormaps["tab20"](i % 20) for i, op in enumerate(ops)}
     for axes, entry in zip(figure.subplots(len(entries), squeeze=False)[:, 0], entries, strict=True):
         for place, variant in enumerate(variants):
@@ -181,8 +181,7 @@ def timeline_chart(entries: Sequence[Mapping[str, Any]], model: str, gpu: str) -
         axes.set_ylabel(f"batch {entry['batch']}")
         axes.grid(axis="y", visible=False)
     axes.set_xlabel("ms")
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     return figure
 
 
