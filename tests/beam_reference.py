@@ -84,10 +84,15 @@ def assert_right(
 
     backend = ReferenceBackend(weights, config, cross, settings.num_beams)
     found = host_search(backend, images, steps, settings)
-    good = 0
+    worse = []
     for image, theirs in enumerate(found.token_ids):
         length = int(lengths[image])
         value = expected[image] / length**settings.length_penalty
         best = found.mean_log_probs[image] * len(theirs) / len(theirs) ** settings.length_penalty
-        good += tokens[image, :length].tolist() == theirs or bool(value >= best - margin * length)
-    assert good >= 0.9 * images, f"{good} of {images}"
+        if tokens[image, :length].tolist() != theirs and value < best - margin * length:
+            worse.append(
+                f"image {image}: {length} tokens worth {value:.5f}, not {len(theirs)} worth {best:.5f}, "
+                f"with {margin:.5f} a token allowed"
+            )
+    # A hypothesis that rounding drops, though it belongs among those kept, takes its continuations with it.
+    assert len(worse) <= images // 8, "; ".join(worse)
