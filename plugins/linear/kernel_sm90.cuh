@@ -75,7 +75,7 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
             static int const places =
                 clustersAtOnce(linearPanel<T, kEPILOGUE, PANEL>, PANEL::kSHARED_BYTES, 512, PANEL::kCLUSTER);
             int const clusters = std::min(places / panelGroups, ceilDiv(p.rows, PANEL::kBM));
-            if (clusters < 1 || p.inputs > PANEL::kSTEPS * kBLOCK_K)
+            if (clusters < 1 || p.inputs > PANEL::kSTEPS * kBLOCK_K<T>)
             {
                 return cudaErrorInvalidValue;
             }
@@ -126,5 +126,7 @@ extern template cudaError_t launchSm90<__half>(Epilogue, Sm90Tactic const&, Tens
                                                bool, cudaStream_t);
 extern template cudaError_t launchSm90<__nv_bfloat16>(Epilogue, Sm90Tactic const&, TensorMaps const&,
                                                       EpilogueParams const&, bool, cudaStream_t);
+extern template cudaError_t launchSm90<E4m3>(Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&,
+                                             bool, cudaStream_t);
 
 }  // namespace trocr::linear_detail

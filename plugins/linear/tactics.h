@@ -48,7 +48,7 @@ struct Sm90Tactic
     float stepTime;   //!< of 64 of K of a block's tile
 };
 
-constexpr int kSTEP_INPUTS = 64;
+constexpr int kSTEP_INPUTS = 64;  //!< of two bytes; twice as many of one
 constexpr int kPANEL_INPUTS = 6 * kSTEP_INPUTS;  //!< most K of a panel
 
 constexpr Sm90Tactic kSM90_TACTICS[] = {
