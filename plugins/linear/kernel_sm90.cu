@@ -21,7 +21,7 @@ cudaError_t linearSm90(LinearParams const& params, int32_t tactic, int multiproc
     }
     Sm90Tactic const* const chosen = &kSM90_TACTICS[tactic - 1];
     if (chosen->split > ceilDiv(wideInputs, kSTEP_INPUTS) ||
-        (chosen->kernel == Sm90Kernel::kPANEL && wideInputs > kPANEL_INPUTS))
+        (chosen->kernel == Sm90Kernel::kPANEL && wideInputs > panelInputs(chosen->columns)))
     {
         return cudaErrorInvalidValue;
     }

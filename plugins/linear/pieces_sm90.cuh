@@ -182,7 +182,8 @@ __device__ __forceinline__ void multiply(float (&acc)[TILE::kM64][TILE::kBN / 2]
 #pragma unroll
             for (int m = 0; m < kM64; ++m)
             {
-                sm90::Wgmma<typename TypesOf<T>::Operand, TILE::kBN>::run(acc[m], x + 512 * m + 2 * k, weight + 2 * k, step != 0 || k != 0);
+                sm90::Wgmma<typename TypesOf<T>::Operand, TILE::kBN>::run(acc[m], x + 512 * m + 2 * k, weight + 2 * k,
+                                                                          step != 0 || k != 0);
             }
         }
         sm90::wgmmaCommit();
@@ -257,7 +258,36 @@ struct ChunkPipe
         }
     }
 
-    //! The same to keys and values: a row of the chunk is one head of 64 or several smaller ones, and rows of two
+    //! The finished chunk of float16 as e4m3, to p.quantized. A lane has 16 columns of a row: it reads them in their
+    //! order, and no value of the accumulators' order has to be kept for it.
+    __device__ __forceinline__ void storeE4m3(EpilogueParams const& p, int row, int column) const
+    {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+        {
+            int const r = 8 * n + static_cast<int>(lane / 4);
+            uint32_t const group = lane % 4;
+            uint4 const low = sm90::loadShared(address(sequence) + r * kROW_BYTES + (((2 * group) ^ (r % 8)) << 4));
+            uint4 const high =
+                sm90::loadShared(address(sequence) + r * kROW_BYTES + (((2 * group + 1) ^ (r % 8)) << 4));
+            auto const word = [&](uint32_t first, uint32_t second)
+            {
+                float2 const a = unpack(first, __half{});
+                float2 const b = unpack(second, __half{});
+                return toE4m3(a.x * p.outputFactor, a.y * p.outputFactor) |
+                       toE4m3(b.x * p.outputFactor, b.y * p.outputFactor) << 16;
+            };
+            uint4 const piece{word(low.x, high.x), word(low.y, high.y), word(low.z, high.z), word(low.w, high.w)};
+            if (row + r < p.rows && column < p.outputs)
+            {
+                auto* const to = p.quantized + static_cast<int64_t>(row + r) * p.outputs + column + group * 16;
+                *reinterpret_cast<uint4*>(to) = piece;
+            }
+        }
+        __syncwarp();
+    }
+
+    //! The chunk to keys and values: a row of the chunk is one head of 64 or several smaller ones, and rows of two
     //! images are far apart. Eight lanes a row, 16 bytes each.
     template <typename T>
     __device__ __forceinline__ void storeHeads(EpilogueParams const& p, int row, int column) const
@@ -278,18 +308,6 @@ struct ChunkPipe
         __syncwarp();
     }
 };
-
-//! e4m3 of one row of a chunk to p.quantized: word(i) is the lane's, of columns 16 i to 16 i + 15.
-template <typename WORD>
-__device__ __forceinline__ void storeQuantized(WORD word, EpilogueParams const& p, int row, int column, uint32_t lane)
-{
-    uint4 const piece = transposeQuad(word(0), word(1), word(2), word(3));
-    if (row < p.rows && column < p.outputs)
-    {
-        *reinterpret_cast<uint4*>(p.quantized + static_cast<int64_t>(row) * p.outputs + column + lane % 4 * 16) = piece;
-    }
-    __syncwarp();  // what follows is not to be computed ahead: there is no register for it
-}
 
 //! Accumulators v of one chunk -> y (and its row statistics, and e4m3).
 template <typename T, Epilogue kEPILOGUE, typename TILE>
@@ -314,7 +332,14 @@ __device__ __forceinline__ void finishChunk(float const* v, ChunkPipe<TILE>& pip
 #pragma unroll
         for (int h = 0; h < 2; ++h)
         {
-            storeQuantized([&](int i) { return words[4 * h + i]; }, p, row + 8 * h + pipe.lane / 4, column, pipe.lane);
+            uint4 const piece = transposeQuad(words[4 * h], words[4 * h + 1], words[4 * h + 2], words[4 * h + 3]);
+            int const r = row + 8 * h + static_cast<int>(pipe.lane / 4);
+            if (r < p.rows && column < p.outputs)
+            {
+                auto* const to = p.quantized + static_cast<int64_t>(r) * p.outputs + column + pipe.lane % 4 * 16;
+                *reinterpret_cast<uint4*>(to) = piece;
+            }
+            __syncwarp();  // the next chunk is not to be begun before: there is no register for it
         }
         return;
     }
@@ -369,23 +394,7 @@ __device__ __forceinline__ void finishChunk(float const* v, ChunkPipe<TILE>& pip
             storeStatistics<typename TypesOf<T>::Output>(out, p, row, column, pipe.lane);
             if constexpr (kIS_E4M3<T>)
             {
-#pragma unroll
-                for (int i = 0; i < 16; ++i)
-                {
-                    asm volatile("" : "+r"(out[i]));  // unpacked anew: 32 floats are not to be kept from above
-                }
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-                {
-                    auto const word = [&](int i)
-                    {
-                        float2 const first = unpack(out[4 * i + h], __half{});
-                        float2 const second = unpack(out[4 * i + 2 + h], __half{});
-                        return toE4m3(first.x * p.outputFactor, first.y * p.outputFactor) |
-                               toE4m3(second.x * p.outputFactor, second.y * p.outputFactor) << 16;
-                    };
-                    storeQuantized(word, p, row + 8 * h + pipe.lane / 4, column, pipe.lane);
-                }
+                pipe.storeE4m3(p, row, column);
             }
         }
     }

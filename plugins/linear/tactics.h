@@ -23,6 +23,9 @@ enum class Sm90Tile : int32_t
     kSPLIT_64X64,
     kSPLIT_64X128,
     kSPLIT_128X128,
+    kPERSISTENT_128X192_OF_4,
+    kPERSISTENT_128X128_OF_4,
+    kPANEL_128,
 };
 
 enum class Sm90Kernel : int32_t
@@ -49,7 +52,11 @@ struct Sm90Tactic
 };
 
 constexpr int kSTEP_INPUTS = 64;  //!< of two bytes; twice as many of one
-constexpr int kPANEL_INPUTS = 6 * kSTEP_INPUTS;  //!< most K of a panel
+//! Most K of a panel of so many columns.
+constexpr int panelInputs(int columns)
+{
+    return (columns == 128 ? 8 : 6) * kSTEP_INPUTS;
+}
 
 constexpr Sm90Tactic kSM90_TACTICS[] = {
     {Sm90Tile::kPERSISTENT_128X192, Sm90Kernel::kPERSISTENT, 128, 192, 2, 1, 1, 0.050F, 4.610F, 0.650F},
@@ -66,6 +73,9 @@ constexpr Sm90Tactic kSM90_TACTICS[] = {
     {Sm90Tile::kSPLIT_128X128, Sm90Kernel::kSPLIT, 128, 128, 1, 1, 1, 0.050F, 3.463F, 0.446F},
     {Sm90Tile::kSPLIT_128X128, Sm90Kernel::kSPLIT, 128, 128, 1, 1, 2, 0.050F, 5.871F, 0.379F},
     {Sm90Tile::kSPLIT_128X128, Sm90Kernel::kSPLIT, 128, 128, 1, 1, 4, 1.339F, 3.547F, 0.579F},
+    {Sm90Tile::kPERSISTENT_128X192_OF_4, Sm90Kernel::kPERSISTENT, 128, 192, 2, 2, 1, 1.0F, 4.6F, 0.65F},
+    {Sm90Tile::kPERSISTENT_128X128_OF_4, Sm90Kernel::kPERSISTENT, 128, 128, 2, 2, 1, 1.0F, 2.5F, 0.48F},
+    {Sm90Tile::kPANEL_128, Sm90Kernel::kPANEL, 64, 128, 1, 2, 1, 1.2F, 1.4F, 0.25F},
 };
 constexpr int32_t kNUM_SM90_TACTICS = sizeof(kSM90_TACTICS) / sizeof(kSM90_TACTICS[0]);
 
@@ -91,7 +101,7 @@ __host__ __device__
 inline float estimate(Sm90Tactic const& tactic, int rows, int outputs, int inputs, bool residual, int multiprocessors)
 {
     int const steps = ceilDiv(inputs, kSTEP_INPUTS);
-    if (tactic.split > steps || (tactic.kernel == Sm90Kernel::kPANEL && (residual || inputs > kPANEL_INPUTS)))
+    if (tactic.split > steps || (tactic.kernel == Sm90Kernel::kPANEL && (residual || inputs > panelInputs(tactic.columns))))
     {
         return std::numeric_limits<float>::infinity();
     }
