@@ -274,8 +274,8 @@ class E4m3Linear(Linear):
         return y if self.residual is None else y + self.residual.float()
 
     def errors(self) -> list[str]:
-        """What is wrong with the last run's outputs. The tensor cores keep some 14 bits of a sum of e4m3 products:
-        with K up to 4096 that was off by up to 0.5 % of the largest output."""
+        """What is wrong with the last run's outputs. The tensor cores keep some 14 bits of a sum of e4m3
+        products: with K up to 4096 that was off by up to 0.5 % of the largest output."""
         reference = self.reference()
         allowed = 1e-2 * reference.abs().max()
         found = []
