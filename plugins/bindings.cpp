@@ -103,7 +103,7 @@ void bindEncoderAttention(uintptr_t qkv, uintptr_t context, int32_t batch, int32
 {
     std::string const op = "encoder_attention";
     EncoderAttentionParams const params{
-        input(qkv),         output(context), batch, sequenceLength, numHeads, headDim, parseDataType(op, dtype),
+        input(qkv),          output(context), batch, sequenceLength, numHeads, headDim, parseDataType(op, dtype),
         parsePath(op, path), outputScale};
     enqueue(op, params, canImplementEncoderAttention, encoderAttention, {{"qkv", qkv}, {"context", context}}, stream);
 }
@@ -266,9 +266,13 @@ void bindRowStatistics(uintptr_t x, uintptr_t statistics, int64_t rows, int32_t 
                        uintptr_t quantized, float scale, uintptr_t stream)
 {
     std::string const op = "row_statistics";
-    RowStatisticsParams const params{
-        input(x), reinterpret_cast<float*>(statistics), output(quantized), scale, rows, width,
-        parseDataType(op, dtype)};
+    RowStatisticsParams const params{input(x),
+                                     reinterpret_cast<float*>(statistics),
+                                     output(quantized),
+                                     scale,
+                                     rows,
+                                     width,
+                                     parseDataType(op, dtype)};
     enqueue(op, params, canImplementRowStatistics, rowStatistics,
             {{"x", x, 2 * sizeOf(params.dataType)}, {"statistics", statistics, 8}}, stream);
 }
@@ -409,7 +413,7 @@ PYBIND11_MODULE(trocr_kernels, module)
         "output_statistics.");
     module.def("linear_tactic_count", &linearTacticCount);
     module.def("linear_tactic_on_hopper", &linearTacticOnHopper, py::kw_only(), "rows"_a, "outputs"_a, "inputs"_a,
-               "residual"_a, "multiprocessors"_a, "What tactic 0 takes on Hopper; needs no GPU.");
+               "residual"_a, "e4m3"_a = false, "multiprocessors"_a, "What tactic 0 takes on Hopper; needs no GPU.");
 
     module.def("row_statistics", bindRowStatistics, "x"_a, "statistics"_a, py::kw_only(), "rows"_a, "width"_a,
                "dtype"_a, "quantized"_a = 0, "scale"_a = 0.0F, "stream"_a = 0,

@@ -68,7 +68,8 @@ char const* whyNot(LinearParams const& p)
         bool const wanted = p.activation == LinearActivation::kGELU || p.outputStatistics != nullptr;
         if (p.tokens != 0 || (p.quantized != nullptr) != wanted)
         {
-            return "e4m3 outputs go with a GELU or output statistics, and those with them; with neither keys nor values";
+            return "e4m3 outputs go with a GELU or output statistics, and those with them; with neither keys nor "
+                   "values";
         }
     }
     else if (p.quantized != nullptr)
@@ -110,7 +111,8 @@ __device__ float2 toFloat2(__nv_bfloat162 v)
 
 //! One warp a row: partial statistics of 64 columns at a time, two columns a lane; factor times the columns as e4m3.
 template <typename T2>
-__global__ void __launch_bounds__(256) rowStatisticsKernel(T2 const* x, float2* statistics, uint16_t* quantized, float factor, int rows, int parts)
+__global__ void __launch_bounds__(256)
+    rowStatisticsKernel(T2 const* x, float2* statistics, uint16_t* quantized, float factor, int rows, int parts)
 {
     int const row = blockIdx.x * 8 + threadIdx.x / 32;
     int const lane = threadIdx.x % 32;
@@ -151,10 +153,9 @@ cudaError_t launchRowStatistics(RowStatisticsParams const& params, cudaStream_t 
 {
     int const blocks = linear_detail::ceilDiv(params.rows, 8);
     int const parts = params.width / kLINEAR_STATISTICS_WIDTH;
-    rowStatisticsKernel<<<blocks, 256, 0, stream>>>(static_cast<T2 const*>(params.x),
-                                                    reinterpret_cast<float2*>(params.statistics),
-                                                    static_cast<uint16_t*>(params.quantized), 1.0F / params.scale,
-                                                    static_cast<int>(params.rows), parts);
+    rowStatisticsKernel<<<blocks, 256, 0, stream>>>(
+        static_cast<T2 const*>(params.x), reinterpret_cast<float2*>(params.statistics),
+        static_cast<uint16_t*>(params.quantized), 1.0F / params.scale, static_cast<int>(params.rows), parts);
     return cudaGetLastError();
 }
 
@@ -165,9 +166,11 @@ int32_t linearTacticCount()
     return linear_detail::kNUM_SM90_TACTICS + linear_detail::kNUM_SM80_TACTICS;
 }
 
-int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, bool residual, int32_t multiprocessors)
+int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, bool residual, bool e4m3,
+                             int32_t multiprocessors)
 {
-    return linear_detail::cheapestSm90Tactic(static_cast<int>(rows), outputs, inputs, residual, multiprocessors);
+    return linear_detail::cheapestSm90Tactic({static_cast<int>(rows), outputs, inputs, residual, e4m3},
+                                             multiprocessors);
 }
 
 bool canImplementLinear(LinearParams const& params, char const** reason)
@@ -194,7 +197,8 @@ cudaError_t linear(LinearParams const& params, cudaStream_t stream)
     }
     if (!aligned(params.x, 16) || !aligned(params.weight, 16) || !aligned(params.y, 16) ||
         !aligned(params.residual, 16) || !aligned(params.bias, 8) || !aligned(params.weightSum, 8) ||
-        !aligned(params.inputStatistics, 8) || !aligned(params.outputStatistics, 8) || !aligned(params.values, 16) || !aligned(params.quantized, 16))
+        !aligned(params.inputStatistics, 8) || !aligned(params.outputStatistics, 8) || !aligned(params.values, 16) ||
+        !aligned(params.quantized, 16))
     {
         return cudaErrorInvalidValue;
     }

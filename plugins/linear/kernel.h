@@ -33,8 +33,8 @@ constexpr int32_t kLINEAR_MAX_ROWS = 1 << 30;
 //!
 //! With `e4m3` the product is one of e4m3 values, x of x / scale and the weight of W / scale: `productScale` is both
 //! scales' product, and weightSum that of the weights times theirs. Then `quantized` takes y / outputScale as e4m3: in
-//! place of y with a GELU, in addition to it where output statistics are wanted. e4m3 columns are stored in the order of
-//! common/fp8.cuh.
+//! place of y with a GELU, in addition to it where output statistics are wanted. e4m3 columns are stored in the order
+//! of common/fp8.cuh.
 //!
 //! With `tokens` the outputs are keys and values in heads: y, of the first N / 2 columns, and `values`, of the others,
 //! are T [M / tokens, N / 2 / headDim, tokens, headDim].
@@ -76,7 +76,8 @@ bool canImplementLinear(LinearParams const& params, char const** reason = nullpt
 cudaError_t linear(LinearParams const& params, cudaStream_t stream);
 
 //! What tactic 0 takes on Hopper.
-int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, bool residual, int32_t multiprocessors);
+int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, bool residual, bool e4m3,
+                             int32_t multiprocessors);
 
 //! Highest tactic number; some of them are refused by some devices and problems.
 int32_t linearTacticCount();

@@ -12,16 +12,14 @@ cudaError_t linearSm90(LinearParams const& params, int32_t tactic, int multiproc
     {
         return cudaErrorNotSupported;
     }
-    // The estimate counts steps of 128 bytes of K.
-    int32_t const wideInputs = params.e4m3 ? ceilDiv(params.inputs, 2) : params.inputs;
+    Sm90Problem const problem{static_cast<int>(params.rows), params.outputs, params.inputs, params.residual != nullptr,
+                              params.e4m3};
     if (tactic == 0)
     {
-        tactic =
-            cheapestSm90Tactic(params.rows, params.outputs, wideInputs, params.residual != nullptr, multiprocessors);
+        tactic = cheapestSm90Tactic(problem, multiprocessors);
     }
     Sm90Tactic const* const chosen = &kSM90_TACTICS[tactic - 1];
-    if (chosen->split > ceilDiv(wideInputs, kSTEP_INPUTS) ||
-        (chosen->kernel == Sm90Kernel::kPANEL && wideInputs > panelInputs(chosen->columns)))
+    if (!problem.suits(*chosen))
     {
         return cudaErrorInvalidValue;
     }
@@ -37,16 +35,15 @@ cudaError_t linearSm90(LinearParams const& params, int32_t tactic, int multiproc
         return params.e4m3 ? encodeByteMap(map, data, rows, params.inputs, boxRows)
                            : encodeMap(map, params.dataType, data, rows, params.inputs, boxRows);
     };
-    bool const encoded =
-        operandMap(maps.x, params.x, params.rows, 64) &&
-        operandMap(maps.weight, params.weight, params.outputs, weightBox) &&
-        encodeMap(maps.y, params.dataType, y, params.rows, yColumns, kCHUNK_ROWS) &&
-        encodeMap(maps.residual, params.dataType, residual, params.rows, yColumns, kCHUNK_ROWS);
+    bool const encoded = operandMap(maps.x, params.x, params.rows, 64) &&
+                         operandMap(maps.weight, params.weight, params.outputs, weightBox) &&
+                         encodeMap(maps.y, params.dataType, y, params.rows, yColumns, kCHUNK_ROWS) &&
+                         encodeMap(maps.residual, params.dataType, residual, params.rows, yColumns, kCHUNK_ROWS);
     if (!encoded)
     {
         return cudaErrorInvalidValue;
     }
-    auto const launch = params.e4m3                           ? launchSm90<E4m3>
+    auto const launch = params.e4m3                          ? launchSm90<E4m3>
                         : params.dataType == DataType::kHALF ? launchSm90<__half>
                                                              : launchSm90<__nv_bfloat16>;
     return launch(epilogueOf(params), *chosen, maps, epilogueParams(params), params.overlapPredecessor, stream);

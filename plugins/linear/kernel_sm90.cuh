@@ -15,12 +15,10 @@ namespace trocr::linear_detail
 
 using PersistentTile128x192 = Tile<2, 192, 4, 2, 3, 2, 1>;
 using PersistentTile128x128 = Tile<2, 128, 5, 2, 3, 2, 1>;
-using PersistentTile192x128 = Tile<3, 128, 4, 2, 3, 2, 1>;
 using PersistentTile128x128Of3 = Tile<2, 128, 5, 2, 3, 1, 3>;
 using PersistentTile128x192Of4 = Tile<2, 192, 4, 2, 3, 2, 2>;
 using PersistentTile128x128Of4 = Tile<2, 128, 5, 2, 3, 2, 2>;
 using Panel192 = Panel<192, 6, 6, 1, 2>;
-using Panel128 = Panel<128, 8, 8, 1, 2>;
 using SplitTile64x64 = Tile<1, 64, 6, 1, 1>;
 using SplitTile64x128 = Tile<1, 128, 6, 1, 2>;
 using SplitTile128x128 = Tile<2, 128, 5, 1, 4>;
@@ -92,8 +90,6 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
             return persistent(PersistentTile128x192{});
         case Sm90Tile::kPERSISTENT_128X128:
             return persistent(PersistentTile128x128{});
-        case Sm90Tile::kPERSISTENT_192X128:
-            return persistent(PersistentTile192x128{});
         case Sm90Tile::kPERSISTENT_128X128_OF_3:
             return persistent(PersistentTile128x128Of3{});
         case Sm90Tile::kPERSISTENT_128X192_OF_4:
@@ -102,8 +98,6 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
             return persistent(PersistentTile128x128Of4{});
         case Sm90Tile::kPANEL_192:
             return panel(Panel192{});
-        case Sm90Tile::kPANEL_128:
-            return panel(Panel128{});
         case Sm90Tile::kSPLIT_64X64:
             return split(SplitTile64x64{});
         case Sm90Tile::kSPLIT_64X128:

@@ -38,8 +38,8 @@ struct Panel
     static_assert(kSTAGES % kCLUSTER == 0, "a stage is always filled by the same block");
 };
 
-//! Many rows, K up to 384, of e4m3 768. Blocks keep their panel and go through rows; which rows, only the cluster's number says, so
-//! that the blocks of a cluster do the same.
+//! Many rows, K up to 384, of e4m3 768. Blocks keep their panel and go through rows; which rows, only the cluster's
+//! number says, so that the blocks of a cluster do the same.
 template <typename T, Epilogue kEPILOGUE, typename PANEL>
 __global__ void __launch_bounds__(512, 1)
     linearPanel(__grid_constant__ TensorMaps const maps, __grid_constant__ EpilogueParams const p)
@@ -181,7 +181,8 @@ __global__ void __launch_bounds__(512, 1)
 #pragma unroll
                 for (int k = 0; k < kSTEP_PRODUCTS; ++k)
                 {
-                    sm90::Wgmma<typename TypesOf<T>::Operand, PANEL::kBN>::run(acc, x + 2 * k, weight + 2 * k, step != 0 || k != 0);
+                    sm90::Wgmma<typename TypesOf<T>::Operand, PANEL::kBN>::run(acc, x + 2 * k, weight + 2 * k,
+                                                                               step != 0 || k != 0);
                 }
                 sm90::wgmmaCommit();
                 if (step > 0)

@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(384, 1)
                         uint32_t const destination = shared.x(ring.stage) + m * 64 * kROW_BYTES;
                         if constexpr (kWIDE == 1)
                         {
-                            sm90::loadBox(destination, &maps.x, step * kBLOCK_K<T>, row + m * 64, shared.full(ring.stage));
+                            sm90::loadBox(destination, &maps.x, step * kBLOCK_K<T>, row + m * 64,
+                                          shared.full(ring.stage));
                         }
                         else
                         {

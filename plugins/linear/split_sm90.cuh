@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(160, 1)
                 }
                 for (int m = 0; m < TILE::kM64; ++m)
                 {
-                    sm90::loadBox(shared.x(ring.stage) + m * 64 * kROW_BYTES, &maps.x, (rank + step * size) * kBLOCK_K<T>,
-                                  tileRow + m * 64, shared.full(ring.stage));
+                    sm90::loadBox(shared.x(ring.stage) + m * 64 * kROW_BYTES, &maps.x,
+                                  (rank + step * size) * kBLOCK_K<T>, tileRow + m * 64, shared.full(ring.stage));
                 }
             }
         }
