@@ -98,12 +98,13 @@ void enqueue(std::string const& op, Params const& params, bool (*canImplement)(P
 }
 
 void bindEncoderAttention(uintptr_t qkv, uintptr_t context, int32_t batch, int32_t sequenceLength, int32_t numHeads,
-                          int32_t headDim, std::string const& dtype, uintptr_t stream, std::string const& path)
+                          int32_t headDim, std::string const& dtype, float outputScale, uintptr_t stream,
+                          std::string const& path)
 {
     std::string const op = "encoder_attention";
     EncoderAttentionParams const params{
-        input(qkv),         output(context), batch, sequenceLength, numHeads, headDim, parseDataType(op, dtype),
-        parsePath(op, path)};
+        input(qkv),          output(context), batch, sequenceLength, numHeads, headDim, parseDataType(op, dtype),
+        parsePath(op, path), outputScale};
     enqueue(op, params, canImplementEncoderAttention, encoderAttention, {{"qkv", qkv}, {"context", context}}, stream);
 }
 
@@ -230,7 +231,7 @@ void bindLinear(uintptr_t x, uintptr_t weight, uintptr_t y, uintptr_t bias, uint
                 uintptr_t inputStatistics, uintptr_t weightSum, uintptr_t outputStatistics, uintptr_t values,
                 int64_t rows, int32_t outputs, int32_t inputs, std::string const& dtype, float epsilon,
                 std::string const& activation, int32_t tokens, int32_t headDim, int32_t tactic, bool overlapPredecessor,
-                uintptr_t stream)
+                bool e4m3, uintptr_t quantized, float productScale, float outputScale, uintptr_t stream)
 {
     std::string const op = "linear";
     LinearParams const params{input(x),
@@ -251,15 +252,26 @@ void bindLinear(uintptr_t x, uintptr_t weight, uintptr_t y, uintptr_t bias, uint
                               parseLinearActivation(op, activation),
                               parseDataType(op, dtype),
                               tactic,
-                              overlapPredecessor};
-    enqueue(op, params, canImplementLinear, linear, {{"x", x}, {"weight", weight}, {"y", y}}, stream);
+                              overlapPredecessor,
+                              e4m3,
+                              output(quantized),
+                              productScale,
+                              outputScale};
+    bool const onlyQuantized = e4m3 && params.activation == LinearActivation::kGELU;
+    Pointer const result = onlyQuantized ? Pointer{"quantized", quantized} : Pointer{"y", y};
+    enqueue(op, params, canImplementLinear, linear, {{"x", x}, {"weight", weight}, result}, stream);
 }
 
 void bindRowStatistics(uintptr_t x, uintptr_t statistics, int64_t rows, int32_t width, std::string const& dtype,
-                       uintptr_t stream)
+                       uintptr_t quantized, float scale, uintptr_t stream)
 {
     std::string const op = "row_statistics";
-    RowStatisticsParams const params{input(x), reinterpret_cast<float*>(statistics), rows, width,
+    RowStatisticsParams const params{input(x),
+                                     reinterpret_cast<float*>(statistics),
+                                     output(quantized),
+                                     scale,
+                                     rows,
+                                     width,
                                      parseDataType(op, dtype)};
     enqueue(op, params, canImplementRowStatistics, rowStatistics,
             {{"x", x, 2 * sizeOf(params.dataType)}, {"statistics", statistics, 8}}, stream);
@@ -342,7 +354,8 @@ PYBIND11_MODULE(trocr_kernels, module)
     module.doc() = kMODULE_DOC;
 
     module.def("encoder_attention", bindEncoderAttention, "qkv"_a, "context"_a, py::kw_only(), "batch"_a,
-               "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "stream"_a = 0, "path"_a = "auto",
+               "sequence_length"_a, "num_heads"_a, "head_dim"_a, "dtype"_a, "output_scale"_a = 0.0F, "stream"_a = 0,
+               "path"_a = "auto",
                "context [B, S, H*d] = softmax(q k^T / sqrt(d)) v of the packed qkv [B, S, 3, H, d]. path forces an "
                "implementation: "
                "'mma' (mma.sync, any GPU), 'hopper' (wgmma; compute capability 9.0, d = 64, 16-bit types) or one of "
@@ -389,20 +402,23 @@ PYBIND11_MODULE(trocr_kernels, module)
         "linear", bindLinear, "x"_a, "weight"_a, "y"_a, py::kw_only(), "bias"_a = 0, "residual"_a = 0,
         "input_statistics"_a = 0, "weight_sum"_a = 0, "output_statistics"_a = 0, "values"_a = 0, "rows"_a, "outputs"_a,
         "inputs"_a, "dtype"_a, "epsilon"_a = 0.0F, "activation"_a = "none", "tokens"_a = 0, "head_dim"_a = 0,
-        "tactic"_a = 0, "overlap_predecessor"_a = false, "stream"_a = 0,
+        "tactic"_a = 0, "overlap_predecessor"_a = false, "e4m3"_a = false, "quantized"_a = 0, "product_scale"_a = 0.0F,
+        "output_scale"_a = 0.0F, "stream"_a = 0,
         "y [R, N] = activation(x' [R, K] weight [N, K]^T + bias) + residual [R, N]; x' is x, or, with input_statistics "
         "[R, K / 64, 2] and weight_sum [N], (x - mean) / sqrt(variance + epsilon). bias, weight_sum and statistics are "
         "float32; 0 for a tensor that is not there; activation 'none', 'gelu' (exact, erf) or 'relu'; tactic 0: by "
         "cost, else 1 to linear_tactic_count(). With tokens y and values are [R / tokens, N / 2 / head_dim, tokens, "
-        "head_dim], of the first N / 2 columns and of the others.");
+        "head_dim], of the first N / 2 columns and of the others. With e4m3, x and weight are that, in the order of "
+        "common/fp8.cuh; quantized e4m3 [R, N] takes y / output_scale: in place of y (0) with a GELU, beside it with "
+        "output_statistics.");
     module.def("linear_tactic_count", &linearTacticCount);
     module.def("linear_tactic_on_hopper", &linearTacticOnHopper, py::kw_only(), "rows"_a, "outputs"_a, "inputs"_a,
-               "residual"_a, "multiprocessors"_a, "What tactic 0 takes on Hopper; needs no GPU.");
+               "residual"_a, "e4m3"_a = false, "multiprocessors"_a, "What tactic 0 takes on Hopper; needs no GPU.");
 
     module.def("row_statistics", bindRowStatistics, "x"_a, "statistics"_a, py::kw_only(), "rows"_a, "width"_a,
-               "dtype"_a, "stream"_a = 0,
+               "dtype"_a, "quantized"_a = 0, "scale"_a = 0.0F, "stream"_a = 0,
                "statistics float32 [R, K / 64, 2]: mean, and sum of squared distances from it, of each 64 columns of x "
-               "[R, K].");
+               "[R, K]; quantized e4m3 [R, K] takes x / scale.");
 
     module.def("image_resize", bindImageResize, "sources"_a, "images"_a, "weights"_a, "intermediate"_a, "out"_a,
                py::kw_only(), "count"_a, "max_height"_a, "out_height"_a, "out_width"_a, "filter"_a, "stream"_a = 0,

@@ -26,9 +26,14 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
     static trocr::TrOCRLinearResidualPluginCreator linearResidual;
     static trocr::TrOCRCrossKeyValuePluginCreator crossKeyValue;
     static trocr::TrOCRPatchEmbeddingPluginCreator patchEmbedding;
+    static trocr::TrOCRFp8EncoderAttentionPluginCreator fp8EncoderAttention;
+    static trocr::TrOCRFp8RowStatisticsPluginCreator fp8RowStatistics;
+    static trocr::TrOCRFp8LayerNormLinearPluginCreator fp8LayerNormLinear;
+    static trocr::TrOCRFp8LinearResidualPluginCreator fp8LinearResidual;
     static nvinfer1::IPluginCreatorInterface* const creators[]{
-        &encoderAttention, &decoderSelfAttention, &crossAttention, &residualLayerNorm, &layerNorm,     &biasActivation,
-        &rowStatistics,    &layerNormLinear,      &linearResidual, &crossKeyValue,     &patchEmbedding};
+        &encoderAttention, &decoderSelfAttention, &crossAttention,   &residualLayerNorm,  &layerNorm,
+        &biasActivation,   &rowStatistics,        &layerNormLinear,  &linearResidual,     &crossKeyValue,
+        &patchEmbedding,   &fp8EncoderAttention,  &fp8RowStatistics, &fp8LayerNormLinear, &fp8LinearResidual};
     nbCreators = static_cast<int32_t>(std::size(creators));
     return creators;
 }

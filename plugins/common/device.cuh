@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 //! Device-side helpers of the kernels: conversions, 16-byte packs, warp reductions.
 
 namespace trocr
@@ -173,6 +175,22 @@ __device__ __forceinline__ float exp2Approx(float x)
 #else
     return exp2f(x);  // tests/cpu_cuda
 #endif
+}
+
+//! Lane q of four holds word q of blocks 0 to 3; afterwards it holds words 0 to 3 of block q.
+__device__ __forceinline__ uint4 transposeQuad(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3)
+{
+    bool const high = threadIdx.x & 2;
+    bool const odd = threadIdx.x & 1;
+    uint32_t const a = __shfl_xor_sync(kFULL_WARP, high ? w0 : w2, 2);
+    uint32_t const b = __shfl_xor_sync(kFULL_WARP, high ? w1 : w3, 2);
+    w0 = high ? a : w0;
+    w1 = high ? b : w1;
+    w2 = high ? w2 : a;
+    w3 = high ? w3 : b;
+    uint32_t const c = __shfl_xor_sync(kFULL_WARP, odd ? w0 : w1, 1);
+    uint32_t const d = __shfl_xor_sync(kFULL_WARP, odd ? w2 : w3, 1);
+    return {odd ? c : w0, odd ? w1 : c, odd ? d : w2, odd ? w3 : d};
 }
 
 }  // namespace trocr

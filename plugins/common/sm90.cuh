@@ -6,6 +6,7 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -405,9 +406,9 @@ __device__ __forceinline__ void shrinkRegisters()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kREGISTERS));
 }
 
-//! Descriptor of a K-major operand in rows of 128 bytes (64 elements), as the copy engine leaves them with
+//! Descriptor of a K-major operand in rows of 128 bytes (64 elements of two bytes, 128 e4m3), as the copy engine leaves them with
 //! CU_TENSOR_MAP_SWIZZLE_128B, at an address that is a multiple of 1024:
-//!   bits 0-13   start >> 4; the next 16 elements of K are + 2, the next 64 rows + 512
+//!   bits 0-13   start >> 4; the next 32 bytes of K are + 2, the next 64 rows + 512
 //!   bits 16-29  leading offset, unused with a swizzle
 //!   bits 32-45  bytes from eight rows to the next eight >> 4: 1024 >> 4
 //!   bits 62-63  1: 128-byte swizzle
@@ -434,9 +435,9 @@ __device__ __forceinline__ void wgmmaWait()
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPENDING) : "memory");
 }
 
-//! wgmma.m64nNk16: d[64, N] (+)= a[64, 16] b[N, 16]^T. d[4 j + 2 h + e] of lane l of warp w is the element of row
-//! 16 w + 8 h + l / 4 and column 8 j + 2 (l % 4) + e. `accumulate` 0 overwrites d. `a` comes from shared memory, or
-//! from registers: for each warp's 16 rows as in mma.m16n8k16.
+//! wgmma.m64nNk16: d[64, N] (+)= a[64, 16] b[N, 16]^T, for e4m3 k32. d[4 j + 2 h + e] of lane l of warp w is the
+//! element of row 16 w + 8 h + l / 4 and column 8 j + 2 (l % 4) + e. `accumulate` 0 overwrites d. `a` comes from shared
+//! memory, or (two-byte types) from registers: for each warp's 16 rows as in mma.m16n8k16.
 template <typename T, int N>
 struct Wgmma;
 
@@ -456,7 +457,8 @@ struct Wgmma;
     ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
     ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 
-// LEFT: the parameter a; A, B, ACCUMULATE: its, b's and the flag's places; LAYOUT: which operands are transposed.
+// TYPES: K, and the types; LEFT: the parameter a; A, B, ACCUMULATE: its, b's and the flag's places; LAYOUT: which
+// operands are transposed.
 #define TROCR_RUN(TYPES, N, PLACES, LEFT, A, B, ACCUMULATE, LAYOUT, OPERANDS, ...)                                  \
     static __device__ __forceinline__ void run(float(&d)[N / 2], LEFT, uint64_t b, int accumulate)                  \
     {                                                                                                               \
@@ -465,7 +467,7 @@ struct Wgmma;
             ".reg .pred p;\n"                                                                                       \
             "setp.ne.b32 p, " ACCUMULATE                                                                            \
             ", 0;\n"                                                                                                \
-            "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" PLACES "}, " A ", " B ", p, 1, 1, " LAYOUT \
+            "wgmma.mma_async.sync.aligned.m64n" #N TYPES " {" PLACES "}, " A ", " B ", p, 1, 1" LAYOUT              \
             ";\n"                                                                                                   \
             "}\n"                                                                                                   \
             : __VA_ARGS__                                                                                           \
@@ -477,8 +479,8 @@ struct Wgmma;
     template <>                                                                                           \
     struct Wgmma<T, N>                                                                                    \
     {                                                                                                     \
-        TROCR_RUN(TYPES, N, PLACES, uint64_t a, P0, P1, P2, "0, 0", "l"(a), __VA_ARGS__)                  \
-        TROCR_RUN(TYPES, N, PLACES, uint32_t const (&a)[4], "{" P0 "," P1 "," P2 "," P3 "}", P4, P5, "0", \
+        TROCR_RUN(TYPES, N, PLACES, uint64_t a, P0, P1, P2, ", 0, 0", "l"(a), __VA_ARGS__)                \
+        TROCR_RUN(TYPES, N, PLACES, uint32_t const (&a)[4], "{" P0 "," P1 "," P2 "," P3 "}", P4, P5, ", 0", \
                   TROCR_REGISTERS, __VA_ARGS__)                                                           \
     };
 #define TROCR_WGMMAS(T, TYPES)                                                                                         \
@@ -487,9 +489,20 @@ struct Wgmma;
                 TROCR_D32(32))                                                                                         \
     TROCR_WGMMA(T, TYPES, 192, TROCR_P0 TROCR_P32 TROCR_P64, "%96", "%97", "%98", "%99", "%100", "%101", TROCR_D32(0), \
                 TROCR_D32(32), TROCR_D32(64))
-TROCR_WGMMAS(__half, "f16.f16")
-TROCR_WGMMAS(__nv_bfloat16, "bf16.bf16")
+TROCR_WGMMAS(__half, "k16.f32.f16.f16")
+TROCR_WGMMAS(__nv_bfloat16, "k16.f32.bf16.bf16")
 
+#define TROCR_E4M3(N, PLACES, P0, P1, P2, ...)                                                           \
+    template <>                                                                                          \
+    struct Wgmma<__nv_fp8_e4m3, N>                                                                       \
+    {                                                                                                    \
+        TROCR_RUN("k32.f32.e4m3.e4m3", N, PLACES, uint64_t a, P0, P1, P2, "", "l"(a), __VA_ARGS__)       \
+    };
+TROCR_E4M3(64, TROCR_P0, "%32", "%33", "%34", TROCR_D32(0))
+TROCR_E4M3(128, TROCR_P0 TROCR_P32, "%64", "%65", "%66", TROCR_D32(0), TROCR_D32(32))
+TROCR_E4M3(192, TROCR_P0 TROCR_P32 TROCR_P64, "%96", "%97", "%98", TROCR_D32(0), TROCR_D32(32), TROCR_D32(64))
+
+#undef TROCR_E4M3
 #undef TROCR_WGMMAS
 #undef TROCR_WGMMA
 #undef TROCR_REGISTERS

@@ -26,17 +26,31 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensorMapEncoder()
     return encode;
 }
 
-//! Map of T [rows, columns], float16 or bfloat16, in boxes of [boxRows, 64], swizzled by 128 bytes; zeros outside.
-inline bool encodeMap(CUtensorMap& map, DataType type, void const* data, int rows, int columns, int boxRows)
+//! Map of [rows, columns] elements of `bytes` each in boxes of boxRows rows of 128 bytes, swizzled by as many; zeros
+//! outside.
+inline bool encodeMap(CUtensorMap& map, CUtensorMapDataType format, int bytes, void const* data, int rows, int columns,
+                      int boxRows)
 {
-    auto const format = type == DataType::kHALF ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     cuuint64_t const sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    cuuint64_t const strides[1] = {static_cast<cuuint64_t>(columns) * 2};
-    cuuint32_t const box[2] = {64, static_cast<cuuint32_t>(boxRows)};
+    cuuint64_t const strides[1] = {static_cast<cuuint64_t>(columns) * bytes};
+    cuuint32_t const box[2] = {static_cast<cuuint32_t>(128 / bytes), static_cast<cuuint32_t>(boxRows)};
     cuuint32_t const steps[2] = {1, 1};
     return tensorMapEncoder()(&map, format, 2, const_cast<void*>(data), sizes, strides, box, steps,
                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+//! The same of float16 or bfloat16, boxes of [boxRows, 64].
+inline bool encodeMap(CUtensorMap& map, DataType type, void const* data, int rows, int columns, int boxRows)
+{
+    auto const format = type == DataType::kHALF ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    return encodeMap(map, format, 2, data, rows, columns, boxRows);
+}
+
+//! The same of bytes, boxes of [boxRows, 128].
+inline bool encodeByteMap(CUtensorMap& map, void const* data, int rows, int columns, int boxRows)
+{
+    return encodeMap(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data, rows, columns, boxRows);
 }
 
 }  // namespace trocr

@@ -1,6 +1,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
+
 #include "common/launch.h"
 #include "encoder_attention/kernel.h"
 #include "encoder_attention/launchers.h"
@@ -42,7 +44,22 @@ bool canImplementEncoderAttention(EncoderAttentionParams const& params, char con
     {
         return false;
     }
-    return !isHopperForced(params) || canImplementEncoderAttentionSm90(params, reason);
+    if (params.outputScale != 0.0F)
+    {
+        if (!std::isfinite(params.outputScale) || params.outputScale < 0.0F)
+        {
+            return refuse(reason, "the output's scale must be finite and above 0");
+        }
+        if (params.dataType != DataType::kHALF || params.path == EncoderAttentionPath::kGENERAL)
+        {
+            return refuse(reason, "e4m3 outputs go with half, on the Hopper path");
+        }
+    }
+    else if (!isHopperForced(params))
+    {
+        return true;
+    }
+    return canImplementEncoderAttentionSm90(params, reason);
 }
 
 cudaError_t encoderAttention(EncoderAttentionParams const& params, cudaStream_t stream)
@@ -70,7 +87,7 @@ cudaError_t encoderAttention(EncoderAttentionParams const& params, cudaStream_t 
     {
         return encoderAttentionSm90(params, stream);
     }
-    return isHopperForced(params) ? cudaErrorNotSupported : encoderAttentionGeneral(params, stream);
+    return isHopperForced(params) || params.outputScale != 0.0F ? cudaErrorNotSupported : encoderAttentionGeneral(params, stream);
 }
 
 }  // namespace trocr

@@ -28,6 +28,9 @@ struct EncoderAttentionParams
     int32_t headDim;         //!< d, 32 or 64
     DataType dataType;       //!< T
     EncoderAttentionPath path = EncoderAttentionPath::kAUTO;
+    //! Not 0: context is e4m3 [B, S, H * d] of the context divided by it, in the order of common/fp8.cuh; only for
+    //! float16 on the Hopper path.
+    float outputScale = 0.0F;
 };
 
 //! Whether the sizes and the type are supported; pointers are not looked at. When not, *reason (if given) says why.

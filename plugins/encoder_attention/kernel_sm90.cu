@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/fp8.cuh"
 #include "common/launch.h"
 #include "encoder_attention/launchers.h"
 #include "encoder_attention/tile_sm90.cuh"
@@ -54,7 +55,7 @@ constexpr float kLAG = 8.0F;
 //! Query tiles are numbered over all images and heads: tile = (image * heads + head) * queryTiles + tile of the head.
 struct Arguments
 {
-    void* context;  // T [B, S, H, 64]
+    void* context;  // C [B, S, H, 64]
     int sequenceLength;
     int heads;
     int queryTiles;     // of a head
@@ -63,6 +64,7 @@ struct Arguments
     int tilesPerBlock;  // block b computes tiles from b * tilesPerBlock
     bool resident;      // a head's keys and values fit in the slots: they are loaded once for all its tiles
     float scale;        // log2(e) / sqrt(d)
+    float outputFactor;  // of e4m3, 1 / outputScale
 };
 
 //! Tiles [begin, end) of one head for which keys and values pass through the slots once.
@@ -204,24 +206,8 @@ __device__ __forceinline__ void produce(CUtensorMap const* queryMap, CUtensorMap
     }
 }
 
-//! Lane q of four holds word q of blocks 0 to 3; afterwards it holds words 0 to 3 of block q.
-__device__ __forceinline__ uint4 transposeQuad(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3)
-{
-    bool const high = threadIdx.x & 2;
-    bool const odd = threadIdx.x & 1;
-    uint32_t const a = __shfl_xor_sync(kFULL_WARP, high ? w0 : w2, 2);
-    uint32_t const b = __shfl_xor_sync(kFULL_WARP, high ? w1 : w3, 2);
-    w0 = high ? a : w0;
-    w1 = high ? b : w1;
-    w2 = high ? w2 : a;
-    w3 = high ? w3 : b;
-    uint32_t const c = __shfl_xor_sync(kFULL_WARP, odd ? w0 : w1, 1);
-    uint32_t const d = __shfl_xor_sync(kFULL_WARP, odd ? w2 : w3, 1);
-    return {odd ? c : w0, odd ? w1 : c, odd ? d : w2, odd ? w3 : d};
-}
-
-//! context = o / sum for the rows of this warp that exist; the sum is in the column of ones.
-template <typename T>
+//! context = o / sum for the rows of this warp that exist; the sum is in the column of ones. C: its type, T or e4m3.
+template <typename C>
 __device__ __forceinline__ void store(Arguments const& arguments, float const* o, int tile)
 {
     int const lane = threadIdx.x % kWARP_SIZE;
@@ -229,32 +215,53 @@ __device__ __forceinline__ void store(Arguments const& arguments, float const* o
     int const head = tile / arguments.queryTiles % arguments.heads;
     int const image = tile / arguments.queryTiles / arguments.heads;
     size_t const rowStride = static_cast<size_t>(arguments.heads) * kHEAD_DIM;
-    T* const context = static_cast<T*>(arguments.context) +
+    constexpr bool kIS_E4M3 = std::is_same_v<C, __nv_fp8_e4m3>;
+    C* const context = static_cast<C*>(arguments.context) +
                        (static_cast<size_t>(image) * arguments.sequenceLength + row) * rowStride + head * kHEAD_DIM +
-                       lane % 4 * 8;
+                       lane % 4 * (16 / sizeof(C));
 #pragma unroll
     for (int h = 0; h < 2; ++h)
     {
-        float const inverse = 1.0F / o[kHEAD_DIM / 2 + 2 * h];
-        uint32_t w[8];
+        bool const exists = row + 8 * h < arguments.sequenceLength;
+        C* const destination = context + 8 * h * rowStride;
+        if constexpr (kIS_E4M3)
+        {
+            float const factor = arguments.outputFactor / o[kHEAD_DIM / 2 + 2 * h];
+            uint32_t w[4];
 #pragma unroll
-        for (int block = 0; block < 8; ++block)
-        {
-            w[block] = packPair<T>(o[4 * block + 2 * h] * inverse, o[4 * block + 2 * h + 1] * inverse);
+            for (int i = 0; i < 4; ++i)
+            {
+                float const* const v = o + 8 * i + 2 * h;
+                w[i] = toE4m3(v[0] * factor, v[1] * factor) | toE4m3(v[4] * factor, v[5] * factor) << 16;
+            }
+            uint4 const piece = transposeQuad(w[0], w[1], w[2], w[3]);
+            if (exists)
+            {
+                *reinterpret_cast<uint4*>(destination) = piece;
+            }
         }
-        uint4 const left = transposeQuad(w[0], w[1], w[2], w[3]);
-        uint4 const right = transposeQuad(w[4], w[5], w[6], w[7]);
-        if (row + 8 * h < arguments.sequenceLength)
+        else
         {
-            T* const destination = context + 8 * h * rowStride;
-            *reinterpret_cast<uint4*>(destination) = left;
-            *reinterpret_cast<uint4*>(destination + 32) = right;
+            float const inverse = 1.0F / o[kHEAD_DIM / 2 + 2 * h];
+            uint32_t w[8];
+#pragma unroll
+            for (int block = 0; block < 8; ++block)
+            {
+                w[block] = packPair<C>(o[4 * block + 2 * h] * inverse, o[4 * block + 2 * h + 1] * inverse);
+            }
+            uint4 const left = transposeQuad(w[0], w[1], w[2], w[3]);
+            uint4 const right = transposeQuad(w[4], w[5], w[6], w[7]);
+            if (exists)
+            {
+                *reinterpret_cast<uint4*>(destination) = left;
+                *reinterpret_cast<uint4*>(destination + 32) = right;
+            }
         }
     }
 }
 
 //! One warpgroup: every kGROUPS-th query tile of the block.
-template <typename T, typename V>
+template <typename T, typename C, typename V>
 __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> shared, int group)
 {
     constexpr int kKEYS = V::kKEYS;
@@ -440,7 +447,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                 wgmmaWait<0>();
                 wgmmaResult(o);
                 release(true, shared.valuesEmpty(place.slot));
-                store<T>(arguments, o, blockBegin + mine);
+                store<C>(arguments, o, blockBegin + mine);
             }
             else  // the next tile's first scores run while this one's output is written
             {
@@ -449,7 +456,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
                 wgmmaCommit();
                 wgmmaWait<1>();
                 wgmmaResult(o);
-                store<T>(arguments, o, blockBegin + mine);
+                store<C>(arguments, o, blockBegin + mine);
                 wgmmaWait<0>();
                 wgmmaResult(s);
             }
@@ -459,7 +466,7 @@ __device__ __forceinline__ void consume(Arguments const& arguments, Shared<V> sh
     }
 }
 
-template <typename T, typename V>
+template <typename T, typename C, typename V>
 __global__ void __launch_bounds__(V::kTHREADS, 1)
     encoderAttentionKernel(__grid_constant__ CUtensorMap const queryMap,
                            __grid_constant__ CUtensorMap const keyValueMap, __grid_constant__ Arguments const arguments)
@@ -501,7 +508,7 @@ __global__ void __launch_bounds__(V::kTHREADS, 1)
     else
     {
         growRegisters<V::kCONSUMER_REGISTERS>();
-        consume<T, V>(arguments, shared, group);
+        consume<T, C, V>(arguments, shared, group);
     }
 }
 
@@ -512,7 +519,7 @@ int tilesPerBlock(int tiles, int groups, int processors)
     return even <= groups ? even : ceilDiv(even, groups) * groups;
 }
 
-template <typename T, typename V>
+template <typename T, typename C, typename V>
 cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int processors)
 {
     CUtensorMap queryMap{};
@@ -522,7 +529,7 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int p
     {
         status = makeMap(params, V::kKEYS, keyValueMap);
     }
-    auto* const kernel = encoderAttentionKernel<T, V>;
+    auto* const kernel = encoderAttentionKernel<T, C, V>;
     if (status == cudaSuccess)
     {
         status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, V::kSHARED_BYTES);
@@ -541,6 +548,7 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int p
     arguments.tiles = params.batch * params.numHeads * arguments.queryTiles;
     arguments.tilesPerBlock = tilesPerBlock(arguments.tiles, V::kGROUPS, processors);
     arguments.resident = arguments.keyTiles <= V::kPAIRS;
+    arguments.outputFactor = 1.0F / params.outputScale;
     arguments.scale = kLOG2_E / std::sqrt(static_cast<float>(kHEAD_DIM));
 
     cudaLaunchConfig_t config{};
@@ -559,14 +567,14 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int p
     return cudaLaunchKernelEx(&config, kernel, queryMap, keyValueMap, arguments);
 }
 
-template <typename T, int kGROUPS>
+template <typename T, typename C, int kGROUPS>
 cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int processors)
 {
     using Short = Variant<kGROUPS, 128, 80>;  // 577 and 578 tokens: 4 x 128 + 65 or 66
     using Full = Variant<kGROUPS, 128, 128>;
     int const tail = (params.sequenceLength - 1) % Short::kKEYS + 1;
     bool const isShort = params.sequenceLength > Short::kKEYS && tail <= Short::kTAIL;
-    return isShort ? run<T, Short>(params, stream, processors) : run<T, Full>(params, stream, processors);
+    return isShort ? run<T, C, Short>(params, stream, processors) : run<T, C, Full>(params, stream, processors);
 }
 
 //! The path of the lower cost: rounds of the fullest block, at what a round takes. Measured on an H100 at 578 tokens
@@ -579,7 +587,7 @@ EncoderAttentionPath choosePath(EncoderAttentionParams const& params, int proces
     return cost(3, 8.5) < cost(2, 6.0) ? EncoderAttentionPath::kHOPPER_3 : EncoderAttentionPath::kHOPPER_2;
 }
 
-template <typename T>
+template <typename T, typename C>
 cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
 {
     int processors{};
@@ -592,9 +600,9 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
     switch (isForced ? params.path : choosePath(params, processors))
     {
         case EncoderAttentionPath::kHOPPER_2:
-            return run<T, 2>(params, stream, processors);
+            return run<T, C, 2>(params, stream, processors);
         case EncoderAttentionPath::kHOPPER_3:
-            return run<T, 3>(params, stream, processors);
+            return run<T, C, 3>(params, stream, processors);
         default:
             return cudaErrorInvalidValue;
     }
@@ -622,7 +630,12 @@ bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char
 
 cudaError_t encoderAttentionSm90(EncoderAttentionParams const& params, cudaStream_t stream)
 {
-    return params.dataType == DataType::kHALF ? run<__half>(params, stream) : run<__nv_bfloat16>(params, stream);
+    if (params.outputScale != 0.0F)
+    {
+        return run<__half, __nv_fp8_e4m3>(params, stream);
+    }
+    return params.dataType == DataType::kHALF ? run<__half, __half>(params, stream)
+                                              : run<__nv_bfloat16, __nv_bfloat16>(params, stream);
 }
 
 }  // namespace trocr

@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "common/e4m3_shapes.h"
 #include "common/heads.h"
 #include "common/plugin_base.h"
 #include "encoder_attention/kernel.h"
@@ -34,6 +35,43 @@ public:
                       nvinfer1::IExprBuilder& exprBuilder) const;
 };
 
+struct Fp8EncoderAttentionAttributes
+{
+    HeadsAttributes common;
+    float outputScale;
+
+    template <class Self, class Visitor>
+    static void visit(Self& self, Visitor& visitor)
+    {
+        HeadsAttributes::visit(self.common, visitor);
+        visitor("output_scale", self.outputScale);
+    }
+
+    void validate() const
+    {
+        common.validate();
+        expectPositive("output_scale", outputScale);
+    }
+};
+
+//! The same with context e4m3 [B, S, D], of the context divided by the scale (common/e4m3_shapes.h); T is float16.
+class TrOCRFp8EncoderAttentionPlugin final
+    : public PluginBase<TrOCRFp8EncoderAttentionPlugin, Fp8EncoderAttentionAttributes>
+{
+public:
+    static constexpr char const* kNAME = "TrOCRFp8EncoderAttention";
+    static constexpr auto kINPUTS = TrOCREncoderAttentionPlugin::kINPUTS;
+
+    using PluginBase::PluginBase;
+
+    EncoderAttentionParams describe(nvinfer1::Dims const* inputs, nvinfer1::DataType type) const;
+    cudaError_t launch(EncoderAttentionParams& params, void const* const* inputs, void* const* outputs,
+                       cudaStream_t stream) const;
+    void outputShapes(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
+                      nvinfer1::IExprBuilder& exprBuilder) const;
+};
+
 using TrOCREncoderAttentionPluginCreator = PluginCreator<TrOCREncoderAttentionPlugin>;
+using TrOCRFp8EncoderAttentionPluginCreator = PluginCreator<TrOCRFp8EncoderAttentionPlugin>;
 
 }  // namespace trocr

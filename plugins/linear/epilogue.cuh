@@ -7,7 +7,9 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
+#include "common/fp8.cuh"
 #include "linear/kernel.h"
 
 namespace trocr::linear_detail
@@ -15,6 +17,29 @@ namespace trocr::linear_detail
 
 constexpr int kCHUNK_ROWS = 16;
 constexpr int kCHUNK_COLUMNS = kLINEAR_STATISTICS_WIDTH;
+
+//! In place of a type: the operands are e4m3, all else is float16.
+struct E4m3
+{
+};
+
+template <typename T>
+constexpr bool kIS_E4M3 = std::is_same_v<T, E4m3>;
+
+//! What a kernel of `T` multiplies, and what it reads and writes around the product.
+template <typename T>
+struct TypesOf
+{
+    using Operand = T;
+    using Output = T;
+};
+
+template <>
+struct TypesOf<E4m3>
+{
+    using Operand = __nv_fp8_e4m3;
+    using Output = __half;
+};
 
 //! The compiled variants. kBIAS covers no activation and ReLU (a lower bound of -inf or 0).
 enum class Epilogue
@@ -40,7 +65,10 @@ struct EpilogueParams
     float const* weightSum;
     float const* inputStatistics;
     float* outputStatistics;
+    uint8_t* quantized;
     HeadSplit heads;
+    float productScale;
+    float outputFactor;  //!< 1 / outputScale
     float epsilon;
     float lowerBound;
     int32_t rows;
@@ -64,7 +92,10 @@ inline EpilogueParams epilogueParams(LinearParams const& p)
             p.weightSum,
             p.inputStatistics,
             p.outputStatistics,
+            static_cast<uint8_t*>(p.quantized),
             {p.y, p.values, p.tokens, p.headDim},
+            p.productScale,
+            1.0F / p.outputScale,
             p.epsilon,
             lowerBound,
             static_cast<int32_t>(p.rows),
@@ -251,19 +282,26 @@ __device__ __forceinline__ void loadRowScales(float2* scales, EpilogueParams con
     __syncwarp();
 }
 
-//! (rstd, -mean rstd) of a lane's two rows.
+//! (rstd, -mean rstd) of a lane's two rows; e4m3: the first times the scale of the product.
 struct RowScales
 {
     float2 row[2];
 };
 
+template <typename T>
 __device__ __forceinline__ RowScales laneScales(EpilogueParams const& p, float2 const* scales, int lane)
 {
-    if (p.inputStatistics == nullptr)
+    RowScales rows{{make_float2(1.0F, 0.0F), make_float2(1.0F, 0.0F)}};
+    if (p.inputStatistics != nullptr)
     {
-        return {{make_float2(1.0F, 0.0F), make_float2(1.0F, 0.0F)}};
+        rows = {{scales[lane / 4], scales[lane / 4 + 8]}};
     }
-    return {{scales[lane / 4], scales[lane / 4 + 8]}};
+    if constexpr (kIS_E4M3<T>)
+    {
+        rows.row[0].x *= p.productScale;
+        rows.row[1].x *= p.productScale;
+    }
+    return rows;
 }
 
 //! Bias and weight sum of two neighbouring columns.
@@ -292,7 +330,8 @@ __device__ __forceinline__ void loadColumnPairs(ColumnPair* pairs, EpilogueParam
     __syncwarp();
 }
 
-//! Column group j (8 columns) of a chunk: v[0..3] of the lane -> two packed pairs (rows l / 4 and 8 + l / 4).
+//! Column group j (8 columns) of a chunk: v[0..3] of the lane -> two packed pairs (rows l / 4 and 8 + l / 4), of e4m3
+//! where that is all that a GELU leaves.
 //! `residual` holds the same elements of the residual, packed; `columns` the lane's pair.
 template <typename T, Epilogue kEPILOGUE>
 __device__ __forceinline__ void finishGroup(uint32_t (&out)[2], float const* v, uint32_t const* residual,
@@ -319,11 +358,18 @@ __device__ __forceinline__ void finishGroup(uint32_t (&out)[2], float const* v, 
         }
         else
         {
-            float2 const r = unpack(residual[h], T{});
+            float2 const r = unpack(residual[h], typename TypesOf<T>::Output{});
             low += r.x;
             high += r.y;
         }
-        out[h] = pack(low, high, T{});
+        if constexpr (kIS_E4M3<T> && kEPILOGUE == Epilogue::kGELU)
+        {
+            out[h] = toE4m3(low * p.outputFactor, high * p.outputFactor);
+        }
+        else
+        {
+            out[h] = pack(low, high, typename TypesOf<T>::Output{});
+        }
     }
 }
 

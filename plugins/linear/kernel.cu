@@ -1,6 +1,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
+
+#include "common/fp8.cuh"
 #include "common/launch.h"
 #include "linear/kernel.h"
 #include "linear/launch.h"
@@ -14,6 +17,11 @@ namespace
 bool aligned(void const* pointer, uintptr_t bytes)
 {
     return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+bool isPositive(float scale)
+{
+    return std::isfinite(scale) && scale > 0.0F;
 }
 
 //! What stands in the way of LinearParams, or null.
@@ -46,6 +54,27 @@ char const* whyNot(LinearParams const& p)
     if (p.residual != nullptr && p.activation != LinearActivation::kNONE)
     {
         return "a residual and an activation cannot be combined";
+    }
+    if (p.e4m3)
+    {
+        if (p.dataType != DataType::kHALF || p.inputs % 16 != 0 || p.outputs % kLINEAR_STATISTICS_WIDTH != 0)
+        {
+            return "e4m3 products are of half, inputs multiples of 16 and outputs of 64";
+        }
+        if (!isPositive(p.productScale) || (p.quantized != nullptr && !isPositive(p.outputScale)))
+        {
+            return "scales must be finite and above 0";
+        }
+        bool const wanted = p.activation == LinearActivation::kGELU || p.outputStatistics != nullptr;
+        if (p.tokens != 0 || (p.quantized != nullptr) != wanted)
+        {
+            return "e4m3 outputs go with a GELU or output statistics, and those with them; with neither keys nor "
+                   "values";
+        }
+    }
+    else if (p.quantized != nullptr)
+    {
+        return "e4m3 outputs go with e4m3 inputs";
     }
     if (p.tokens != 0)
     {
@@ -80,9 +109,10 @@ __device__ float2 toFloat2(__nv_bfloat162 v)
     return __bfloat1622float2(v);
 }
 
-//! One warp a row: partial statistics of 64 columns at a time, two columns a lane.
+//! One warp a row: partial statistics of 64 columns at a time, two columns a lane; factor times the columns as e4m3.
 template <typename T2>
-__global__ void __launch_bounds__(256) rowStatisticsKernel(T2 const* x, float2* statistics, int rows, int parts)
+__global__ void __launch_bounds__(256)
+    rowStatisticsKernel(T2 const* x, float2* statistics, uint16_t* quantized, float factor, int rows, int parts)
 {
     int const row = blockIdx.x * 8 + threadIdx.x / 32;
     int const lane = threadIdx.x % 32;
@@ -109,6 +139,12 @@ __global__ void __launch_bounds__(256) rowStatisticsKernel(T2 const* x, float2* 
         {
             statistics[at] = make_float2(mean, m2);
         }
+        if (quantized != nullptr)
+        {
+            // Pair 8 j + 4 b + t of a row is stored at 8 j + 2 t + b.
+            int const place = lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2;
+            quantized[at * 32 + place] = static_cast<uint16_t>(toE4m3(v.x * factor, v.y * factor));
+        }
     }
 }
 
@@ -117,9 +153,9 @@ cudaError_t launchRowStatistics(RowStatisticsParams const& params, cudaStream_t 
 {
     int const blocks = linear_detail::ceilDiv(params.rows, 8);
     int const parts = params.width / kLINEAR_STATISTICS_WIDTH;
-    rowStatisticsKernel<<<blocks, 256, 0, stream>>>(static_cast<T2 const*>(params.x),
-                                                    reinterpret_cast<float2*>(params.statistics),
-                                                    static_cast<int>(params.rows), parts);
+    rowStatisticsKernel<<<blocks, 256, 0, stream>>>(
+        static_cast<T2 const*>(params.x), reinterpret_cast<float2*>(params.statistics),
+        static_cast<uint16_t*>(params.quantized), 1.0F / params.scale, static_cast<int>(params.rows), parts);
     return cudaGetLastError();
 }
 
@@ -130,9 +166,11 @@ int32_t linearTacticCount()
     return linear_detail::kNUM_SM90_TACTICS + linear_detail::kNUM_SM80_TACTICS;
 }
 
-int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, bool residual, int32_t multiprocessors)
+int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, bool residual, bool e4m3,
+                             int32_t multiprocessors)
 {
-    return linear_detail::cheapestSm90Tactic(static_cast<int>(rows), outputs, inputs, residual, multiprocessors);
+    return linear_detail::cheapestSm90Tactic({static_cast<int>(rows), outputs, inputs, residual, e4m3},
+                                             multiprocessors);
 }
 
 bool canImplementLinear(LinearParams const& params, char const** reason)
@@ -151,14 +189,16 @@ cudaError_t linear(LinearParams const& params, cudaStream_t stream)
     {
         return cudaErrorInvalidValue;
     }
-    if (params.x == nullptr || params.weight == nullptr || params.y == nullptr ||
+    bool const onlyQuantized = params.e4m3 && params.activation == LinearActivation::kGELU;
+    if (params.x == nullptr || params.weight == nullptr || (params.y == nullptr) != onlyQuantized ||
         (params.values == nullptr) != (params.tokens == 0))
     {
         return cudaErrorInvalidValue;
     }
     if (!aligned(params.x, 16) || !aligned(params.weight, 16) || !aligned(params.y, 16) ||
         !aligned(params.residual, 16) || !aligned(params.bias, 8) || !aligned(params.weightSum, 8) ||
-        !aligned(params.inputStatistics, 8) || !aligned(params.outputStatistics, 8) || !aligned(params.values, 16))
+        !aligned(params.inputStatistics, 8) || !aligned(params.outputStatistics, 8) || !aligned(params.values, 16) ||
+        !aligned(params.quantized, 16))
     {
         return cudaErrorInvalidValue;
     }
@@ -174,12 +214,20 @@ cudaError_t linear(LinearParams const& params, cudaStream_t stream)
         return status;
     }
 
+    if (params.e4m3 && major != 9)
+    {
+        return cudaErrorNotSupported;
+    }
     if (params.dataType == DataType::kFLOAT)
     {
         return params.tactic == 0 ? linear_detail::linearFloat(params, stream) : cudaErrorInvalidValue;
     }
     // Tactics are numbered through: Hopper's, then those of the kernel for every architecture.
     bool const forSm80 = params.tactic > linear_detail::kNUM_SM90_TACTICS;
+    if (params.e4m3 && forSm80)
+    {
+        return cudaErrorInvalidValue;
+    }
     if (forSm80 || (major != 9 && params.tactic == 0))
     {
         int32_t const tactic = forSm80 ? params.tactic - linear_detail::kNUM_SM90_TACTICS : 0;
@@ -203,13 +251,17 @@ bool canImplementRowStatistics(RowStatisticsParams const& params, char const** r
     {
         return refuse(reason, "the width must be a multiple of 64");
     }
+    if (params.quantized != nullptr && !isPositive(params.scale))
+    {
+        return refuse(reason, "the scale must be finite and above 0");
+    }
     return true;
 }
 
 cudaError_t rowStatistics(RowStatisticsParams const& params, cudaStream_t stream)
 {
     if (!canImplementRowStatistics(params) || !areAligned(2 * sizeOf(params.dataType), params.x) ||
-        !areAligned(8, params.statistics))
+        !areAligned(8, params.statistics) || !aligned(params.quantized, 2))
     {
         return cudaErrorInvalidValue;
     }

@@ -31,15 +31,20 @@ constexpr int32_t kLINEAR_MAX_ROWS = 1 << 30;
 //! distances from it, of the values rounded to T. They are combined in a fixed order (Chan, Golub, LeVeque 1983), so
 //! results do not depend on the tile sizes of the kernel that wrote them, and are the same in every run.
 //!
+//! With `e4m3` the product is one of e4m3 values, x of x / scale and the weight of W / scale: `productScale` is both
+//! scales' product, and weightSum that of the weights times theirs. Then `quantized` takes y / outputScale as e4m3: in
+//! place of y with a GELU, in addition to it where output statistics are wanted. e4m3 columns are stored in the order
+//! of common/fp8.cuh.
+//!
 //! With `tokens` the outputs are keys and values in heads: y, of the first N / 2 columns, and `values`, of the others,
 //! are T [M / tokens, N / 2 / headDim, tokens, headDim].
 struct LinearParams
 {
-    void const* x;                 //!< T [M, K], 16-byte aligned
-    void const* weight;            //!< T [N, K], 16-byte aligned
+    void const* x;                 //!< T (or e4m3) [M, K], 16-byte aligned
+    void const* weight;            //!< T (or e4m3) [N, K], 16-byte aligned
     float const* bias;             //!< float32 [N], 8-byte aligned, or null
     void const* residual;          //!< T [M, N], 16-byte aligned, may be y, or null; not together with an activation
-    void* y;                       //!< T [M, N], 16-byte aligned
+    void* y;                       //!< T [M, N], 16-byte aligned; null with e4m3 and a GELU
     float const* inputStatistics;  //!< of x, float32 [M, K / 64, 2], 8-byte aligned, or null: no LayerNorm
     float const* weightSum;        //!< float32 [N], 8-byte aligned; with inputStatistics
     float* outputStatistics;       //!< of y, float32 [M, N / 64, 2], 8-byte aligned, or null; only with residual
@@ -56,6 +61,10 @@ struct LinearParams
     //! Programmatic dependent launch: this grid may start while its predecessor in the stream ends. Before that end
     //! only `weight` is read, which the predecessor must not write.
     bool overlapPredecessor;
+    bool e4m3;           //!< x and weight are; T is kHALF, K a multiple of 16, N of 64; compute capability 9.0
+    void* quantized;     //!< e4m3 [M, N], 16-byte aligned, or null; with `e4m3`
+    float productScale;  //!< with `e4m3`
+    float outputScale;   //!< with `quantized`
 };
 
 //! Whether the sizes, the type and the combination of options are supported; of the pointers only null or not is
@@ -63,11 +72,12 @@ struct LinearParams
 bool canImplementLinear(LinearParams const& params, char const** reason = nullptr);
 
 //! Enqueues the op. Returns cudaErrorInvalidValue for what cannot be implemented, for null or misaligned pointers and
-//! for a tactic that this device or problem does not have.
+//! for a tactic that this device or problem does not have, cudaErrorNotSupported for e4m3 on another GPU than Hopper.
 cudaError_t linear(LinearParams const& params, cudaStream_t stream);
 
 //! What tactic 0 takes on Hopper.
-int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, bool residual, int32_t multiprocessors);
+int32_t linearTacticOnHopper(int64_t rows, int32_t outputs, int32_t inputs, bool residual, bool e4m3,
+                             int32_t multiprocessors);
 
 //! Highest tactic number; some of them are refused by some devices and problems.
 int32_t linearTacticCount();
@@ -83,6 +93,8 @@ struct RowStatisticsParams
 {
     void const* x;      //!< T [M, K], aligned to two elements
     float* statistics;  //!< float32 [M, K / 64, 2], 8-byte aligned
+    void* quantized;    //!< x / scale as e4m3 [M, K] in the order of common/fp8.cuh, 2-byte aligned, or null
+    float scale;        //!< with `quantized`
     int64_t rows;       //!< M, 1 to 2^30
     int32_t width;      //!< K, a multiple of 64
     DataType dataType;  //!< T

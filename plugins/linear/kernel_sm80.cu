@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(TILE::kTHREADS)
             }
             __syncwarp();
         }
-        RowScales const rowScales = laneScales(p, scales + m * kCHUNK_ROWS, lane);
+        RowScales const rowScales = laneScales<T>(p, scales + m * kCHUNK_ROWS, lane);
         uint32_t out[16];
 #pragma unroll
         for (int j = 0; j < 8; ++j)

@@ -15,8 +15,9 @@ namespace trocr::linear_detail
 
 using PersistentTile128x192 = Tile<2, 192, 4, 2, 3, 2, 1>;
 using PersistentTile128x128 = Tile<2, 128, 5, 2, 3, 2, 1>;
-using PersistentTile192x128 = Tile<3, 128, 4, 2, 3, 2, 1>;
 using PersistentTile128x128Of3 = Tile<2, 128, 5, 2, 3, 1, 3>;
+using PersistentTile128x192Of4 = Tile<2, 192, 4, 2, 3, 2, 2>;
+using PersistentTile128x128Of4 = Tile<2, 128, 5, 2, 3, 2, 2>;
 using Panel192 = Panel<192, 6, 6, 1, 2>;
 using SplitTile64x64 = Tile<1, 64, 6, 1, 1>;
 using SplitTile64x128 = Tile<1, 128, 6, 1, 2>;
@@ -75,7 +76,7 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
             static int const places =
                 clustersAtOnce(linearPanel<T, kEPILOGUE, PANEL>, PANEL::kSHARED_BYTES, 512, PANEL::kCLUSTER);
             int const clusters = std::min(places / panelGroups, ceilDiv(p.rows, PANEL::kBM));
-            if (clusters < 1 || p.inputs > PANEL::kSTEPS * kBLOCK_K)
+            if (clusters < 1 || p.inputs > PANEL::kSTEPS * kBLOCK_K<T>)
             {
                 return cudaErrorInvalidValue;
             }
@@ -89,10 +90,12 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
             return persistent(PersistentTile128x192{});
         case Sm90Tile::kPERSISTENT_128X128:
             return persistent(PersistentTile128x128{});
-        case Sm90Tile::kPERSISTENT_192X128:
-            return persistent(PersistentTile192x128{});
         case Sm90Tile::kPERSISTENT_128X128_OF_3:
             return persistent(PersistentTile128x128Of3{});
+        case Sm90Tile::kPERSISTENT_128X192_OF_4:
+            return persistent(PersistentTile128x192Of4{});
+        case Sm90Tile::kPERSISTENT_128X128_OF_4:
+            return persistent(PersistentTile128x128Of4{});
         case Sm90Tile::kPANEL_192:
             return panel(Panel192{});
         case Sm90Tile::kSPLIT_64X64:
@@ -126,5 +129,7 @@ extern template cudaError_t launchSm90<__half>(Epilogue, Sm90Tactic const&, Tens
                                                bool, cudaStream_t);
 extern template cudaError_t launchSm90<__nv_bfloat16>(Epilogue, Sm90Tactic const&, TensorMaps const&,
                                                       EpilogueParams const&, bool, cudaStream_t);
+extern template cudaError_t launchSm90<E4m3>(Epilogue, Sm90Tactic const&, TensorMaps const&, EpilogueParams const&,
+                                             bool, cudaStream_t);
 
 }  // namespace trocr::linear_detail

@@ -5,7 +5,7 @@
 namespace trocr::linear_detail
 {
 
-//! kBN columns of the weight with all of K, up to kSTEPS * 64, that stay in shared memory, and a ring of x's stages of
+//! kBN columns of the weight with all of K, up to kSTEPS steps, that stay in shared memory, and a ring of x's stages of
 //! 64 rows. Three warpgroups take turns with tiles of 64 rows. kCLUSTER blocks have neighbouring panels and the same
 //! rows: each fetches every kCLUSTER-th stage for all of them.
 template <int kBN_, int kSTEPS_, int kSTAGES_, int kBUFFERS_, int kCLUSTER_>
@@ -38,8 +38,8 @@ struct Panel
     static_assert(kSTAGES % kCLUSTER == 0, "a stage is always filled by the same block");
 };
 
-//! Many rows, K up to 384. Blocks keep their panel and go through rows; which rows, only the cluster's number says, so
-//! that the blocks of a cluster do the same.
+//! Many rows, K up to 384, of e4m3 768. Blocks keep their panel and go through rows; which rows, only the cluster's
+//! number says, so that the blocks of a cluster do the same.
 template <typename T, Epilogue kEPILOGUE, typename PANEL>
 __global__ void __launch_bounds__(512, 1)
     linearPanel(__grid_constant__ TensorMaps const maps, __grid_constant__ EpilogueParams const p)
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(512, 1)
     uint32_t const lane = threadIdx.x % 32;
     uint32_t const rank = sm90::clusterRank();
 
-    int const steps = (p.inputs + kBLOCK_K - 1) / kBLOCK_K;
+    int const steps = (p.inputs + kBLOCK_K<T> - 1) / kBLOCK_K<T>;
     int const tiles = (p.rows + PANEL::kBM - 1) / PANEL::kBM;
     int const cluster = blockIdx.x / kCLUSTER;
     int const clusters = gridDim.x / kCLUSTER;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(512, 1)
             for (int step = 0; step < steps; ++step)
             {
                 sm90::barrierArriveExpect(panelFull(step), PANEL::kPANEL_STEP_BYTES);
-                sm90::loadBox(panel(step), &maps.weight, step * kBLOCK_K, column, panelFull(step));
+                sm90::loadBox(panel(step), &maps.weight, step * kBLOCK_K<T>, column, panelFull(step));
             }
             sm90::waitForPriorGrids();
 
@@ -110,12 +110,12 @@ __global__ void __launch_bounds__(512, 1)
                     sm90::barrierArriveExpect(shared.full(ring.stage), PANEL::kSTAGE_BYTES);
                     if constexpr (kCLUSTER == 1)
                     {
-                        sm90::loadBox(shared.x(ring.stage), &maps.x, step * kBLOCK_K, tile * PANEL::kBM,
+                        sm90::loadBox(shared.x(ring.stage), &maps.x, step * kBLOCK_K<T>, tile * PANEL::kBM,
                                       shared.full(ring.stage));
                     }
                     else if (mine)
                     {
-                        sm90::loadBoxMulticast(shared.x(ring.stage), &maps.x, step * kBLOCK_K, tile * PANEL::kBM,
+                        sm90::loadBoxMulticast(shared.x(ring.stage), &maps.x, step * kBLOCK_K<T>, tile * PANEL::kBM,
                                                shared.full(ring.stage), kEVERYONE);
                     }
                 }
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(512, 1)
             turnParity ^= 1;
             // Statistics of this warpgroup's next tile are on their way while it multiplies.
             int const nextTile = tile + PANEL::kGROUPS * tileStride;
-            PartialStatistics<PANEL::kSTEPS> nextStatistics;
+            PartialStatistics<PANEL::kSTEPS * kBLOCK_K<T> / kCHUNK_COLUMNS> nextStatistics;
             if (nextTile < tiles)
             {
                 nextStatistics.load(p, nextTile * PANEL::kBM + warp % 4 * kCHUNK_ROWS + lane % kCHUNK_ROWS);
@@ -179,9 +179,10 @@ __global__ void __launch_bounds__(512, 1)
                 uint64_t const weight = sm90::operandDescriptor(panel(step));
                 sm90::wgmmaFence();
 #pragma unroll
-                for (int k = 0; k < kBLOCK_K / 16; ++k)
+                for (int k = 0; k < kSTEP_PRODUCTS; ++k)
                 {
-                    sm90::Wgmma<T, PANEL::kBN>::run(acc, x + 2 * k, weight + 2 * k, step != 0 || k != 0);
+                    sm90::Wgmma<typename TypesOf<T>::Operand, PANEL::kBN>::run(acc, x + 2 * k, weight + 2 * k,
+                                                                               step != 0 || k != 0);
                 }
                 sm90::wgmmaCommit();
                 if (step > 0)

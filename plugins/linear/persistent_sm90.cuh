@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(384, 1)
     uint32_t const rowRank = rank % kTALL;
     uint32_t const columnRank = rank / kTALL;
 
-    int const steps = (p.inputs + kBLOCK_K - 1) / kBLOCK_K;
+    int const steps = (p.inputs + kBLOCK_K<T> - 1) / kBLOCK_K<T>;
     int const across = (p.outputs + kWIDE * kBN - 1) / (kWIDE * kBN);
     int const whole = across * ((p.rows + kTALL * kBM - 1) / (kTALL * kBM));
     int const clusters = gridDim.x / kCLUSTER;
@@ -69,12 +69,12 @@ __global__ void __launch_bounds__(384, 1)
                 uint32_t const destination = shared.weight(ring.stage) + offset * kROW_BYTES;
                 if constexpr (kTALL == 1)
                 {
-                    sm90::loadBox(destination, &maps.weight, step * kBLOCK_K, column, shared.full(ring.stage));
+                    sm90::loadBox(destination, &maps.weight, step * kBLOCK_K<T>, column, shared.full(ring.stage));
                 }
                 else
                 {
                     constexpr uint32_t kCOLUMN = (1 << kTALL) - 1;
-                    sm90::loadBoxMulticast(destination, &maps.weight, step * kBLOCK_K, column + offset,
+                    sm90::loadBoxMulticast(destination, &maps.weight, step * kBLOCK_K<T>, column + offset,
                                            shared.full(ring.stage), kCOLUMN << kTALL * columnRank);
                 }
             };
@@ -107,12 +107,13 @@ __global__ void __launch_bounds__(384, 1)
                         uint32_t const destination = shared.x(ring.stage) + m * 64 * kROW_BYTES;
                         if constexpr (kWIDE == 1)
                         {
-                            sm90::loadBox(destination, &maps.x, step * kBLOCK_K, row + m * 64, shared.full(ring.stage));
+                            sm90::loadBox(destination, &maps.x, step * kBLOCK_K<T>, row + m * 64,
+                                          shared.full(ring.stage));
                         }
                         else
                         {
                             constexpr uint32_t kROW = ((1 << kCLUSTER) - 1) / ((1 << kTALL) - 1);
-                            sm90::loadBoxMulticast(destination, &maps.x, step * kBLOCK_K, row + m * 64,
+                            sm90::loadBoxMulticast(destination, &maps.x, step * kBLOCK_K<T>, row + m * 64,
                                                    shared.full(ring.stage), kROW << rowRank);
                         }
                     }

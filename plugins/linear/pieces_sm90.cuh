@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "common/device.cuh"
 #include "common/sm90.cuh"
 #include "linear/epilogue.cuh"
 #include "linear/tactics.h"
@@ -12,12 +13,15 @@
 namespace trocr::linear_detail
 {
 
-constexpr int kBLOCK_K = kSTEP_INPUTS;  //!< one 128-byte swizzled row
-constexpr int kROW_BYTES = kBLOCK_K * 2;
+constexpr int kROW_BYTES = 128;  //!< of a stage: one swizzled row
+//! Inputs of a step.
+template <typename T>
+constexpr int kBLOCK_K = kROW_BYTES / static_cast<int>(sizeof(typename TypesOf<T>::Operand));
+constexpr int kSTEP_PRODUCTS = kROW_BYTES / 32;  //!< wgmma instructions of a step, 32 bytes of K each
 constexpr int kCHUNK_BYTES = kCHUNK_ROWS * kCHUNK_COLUMNS * 2;
 constexpr int kSHARED_LIMIT = 227 * 1024;
 
-//! Boxes: x [64, 64], weight [rows of a stage, 64], y and residual [16, 64]; all swizzled by 128 bytes.
+//! Boxes, all swizzled by 128 bytes: x 64 rows of 128 bytes, weight the rows of a stage, y and residual T [16, 64].
 struct TensorMaps
 {
     CUtensorMap x;
@@ -173,12 +177,13 @@ __device__ __forceinline__ void multiply(float (&acc)[TILE::kM64][TILE::kBN / 2]
         uint64_t const weight = sm90::operandDescriptor(shared.weight(ring.stage));
         sm90::wgmmaFence();
 #pragma unroll
-        for (int k = 0; k < kBLOCK_K / 16; ++k)
+        for (int k = 0; k < kSTEP_PRODUCTS; ++k)
         {
 #pragma unroll
             for (int m = 0; m < kM64; ++m)
             {
-                sm90::Wgmma<T, TILE::kBN>::run(acc[m], x + 512 * m + 2 * k, weight + 2 * k, step != 0 || k != 0);
+                sm90::Wgmma<typename TypesOf<T>::Operand, TILE::kBN>::run(acc[m], x + 512 * m + 2 * k, weight + 2 * k,
+                                                                          step != 0 || k != 0);
             }
         }
         sm90::wgmmaCommit();
@@ -253,7 +258,36 @@ struct ChunkPipe
         }
     }
 
-    //! The same to keys and values: a row of the chunk is one head of 64 or several smaller ones, and rows of two
+    //! The finished chunk of float16 as e4m3, to p.quantized. A lane has 16 columns of a row: it reads them in their
+    //! order, and no value of the accumulators' order has to be kept for it.
+    __device__ __forceinline__ void storeE4m3(EpilogueParams const& p, int row, int column) const
+    {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+        {
+            int const r = 8 * n + static_cast<int>(lane / 4);
+            uint32_t const group = lane % 4;
+            uint4 const low = sm90::loadShared(address(sequence) + r * kROW_BYTES + (((2 * group) ^ (r % 8)) << 4));
+            uint4 const high =
+                sm90::loadShared(address(sequence) + r * kROW_BYTES + (((2 * group + 1) ^ (r % 8)) << 4));
+            auto const word = [&](uint32_t first, uint32_t second)
+            {
+                float2 const a = unpack(first, __half{});
+                float2 const b = unpack(second, __half{});
+                return toE4m3(a.x * p.outputFactor, a.y * p.outputFactor) |
+                       toE4m3(b.x * p.outputFactor, b.y * p.outputFactor) << 16;
+            };
+            uint4 const piece{word(low.x, high.x), word(low.y, high.y), word(low.z, high.z), word(low.w, high.w)};
+            if (row + r < p.rows && column < p.outputs)
+            {
+                auto* const to = p.quantized + static_cast<int64_t>(row + r) * p.outputs + column + group * 16;
+                *reinterpret_cast<uint4*>(to) = piece;
+            }
+        }
+        __syncwarp();
+    }
+
+    //! The chunk to keys and values: a row of the chunk is one head of 64 or several smaller ones, and rows of two
     //! images are far apart. Eight lanes a row, 16 bytes each.
     template <typename T>
     __device__ __forceinline__ void storeHeads(EpilogueParams const& p, int row, int column) const
@@ -275,13 +309,40 @@ struct ChunkPipe
     }
 };
 
-//! Accumulators v of one chunk -> y (and its row statistics).
+//! Accumulators v of one chunk -> y (and its row statistics, and e4m3).
 template <typename T, Epilogue kEPILOGUE, typename TILE>
 __device__ __forceinline__ void finishChunk(float const* v, ChunkPipe<TILE>& pipe, CUtensorMap const* y,
                                             EpilogueParams const& p, float2 const* scales, ColumnPair const* columns,
                                             int row, int column)
 {
-    RowScales const rowScales = laneScales(p, scales, pipe.lane);
+    RowScales const rowScales = laneScales<T>(p, scales, pipe.lane);
+    if constexpr (kIS_E4M3<T> && kEPILOGUE == Epilogue::kGELU)
+    {
+        uint32_t words[8];
+#pragma unroll
+        for (int j = 0; j < 8; j += 2)
+        {
+            uint32_t first[2];
+            uint32_t second[2];
+            finishGroup<T, kEPILOGUE>(first, v + 4 * j, nullptr, rowScales, columns[4 * j + pipe.lane % 4], p);
+            finishGroup<T, kEPILOGUE>(second, v + 4 * j + 4, nullptr, rowScales, columns[4 * j + 4 + pipe.lane % 4], p);
+            words[j / 2] = first[0] | second[0] << 16;
+            words[4 + j / 2] = first[1] | second[1] << 16;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+        {
+            uint4 const piece = transposeQuad(words[4 * h], words[4 * h + 1], words[4 * h + 2], words[4 * h + 3]);
+            int const r = row + 8 * h + static_cast<int>(pipe.lane / 4);
+            if (r < p.rows && column < p.outputs)
+            {
+                auto* const to = p.quantized + static_cast<int64_t>(r) * p.outputs + column + pipe.lane % 4 * 16;
+                *reinterpret_cast<uint4*>(to) = piece;
+            }
+            __syncwarp();  // the next chunk is not to be begun before: there is no register for it
+        }
+        return;
+    }
     // Lane l points at row l % 16 of the matrices of column group j + l / 16; the 16-byte columns of row r are
     // exchanged by r % 8, as the copy engine's 128-byte swizzle has them.
     uint32_t const at =
@@ -318,9 +379,9 @@ __device__ __forceinline__ void finishChunk(float const* v, ChunkPipe<TILE>& pip
     {
         sm90::storeMatrices(at ^ (j << 4), {out[2 * j], out[2 * j + 1], out[2 * j + 2], out[2 * j + 3]});
     }
-    if (kEPILOGUE == Epilogue::kBIAS && p.heads.tokens != 0)
+    if (!kIS_E4M3<T> && kEPILOGUE == Epilogue::kBIAS && p.heads.tokens != 0)
     {
-        pipe.template storeHeads<T>(p, row, column);
+        pipe.template storeHeads<typename TypesOf<T>::Output>(p, row, column);
     }
     else
     {
@@ -330,7 +391,11 @@ __device__ __forceinline__ void finishChunk(float const* v, ChunkPipe<TILE>& pip
     {
         if (p.outputStatistics != nullptr)
         {
-            storeStatistics<T>(out, p, row, column, pipe.lane);
+            storeStatistics<typename TypesOf<T>::Output>(out, p, row, column, pipe.lane);
+            if constexpr (kIS_E4M3<T>)
+            {
+                pipe.storeE4m3(p, row, column);
+            }
         }
     }
 }

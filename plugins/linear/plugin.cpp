@@ -3,6 +3,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "common/e4m3_shapes.h"
+
 namespace trocr
 {
 namespace
@@ -78,6 +80,15 @@ LinearParams describeProduct(Dims const& x, Dims const& weight, Dims const& bias
 
     expectShape("weight", weight, {2, {params.outputs, params.inputs}});
     expectShape("bias", bias, {1, {params.outputs}});
+    return params;
+}
+
+//! Of an e4m3 product; x [..., K] and weight [N, K] are the real sizes, not TensorRT's.
+LinearParams describeE4m3Product(Dims const& x, Dims const& weight, Dims const& bias, nvinfer1::DataType type)
+{
+    expectHalf(type);
+    LinearParams params = describeProduct(x, weight, bias, type);
+    params.e4m3 = true;
     return params;
 }
 
@@ -271,6 +282,171 @@ void TrOCRCrossKeyValuePlugin::outputShapes(DimsExprs const* inputs, DimsExprs* 
         outputs[i].d[1] = heads;
         outputs[i].d[2] = x.d[1];
         outputs[i].d[3] = headDim;
+    }
+}
+
+// e4m3
+
+void Fp8RowStatisticsAttributes::validate() const
+{
+    expectPositive("scale", scale);
+}
+
+RowStatisticsParams TrOCRFp8RowStatisticsPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
+{
+    expectHalf(type);
+    Dims const& x = inputs[0];
+    RowStatisticsParams params{};
+    params.rows = leadingSize("x", x);
+    params.width = dimension("x", x, x.nbDims - 1);
+    params.dataType = DataType::kHALF;
+    params.quantized = &gPresent;
+    params.scale = attributes().scale;
+
+    char const* reason = nullptr;
+    bool const implemented = canImplementRowStatistics(params, &reason);
+    expectImplemented(implemented, reason, "x " + toString(x));
+    return params;
+}
+
+cudaError_t TrOCRFp8RowStatisticsPlugin::launch(RowStatisticsParams& params, void const* const* inputs,
+                                                void* const* outputs, cudaStream_t stream) const
+{
+    params.x = inputs[0];
+    params.statistics = static_cast<float*>(outputs[kOUT_STATISTICS_IDX]);
+    params.quantized = outputs[kOUT_QUANTIZED_IDX];
+    return rowStatistics(params, stream);
+}
+
+void TrOCRFp8RowStatisticsPlugin::outputShapes(DimsExprs const* inputs, DimsExprs* outputs,
+                                               IExprBuilder& exprBuilder) const
+{
+    outputs[kOUT_STATISTICS_IDX] = statisticsOf("x", inputs[0], exprBuilder);
+    outputs[kOUT_QUANTIZED_IDX] = halved(inputs[0], exprBuilder);
+}
+
+void Fp8LayerNormLinearAttributes::validate() const
+{
+    common.validate();
+    expectPositive("product_scale", productScale);
+    if ((outputScale != 0.0F) != (common.activation == "gelu"))
+    {
+        throw std::invalid_argument{"attribute 'output_scale' is " + std::to_string(outputScale) +
+                                    " and 'activation' '" + common.activation + "', expected a scale with 'gelu' only"};
+    }
+    if (outputScale != 0.0F)
+    {
+        expectPositive("output_scale", outputScale);
+    }
+}
+
+LinearParams TrOCRFp8LayerNormLinearPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
+{
+    using Base = TrOCRLayerNormLinearPlugin;
+    Dims const x = doubled(inputs[Base::kIN_X_IDX]);
+    LinearParams params =
+        describeE4m3Product(x, doubled(inputs[Base::kIN_WEIGHT_IDX]), inputs[Base::kIN_BIAS_IDX], type);
+    params.inputStatistics = &gPresent;
+    params.weightSum = &gPresent;
+    params.epsilon = attributes().common.epsilon;
+    params.activation = toActivation(attributes().common.activation);
+    params.quantized = attributes().outputScale != 0.0F ? &gPresent : nullptr;
+    params.productScale = attributes().productScale;
+    params.outputScale = attributes().outputScale;
+
+    expectShape("weight_sum", inputs[Base::kIN_WEIGHT_SUM_IDX], {1, {params.outputs}});
+    expectImplementedLinear(params, x);
+    expectShape("statistics", inputs[Base::kIN_STATISTICS_IDX], statisticsOf(x));
+    return params;
+}
+
+cudaError_t TrOCRFp8LayerNormLinearPlugin::launch(LinearParams& params, void const* const* inputs, void* const* outputs,
+                                                  cudaStream_t stream) const
+{
+    using Base = TrOCRLayerNormLinearPlugin;
+    params.x = inputs[Base::kIN_X_IDX];
+    params.inputStatistics = static_cast<float const*>(inputs[Base::kIN_STATISTICS_IDX]);
+    params.weight = inputs[Base::kIN_WEIGHT_IDX];
+    params.weightSum = static_cast<float const*>(inputs[Base::kIN_WEIGHT_SUM_IDX]);
+    params.bias = static_cast<float const*>(inputs[Base::kIN_BIAS_IDX]);
+    (params.quantized != nullptr ? params.quantized : params.y) = outputs[0];
+    return linear(params, stream);
+}
+
+void TrOCRFp8LayerNormLinearPlugin::outputShapes(DimsExprs const* inputs, DimsExprs* outputs,
+                                                 IExprBuilder& exprBuilder) const
+{
+    using Base = TrOCRLayerNormLinearPlugin;
+    DimsExprs const& x = inputs[Base::kIN_X_IDX];
+    expectRank("statistics", inputs[Base::kIN_STATISTICS_IDX].nbDims, x.nbDims + 1);
+    expectRank("weight", inputs[Base::kIN_WEIGHT_IDX].nbDims, 2);
+    expectRank("weight_sum", inputs[Base::kIN_WEIGHT_SUM_IDX].nbDims, 1);
+    expectRank("bias", inputs[Base::kIN_BIAS_IDX].nbDims, 1);
+    outputs[0] = x;
+    outputs[0].d[x.nbDims - 1] = inputs[Base::kIN_WEIGHT_IDX].d[0];
+    if (attributes().outputScale != 0.0F)
+    {
+        outputs[0] = halved(outputs[0], exprBuilder);
+    }
+}
+
+void Fp8LinearResidualAttributes::validate() const
+{
+    common.validate();
+    expectPositive("product_scale", productScale);
+    if (common.emitStatistics)
+    {
+        expectPositive("output_scale", outputScale);
+    }
+}
+
+LinearParams TrOCRFp8LinearResidualPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
+{
+    using Base = TrOCRLinearResidualPlugin;
+    Dims const x = doubled(inputs[Base::kIN_X_IDX]);
+    LinearParams params =
+        describeE4m3Product(x, doubled(inputs[Base::kIN_WEIGHT_IDX]), inputs[Base::kIN_BIAS_IDX], type);
+    params.residual = &gPresent;
+    params.outputStatistics = attributes().common.emitStatistics ? &gPresent : nullptr;
+    params.quantized = attributes().common.emitStatistics ? &gPresent : nullptr;
+    params.productScale = attributes().productScale;
+    params.outputScale = attributes().outputScale;
+
+    expectShape("residual", inputs[Base::kIN_RESIDUAL_IDX], withLast(x, params.outputs));
+    expectImplementedLinear(params, x);
+    return params;
+}
+
+cudaError_t TrOCRFp8LinearResidualPlugin::launch(LinearParams& params, void const* const* inputs, void* const* outputs,
+                                                 cudaStream_t stream) const
+{
+    using Base = TrOCRLinearResidualPlugin;
+    params.x = inputs[Base::kIN_X_IDX];
+    params.weight = inputs[Base::kIN_WEIGHT_IDX];
+    params.bias = static_cast<float const*>(inputs[Base::kIN_BIAS_IDX]);
+    params.residual = inputs[Base::kIN_RESIDUAL_IDX];
+    params.y = outputs[Base::kOUT_Y_IDX];
+    if (attributes().common.emitStatistics)
+    {
+        params.outputStatistics = static_cast<float*>(outputs[Base::kOUT_STATISTICS_IDX]);
+        params.quantized = outputs[kOUT_QUANTIZED_IDX];
+    }
+    return linear(params, stream);
+}
+
+void TrOCRFp8LinearResidualPlugin::outputShapes(DimsExprs const* inputs, DimsExprs* outputs,
+                                                IExprBuilder& exprBuilder) const
+{
+    using Base = TrOCRLinearResidualPlugin;
+    DimsExprs const& residual = inputs[Base::kIN_RESIDUAL_IDX];
+    expectRank("weight", inputs[Base::kIN_WEIGHT_IDX].nbDims, 2);
+    expectRank("bias", inputs[Base::kIN_BIAS_IDX].nbDims, 1);
+    expectRank("residual", residual.nbDims, inputs[Base::kIN_X_IDX].nbDims);
+    outputs[Base::kOUT_Y_IDX] = residual;
+    if (attributes().common.emitStatistics)
+    {
+        outputs[Base::kOUT_STATISTICS_IDX] = statisticsOf("residual", residual, exprBuilder);
+        outputs[kOUT_QUANTIZED_IDX] = halved(residual, exprBuilder);
     }
 }
 

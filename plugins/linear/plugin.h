@@ -164,9 +164,132 @@ public:
                       nvinfer1::IExprBuilder& exprBuilder) const;
 };
 
+// The same ops with e4m3 inputs and weights. TensorRT sees an e4m3 tensor [..., K] as float16 [..., K / 2], the same
+// bytes two at a time; T is float16.
+
+struct Fp8RowStatisticsAttributes
+{
+    float scale;
+
+    template <class Self, class Visitor>
+    static void visit(Self& self, Visitor& visitor)
+    {
+        visitor("scale", self.scale);
+    }
+
+    void validate() const;
+};
+
+//! x T [..., K] -> statistics float32 [..., K / 64, 2], quantized e4m3 [..., K] of x / scale.
+class TrOCRFp8RowStatisticsPlugin final : public PluginBase<TrOCRFp8RowStatisticsPlugin, Fp8RowStatisticsAttributes>
+{
+public:
+    static constexpr char const* kNAME = "TrOCRFp8RowStatistics";
+    static constexpr std::array<char const*, 1> kINPUTS{"x"};
+
+    enum Output : int32_t
+    {
+        kOUT_STATISTICS_IDX = 0,
+        kOUT_QUANTIZED_IDX,
+    };
+    static constexpr uint32_t kFLOAT_OUTPUTS = 1U << kOUT_STATISTICS_IDX;
+
+    using PluginBase::PluginBase;
+
+    int32_t nbOutputs() const
+    {
+        return 2;
+    }
+
+    RowStatisticsParams describe(nvinfer1::Dims const* inputs, nvinfer1::DataType type) const;
+    cudaError_t launch(RowStatisticsParams& params, void const* const* inputs, void* const* outputs,
+                       cudaStream_t stream) const;
+    void outputShapes(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
+                      nvinfer1::IExprBuilder& exprBuilder) const;
+};
+
+struct Fp8LayerNormLinearAttributes
+{
+    LayerNormLinearAttributes common;
+    float productScale;  //!< that of x times that of the weight
+    float outputScale;   //!< of y, e4m3; 0: y is T
+
+    template <class Self, class Visitor>
+    static void visit(Self& self, Visitor& visitor)
+    {
+        LayerNormLinearAttributes::visit(self.common, visitor);
+        visitor("product_scale", self.productScale);
+        visitor("output_scale", self.outputScale);
+    }
+
+    void validate() const;
+};
+
+//! TrOCRLayerNormLinear with x and weight e4m3: y is e4m3 [..., N] behind a GELU, else T [..., N].
+class TrOCRFp8LayerNormLinearPlugin final
+    : public PluginBase<TrOCRFp8LayerNormLinearPlugin, Fp8LayerNormLinearAttributes>
+{
+public:
+    static constexpr char const* kNAME = "TrOCRFp8LayerNormLinear";
+    static constexpr auto kINPUTS = TrOCRLayerNormLinearPlugin::kINPUTS;
+    static constexpr uint32_t kFLOAT_INPUTS = TrOCRLayerNormLinearPlugin::kFLOAT_INPUTS;
+
+    using PluginBase::PluginBase;
+
+    LinearParams describe(nvinfer1::Dims const* inputs, nvinfer1::DataType type) const;
+    cudaError_t launch(LinearParams& params, void const* const* inputs, void* const* outputs,
+                       cudaStream_t stream) const;
+    void outputShapes(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
+                      nvinfer1::IExprBuilder& exprBuilder) const;
+};
+
+struct Fp8LinearResidualAttributes
+{
+    LinearResidualAttributes common;  //!< with statistics there is a third output, quantized
+    float productScale;
+    float outputScale;  //!< of quantized; 0 where there is none
+
+    template <class Self, class Visitor>
+    static void visit(Self& self, Visitor& visitor)
+    {
+        LinearResidualAttributes::visit(self.common, visitor);
+        visitor("product_scale", self.productScale);
+        visitor("output_scale", self.outputScale);
+    }
+
+    void validate() const;
+};
+
+//! TrOCRLinearResidual with x and weight e4m3 -> y T [..., N] (, its statistics, quantized e4m3 [..., N] of y).
+class TrOCRFp8LinearResidualPlugin final : public PluginBase<TrOCRFp8LinearResidualPlugin, Fp8LinearResidualAttributes>
+{
+public:
+    static constexpr char const* kNAME = "TrOCRFp8LinearResidual";
+    static constexpr auto kINPUTS = TrOCRLinearResidualPlugin::kINPUTS;
+    static constexpr uint32_t kFLOAT_INPUTS = TrOCRLinearResidualPlugin::kFLOAT_INPUTS;
+    static constexpr uint32_t kFLOAT_OUTPUTS = TrOCRLinearResidualPlugin::kFLOAT_OUTPUTS;
+    static constexpr int32_t kOUT_QUANTIZED_IDX = 2;
+
+    using PluginBase::PluginBase;
+
+    int32_t nbOutputs() const
+    {
+        return attributes().common.emitStatistics ? 3 : 1;
+    }
+
+    LinearParams describe(nvinfer1::Dims const* inputs, nvinfer1::DataType type) const;
+    cudaError_t launch(LinearParams& params, void const* const* inputs, void* const* outputs,
+                       cudaStream_t stream) const;
+    void outputShapes(nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
+                      nvinfer1::IExprBuilder& exprBuilder) const;
+};
+
 using TrOCRRowStatisticsPluginCreator = PluginCreator<TrOCRRowStatisticsPlugin>;
 using TrOCRLayerNormLinearPluginCreator = PluginCreator<TrOCRLayerNormLinearPlugin>;
 using TrOCRLinearResidualPluginCreator = PluginCreator<TrOCRLinearResidualPlugin>;
 using TrOCRCrossKeyValuePluginCreator = PluginCreator<TrOCRCrossKeyValuePlugin>;
+using TrOCRFp8RowStatisticsPluginCreator = PluginCreator<TrOCRFp8RowStatisticsPlugin>;
+using TrOCRFp8LayerNormLinearPluginCreator = PluginCreator<TrOCRFp8LayerNormLinearPlugin>;
+using TrOCRFp8LinearResidualPluginCreator = PluginCreator<TrOCRFp8LinearResidualPlugin>;
 
 }  // namespace trocr

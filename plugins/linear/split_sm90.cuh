@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(160, 1)
     int const rank = static_cast<int>(sm90::clusterRank());
     int const size = static_cast<int>(sm90::clusterSize());
 
-    int const allSteps = (p.inputs + kBLOCK_K - 1) / kBLOCK_K;
+    int const allSteps = (p.inputs + kBLOCK_K<T> - 1) / kBLOCK_K<T>;
     int const steps = (allSteps - rank + size - 1) / size;
     int const columnTiles = (p.outputs + TILE::kBN - 1) / TILE::kBN;
     int const tile = static_cast<int>(blockIdx.x) / size;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(160, 1)
             auto const fetchWeight = [&](RingPosition<TILE::kSTAGES> const& ring, int step)
             {
                 sm90::barrierArriveExpect(shared.full(ring.stage), TILE::kSTAGE_BYTES);
-                sm90::loadBox(shared.weight(ring.stage), &maps.weight, (rank + step * size) * kBLOCK_K, column,
+                sm90::loadBox(shared.weight(ring.stage), &maps.weight, (rank + step * size) * kBLOCK_K<T>, column,
                               shared.full(ring.stage));
             };
             int const ahead = steps < TILE::kSTAGES ? steps : TILE::kSTAGES;
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(160, 1)
                 }
                 for (int m = 0; m < TILE::kM64; ++m)
                 {
-                    sm90::loadBox(shared.x(ring.stage) + m * 64 * kROW_BYTES, &maps.x, (rank + step * size) * kBLOCK_K,
-                                  tileRow + m * 64, shared.full(ring.stage));
+                    sm90::loadBox(shared.x(ring.stage) + m * 64 * kROW_BYTES, &maps.x,
+                                  (rank + step * size) * kBLOCK_K<T>, tileRow + m * 64, shared.full(ring.stage));
                 }
             }
         }

@@ -12,13 +12,14 @@ constexpr int ceilDiv(int a, int b)
     return (a + b - 1) / b;
 }
 
-//! Rows x columns of a tile, or columns of a panel; README.md says when each is best.
+//! Rows x columns of a tile, or columns of a panel, and how many tiles a cluster has; README.md says when each is best.
 enum class Sm90Tile : int32_t
 {
     kPERSISTENT_128X192,
     kPERSISTENT_128X128,
-    kPERSISTENT_192X128,
     kPERSISTENT_128X128_OF_3,
+    kPERSISTENT_128X192_OF_4,
+    kPERSISTENT_128X128_OF_4,
     kPANEL_192,
     kSPLIT_64X64,
     kSPLIT_64X128,
@@ -32,6 +33,14 @@ enum class Sm90Kernel : int32_t
     kSPLIT,
 };
 
+//! Microseconds, fitted to the committed times (README.md).
+struct TacticTimes
+{
+    float start;  //!< of a launch
+    float tile;   //!< of a block's tile beside its products: to begin and to finish it
+    float step;   //!< of 128 bytes of K of a block's tile
+};
+
 struct Sm90Tactic
 {
     Sm90Tile tile;
@@ -41,31 +50,80 @@ struct Sm90Tactic
     int32_t tall;   //!< tiles of a cluster, one below the other
     int32_t wide;   //!< and side by side
     int32_t split;  //!< blocks of a cluster that share the products of one tile
-
-    // Microseconds, fitted to the committed times (README.md):
-    float startTime;  //!< of a launch
-    float tileTime;   //!< of a block's tile beside its products: to begin and to finish it
-    float stepTime;   //!< of 64 of K of a block's tile
+    TacticTimes times;
+    TacticTimes e4m3Times;
 };
 
-constexpr int kSTEP_INPUTS = 64;
+constexpr int kSTEP_INPUTS = 64;                 //!< of two bytes; twice as many of e4m3
 constexpr int kPANEL_INPUTS = 6 * kSTEP_INPUTS;  //!< most K of a panel
 
 constexpr Sm90Tactic kSM90_TACTICS[] = {
-    {Sm90Tile::kPERSISTENT_128X192, Sm90Kernel::kPERSISTENT, 128, 192, 2, 1, 1, 0.050F, 4.610F, 0.650F},
-    {Sm90Tile::kPERSISTENT_128X128, Sm90Kernel::kPERSISTENT, 128, 128, 2, 1, 1, 0.725F, 2.530F, 0.481F},
-    {Sm90Tile::kPERSISTENT_192X128, Sm90Kernel::kPERSISTENT, 192, 128, 2, 1, 1, 0.050F, 4.631F, 0.669F},
-    {Sm90Tile::kPERSISTENT_128X128_OF_3, Sm90Kernel::kPERSISTENT, 128, 128, 1, 3, 1, 1.566F, 2.090F, 0.440F},
-    {Sm90Tile::kPANEL_192, Sm90Kernel::kPANEL, 64, 192, 1, 2, 1, 1.223F, 1.458F, 0.346F},
-    {Sm90Tile::kSPLIT_64X64, Sm90Kernel::kSPLIT, 64, 64, 1, 1, 1, 0.074F, 2.286F, 0.257F},
-    {Sm90Tile::kSPLIT_64X64, Sm90Kernel::kSPLIT, 64, 64, 1, 1, 2, 0.746F, 2.633F, 0.365F},
-    {Sm90Tile::kSPLIT_64X64, Sm90Kernel::kSPLIT, 64, 64, 1, 1, 4, 0.053F, 3.001F, 0.828F},
-    {Sm90Tile::kSPLIT_64X128, Sm90Kernel::kSPLIT, 64, 128, 1, 1, 1, 0.050F, 2.548F, 0.242F},
-    {Sm90Tile::kSPLIT_64X128, Sm90Kernel::kSPLIT, 64, 128, 1, 1, 2, 0.081F, 3.503F, 0.310F},
-    {Sm90Tile::kSPLIT_64X128, Sm90Kernel::kSPLIT, 64, 128, 1, 1, 4, 0.210F, 3.133F, 0.724F},
-    {Sm90Tile::kSPLIT_128X128, Sm90Kernel::kSPLIT, 128, 128, 1, 1, 1, 0.050F, 3.463F, 0.446F},
-    {Sm90Tile::kSPLIT_128X128, Sm90Kernel::kSPLIT, 128, 128, 1, 1, 2, 0.050F, 5.871F, 0.379F},
-    {Sm90Tile::kSPLIT_128X128, Sm90Kernel::kSPLIT, 128, 128, 1, 1, 4, 1.339F, 3.547F, 0.579F},
+    {Sm90Tile::kPERSISTENT_128X192,
+     Sm90Kernel::kPERSISTENT,
+     128,
+     192,
+     2,
+     1,
+     1,
+     {0.193F, 4.856F, 0.669F},
+     {1.826F, 3.972F, 0.882F}},
+    {Sm90Tile::kPERSISTENT_128X128,
+     Sm90Kernel::kPERSISTENT,
+     128,
+     128,
+     2,
+     1,
+     1,
+     {0.350F, 3.335F, 0.519F},
+     {1.276F, 2.682F, 0.615F}},
+    {Sm90Tile::kPERSISTENT_128X128_OF_3,
+     Sm90Kernel::kPERSISTENT,
+     128,
+     128,
+     1,
+     3,
+     1,
+     {1.764F, 2.318F, 0.465F},
+     {1.061F, 2.536F, 0.603F}},
+    {Sm90Tile::kPERSISTENT_128X192_OF_4,
+     Sm90Kernel::kPERSISTENT,
+     128,
+     192,
+     2,
+     2,
+     1,
+     {0.825F, 6.161F, 0.604F},
+     {2.323F, 3.512F, 0.799F}},
+    {Sm90Tile::kPERSISTENT_128X128_OF_4,
+     Sm90Kernel::kPERSISTENT,
+     128,
+     128,
+     2,
+     2,
+     1,
+     {0.756F, 3.092F, 0.429F},
+     {1.872F, 2.256F, 0.552F}},
+    {Sm90Tile::kPANEL_192, Sm90Kernel::kPANEL, 64, 192, 1, 2, 1, {2.861F, 1.475F, 0.338F}, {2.607F, 1.515F, 0.414F}},
+    {Sm90Tile::kSPLIT_64X64, Sm90Kernel::kSPLIT, 64, 64, 1, 1, 1, {0.316F, 2.632F, 0.310F}, {0.759F, 2.342F, 0.344F}},
+    {Sm90Tile::kSPLIT_64X128, Sm90Kernel::kSPLIT, 64, 128, 1, 1, 1, {0.670F, 2.494F, 0.316F}, {0.982F, 2.773F, 0.317F}},
+    {Sm90Tile::kSPLIT_128X128,
+     Sm90Kernel::kSPLIT,
+     128,
+     128,
+     1,
+     1,
+     1,
+     {0.918F, 4.003F, 0.432F},
+     {2.022F, 4.028F, 0.497F}},
+    {Sm90Tile::kSPLIT_128X128,
+     Sm90Kernel::kSPLIT,
+     128,
+     128,
+     1,
+     1,
+     2,
+     {0.482F, 5.200F, 0.510F},
+     {1.039F, 5.630F, 0.453F}},
 };
 constexpr int32_t kNUM_SM90_TACTICS = sizeof(kSM90_TACTICS) / sizeof(kSM90_TACTICS[0]);
 
@@ -87,23 +145,44 @@ __host__ __device__
     return 2 * (tiles % clusters) <= clusters;
 }
 
-//! Estimated microseconds of y [rows, outputs] = x [rows, inputs] w^T; infinite where the tactic cannot do it.
-inline float estimate(Sm90Tactic const& tactic, int rows, int outputs, int inputs, bool residual, int multiprocessors)
+//! What a tactic is chosen for: y [rows, outputs] = x [rows, inputs] w^T.
+struct Sm90Problem
 {
-    int const steps = ceilDiv(inputs, kSTEP_INPUTS);
-    if (tactic.split > steps || (tactic.kernel == Sm90Kernel::kPANEL && (residual || inputs > kPANEL_INPUTS)))
+    int rows;
+    int outputs;
+    int inputs;
+    bool residual;
+    bool e4m3;
+
+    int steps() const
+    {
+        return ceilDiv(inputs, e4m3 ? 2 * kSTEP_INPUTS : kSTEP_INPUTS);
+    }
+
+    bool suits(Sm90Tactic const& tactic) const
+    {
+        return tactic.split <= steps() &&
+               (tactic.kernel != Sm90Kernel::kPANEL || (!residual && steps() * kSTEP_INPUTS <= kPANEL_INPUTS));
+    }
+};
+
+//! Estimated microseconds; infinite where the tactic cannot do it.
+inline float estimate(Sm90Tactic const& tactic, Sm90Problem const& problem, int multiprocessors)
+{
+    TacticTimes const& times = problem.e4m3 ? tactic.e4m3Times : tactic.times;
+    if (!problem.suits(tactic))
     {
         return std::numeric_limits<float>::infinity();
     }
-    int const across = ceilDiv(outputs, tactic.wide * tactic.columns);
-    int const down = ceilDiv(rows, tactic.tall * tactic.rows);
+    int const across = ceilDiv(problem.outputs, tactic.wide * tactic.columns);
+    int const down = ceilDiv(problem.rows, tactic.tall * tactic.rows);
     int const places = clusterPlaces(tactic.tall * tactic.wide * tactic.split, multiprocessors);
-    float const products = tactic.stepTime * static_cast<float>(ceilDiv(steps, tactic.split));
+    float const products = times.step * static_cast<float>(ceilDiv(problem.steps(), tactic.split));
     if (tactic.kernel == Sm90Kernel::kSPLIT)
     {
         int const resident = tactic.tile == Sm90Tile::kSPLIT_64X64 ? 2 : 1;  // blocks of a multiprocessor
         int const waves = ceilDiv(down * across, places * resident);
-        return tactic.startTime + static_cast<float>(waves) * (products + tactic.tileTime);
+        return times.start + static_cast<float>(waves) * (products + times.tile);
     }
     // Finishing a tile hides behind the products of the next.
     float rounds = 0.0F;
@@ -122,17 +201,17 @@ inline float estimate(Sm90Tactic const& tactic, int rows, int outputs, int input
         bool const halves = tactic.rows == 128 && tiles % clusters != 0 && halvesLast(tiles, clusters);
         rounds = static_cast<float>(ceilDiv(tiles, clusters)) - (halves ? 0.5F : 0.0F);
     }
-    return tactic.startTime + rounds * std::max(products, tactic.tileTime) + tactic.tileTime;
+    return times.start + rounds * std::max(products, times.tile) + times.tile;
 }
 
 //! The tactic of the least estimate: 1 to kNUM_SM90_TACTICS.
-inline int32_t cheapestSm90Tactic(int rows, int outputs, int inputs, bool residual, int multiprocessors)
+inline int32_t cheapestSm90Tactic(Sm90Problem const& problem, int multiprocessors)
 {
     int32_t cheapest = 0;
     float least = std::numeric_limits<float>::infinity();
     for (int32_t i = 0; i < kNUM_SM90_TACTICS; ++i)
     {
-        float const time = estimate(kSM90_TACTICS[i], rows, outputs, inputs, residual, multiprocessors);
+        float const time = estimate(kSM90_TACTICS[i], problem, multiprocessors);
         if (time < least)
         {
             cheapest = i;

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+//! Shapes and attributes of plugins with e4m3 tensors. TensorRT sees these as float16 with half of the columns, the
+//! same bytes two at a time: it has no say in what is in them, and no plugin of another library reads them.
+
+namespace trocr
+{
+
+//! The real shape of an e4m3 tensor.
+inline nvinfer1::Dims doubled(nvinfer1::Dims dims)
+{
+    if (dims.nbDims > 0)
+    {
+        dims.d[dims.nbDims - 1] *= 2;
+    }
+    return dims;
+}
+
+//! What TensorRT sees of an e4m3 tensor of this shape.
+inline nvinfer1::DimsExprs halved(nvinfer1::DimsExprs dims, nvinfer1::IExprBuilder& exprBuilder)
+{
+    nvinfer1::IDimensionExpr const*& last = dims.d[dims.nbDims - 1];
+    last = exprBuilder.operation(nvinfer1::DimensionOperation::kFLOOR_DIV, *last, *exprBuilder.constant(2));
+    return dims;
+}
+
+//! Throws std::invalid_argument for another type than float16.
+inline void expectHalf(nvinfer1::DataType type)
+{
+    if (type != nvinfer1::DataType::kHALF)
+    {
+        throw std::invalid_argument{"the type is not float16, which e4m3 goes with"};
+    }
+}
+
+//! Throws std::invalid_argument for a scale that is none.
+inline void expectPositive(char const* attribute, float value)
+{
+    if (!std::isfinite(value) || value <= 0.0F)
+    {
+        throw std::invalid_argument{std::string{"attribute '"} + attribute + "' is " + std::to_string(value) +
+                                    ", expected a finite number above 0"};
+    }
+}
+
+}  // namespace trocr
