@@ -474,15 +474,15 @@ FP8_MAX = 448.0
 # 4 t + 2 b + i. Weights have their K columns in the same order, so that products do not change.
 FRAGMENT = (2, 4, 2)  # sizes of b, t, i
 
-# Statements: `values` float32 [..., N] and `output_scale` -> `scaled`, what is rounded to e4m3, in fragment
-# order.
+# Statements: `values` float32 [..., N] and `output_scale` -> `scaled_values`, what is rounded to e4m3: by the
+# scale, in fragment order.
 _SCALE_FRAGMENTS = f"""
                 fragments_shape = Constant <value_ints = [-1, {", ".join(map(str, FRAGMENT))}]> ()
                 values_shape = Shape (values)
                 columns = Reshape (values, fragments_shape)
                 stored_columns = Transpose <perm = [0, 2, 1, 3]> (columns)
                 stored = Reshape (stored_columns, values_shape)
-                scaled = Div (stored, output_scale)"""
+                scaled_values = Div (stored, output_scale)"""
 
 FP8_ROW_STATISTICS = FusedOp(
     name="TrOCRFp8RowStatistics",
@@ -496,7 +496,7 @@ FP8_ROW_STATISTICS = FusedOp(
         values = Identity (rounded)
         output_scale = Constant <value_float: float = @scale> ()
         {_SCALE_FRAGMENTS}
-        quantized = Cast <to = {FP8_TYPE}> (scaled)
+        quantized = Cast <to = {FP8_TYPE}> (scaled_values)
     """,
     min_opset=FP8_OPSET,
 )
@@ -537,7 +537,7 @@ FP8_LAYER_NORM_LINEAR = FusedOp(
         zero = Constant <value_float = 0.0> ()
         is_quantized = Greater (output_scale, zero)
         wide_y = If (is_quantized) <
-            then_branch = quantize () => (float[] scaled) {{
+            then_branch = quantize () => (float[] scaled_values) {{
                 values = Identity (activated)
                 {_SCALE_FRAGMENTS}
             }},
@@ -575,7 +575,7 @@ FP8_LINEAR_RESIDUAL = FusedOp(
         values = Identity (rounded)
         output_scale = Constant <value_float: float = @output_scale> ()
         {_SCALE_FRAGMENTS}
-        quantized = Cast <to = {FP8_TYPE}> (scaled)
+        quantized = Cast <to = {FP8_TYPE}> (scaled_values)
     """,
     min_opset=FP8_OPSET,
 )
@@ -590,7 +590,7 @@ FP8_ENCODER_ATTENTION = FusedOp(
         values = Identity (wide_context)
         output_scale = Constant <value_float: float = @output_scale> ()
         {_SCALE_FRAGMENTS}
-        context = Cast <to = {FP8_TYPE}> (scaled)
+        context = Cast <to = {FP8_TYPE}> (scaled_values)
     """,
     min_opset=FP8_OPSET,
 )
@@ -664,6 +664,8 @@ FUSED_OPS: Mapping[str, FusedOp] = {
         FP8_LINEAR_RESIDUAL,
     )
 }
+
+FP8_PLUGINS = ("encoder_attention", "linear")  # whose ops fp8 exchanges: it needs both
 
 # The ops behind each name of `--plugins`.
 PLUGINS: Mapping[str, tuple[FusedOp, ...]] = {
