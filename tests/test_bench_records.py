@@ -272,6 +272,22 @@ def test_bench_on_a_cpu(checkpoint, tmp_path: Path, monkeypatch):
                 assert entry.same_tokens == 1
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: other variants would be measured")
+def test_bench_of_fp8(checkpoint, tmp_path: Path, monkeypatch, capsys):
+    """The fused graphs alone have it; of the others the bench says so."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", str(checkpoint("small")), "--batch", "2", "--precision", "fp8"]
+    variants = ["--variants", "onnxruntime,torch,stock"]
+    assert bench(["encoder", *options, *variants, "--json", "encoder.json"]) == 0
+    (found,) = read(tmp_path / "encoder.json")
+    assert (found.variant, found.precision) == ("onnxruntime", "fp8")
+    assert 1e-4 < found.rel_error < 0.3
+    printed = capsys.readouterr().out
+    for variant in ("torch", "stock"):
+        assert f"not measured: {variant}: fp8 is the fused encoder's alone" in printed
+
+
 @pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: they would be measured")
 def test_bench_says_what_it_cannot_measure(checkpoint, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
