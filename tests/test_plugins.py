@@ -140,11 +140,12 @@ def test_the_sum_is_an_output_only_when_asked_for(trt):
 @needs_tensorrt
 @pytest.mark.tensorrt
 def test_statistics_are_an_output_only_when_asked_for(trt):
-    def outputs(emit_statistics: int) -> int:
-        attributes = {"emit_statistics": np.int32(emit_statistics)}
-        return build_property(trt, "TrOCRLinearResidual", attributes, "num_outputs")
+    def outputs(op: str, emit_statistics: int) -> int:
+        attributes = GOOD[op] | {"emit_statistics": np.int32(emit_statistics)}
+        return build_property(trt, op, attributes, "num_outputs")
 
-    assert (outputs(0), outputs(1)) == (1, 2)
+    for op, emitted in (("TrOCRLinearResidual", 2), ("TrOCRFp8LinearResidual", 3)):
+        assert (outputs(op, 0), outputs(op, 1)) == (1, emitted)
 
 
 @needs_tensorrt
