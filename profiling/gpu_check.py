@@ -107,7 +107,7 @@ def _once_a_gpu(out: Path) -> list[Stage]:
 
 
 def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
-    """What the check has no time for: more batches and tokens, more peers, errors tensor by tensor."""
+    """What the check has no time for: more batches and tokens, more peers, fp8, errors tensor by tensor."""
     peers = _bench(name, scratch / "compile.json", "encoder", "compile,onnxruntime")
     batches = _bench(name, scratch / "batches.json", SEARCHED, "stock,fused,torch", "2,4,32,128")
     tokens = _bench(name, scratch / "tokens.json", SEARCHED[1:], "stock,fused,torch", "1,16")
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check and measure everything that wants a GPU.")
     parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
     parser.add_argument("--out", type=Path, help="default: results/<gpu>; a folder a model is made in it")
-    parser.add_argument("--sweep", action="store_true", help="more batches and tokens, peers, tensors")
+    parser.add_argument("--sweep", action="store_true", help="more batches and tokens, peers, fp8, tensors")
     parser.add_argument("--budget-minutes", type=float, help="default: 10, for the sweep 30")
     parser.add_argument(
         "--stages", type=lambda text: text.split(","), help="only these, with commas (default: all)"

@@ -29,6 +29,8 @@ Variants:
     tensorrt_rtx    the stock graphs as engines of TensorRT-RTX; in a process without TensorRT, so ask for
     it alone
 
+With --precision fp8 only the variants of the fused graphs are measured: no other has fp8.
+
 Engines: CUDA events around replays of CUDA graphs. PyTorch on a GPU: CUDA events around calls. CPU: wall
 clock.
 """

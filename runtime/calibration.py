@@ -35,11 +35,9 @@ def calibration_images(paths: Sequence[str] = ()) -> list[Path]:
     """The images of files, folders and globs; by default the first of the bundled samples.
 
     Raises:
-        CalibrationError: one of `paths` names no image that is there.
+        CalibrationError: one of `paths`, or the samples' folder, names no image that is there.
     """
-    if not paths:
-        return [Path(name) for name in find_images([str(SAMPLES)])[0][:NUM_SAMPLES]]
-    images, errors = find_images(paths)
+    images, errors = find_images(paths or [str(SAMPLES)])
     absent = [name for name in images if not Path(name).is_file()]
     reasons = [
         *errors.values(),
@@ -47,7 +45,7 @@ def calibration_images(paths: Sequence[str] = ()) -> list[Path]:
     ]
     if reasons:
         raise CalibrationError(f"--calibration: {'; '.join(reasons)}")
-    return [Path(name) for name in images]
+    return [Path(name) for name in (images if paths else images[:NUM_SAMPLES])]
 
 
 def inputs(images: Sequence[Path]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from graph_surgery.fused_ops import (
     SurgeryError,
     parse_plugins,
 )
+from runtime import calibration
 from runtime.calibration import CalibrationError, calibrate, calibration_images, inputs, line_pixels
 from runtime.recognizer import Recognizer, load_image_processor
 from tests.checkpoints import ENCODER, SMALL_DECODER
@@ -491,6 +492,13 @@ def test_images_of_a_calibration(tmp_path: Path):
     ):
         with pytest.raises(CalibrationError, match=f"--calibration: .*{message}"):
             calibration_images(paths)
+
+
+def test_samples_that_are_not_there(tmp_path: Path, monkeypatch):
+    for folder, message in ((tmp_path, "no images in this folder"), (tmp_path / "none", "no such file")):
+        monkeypatch.setattr(calibration, "SAMPLES", folder)
+        with pytest.raises(CalibrationError, match=message):
+            calibration_images()
 
 
 def test_an_unreadable_image_is_named(encoders: Encoders, tmp_path: Path):
