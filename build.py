@@ -3,6 +3,7 @@
 
     python build.py --plugins fused
     python build.py --model DIR --plugins none --precision fp16 --batch 1,8,16 --out engines/DIR-fp16-none
+    python build.py --model DIR --precision fp8 --calibration lines/
 
 The folder appears complete or not at all, and a second build from equal inputs does nothing. Without an
 NVIDIA GPU only the graphs are written, which ONNX Runtime runs.
@@ -28,8 +29,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graph_surgery.fused_ops import DOMAIN, FUSED_OPS, GROUPS, VERSION, SurgeryError, parse_plugins
-from runtime.gpu import Gpu, current_gpu
+from graph_surgery.fused_ops import (
+    DOMAIN,
+    FP8_PLUGINS,
+    FUSED_OPS,
+    GROUPS,
+    VERSION,
+    SurgeryError,
+    parse_plugins,
+)
+from runtime.gpu import FP8_COMPUTE_CAPABILITY, Gpu, current_gpu
 from runtime.manifest import FusedOp, Manifest, ManifestError, sha256
 from runtime.tensorrt_loader import (
     TensorRTError,
@@ -48,11 +57,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 DEFAULT_MODEL = "models/trocr-tiny-printed"
 GRAPHS = ("encoder", "cross_kv", "decoder")
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 CACHE_MULTIPLE = 32  # a fixed cache's capacity is rounded up to it: aligned rows, few different engines
 CHECKPOINT_FILES = {".bin", ".json", ".model", ".safetensors", ".txt"}
 # Of a build's inputs, those that decide the graphs; the others are the engines' affair.
-GRAPH_INPUTS = ("checkpoint", "precision", "plugins", "sources", "packages")
+GRAPH_INPUTS = ("checkpoint", "precision", "plugins", "sources", "packages", "calibration")
 PACKAGES = ("onnx", "onnx-graphsurgeon", "torch", "transformers")  # whose versions change the graphs
 
 Range = tuple[int, int, int]
@@ -76,6 +85,7 @@ def build(
     *,
     max_length: int | None = None,
     num_beams: int = 1,
+    calibration: Sequence[str] = (),
     timing_cache: Path | None = None,
     onnx_only: bool = False,
     force: bool = False,
@@ -83,13 +93,14 @@ def build(
     """Build an engine folder; returns it. The parameters are the command line's, see `main`.
 
     Raises:
-        BuildError, SurgeryError, TensorRTError: wrong or unusable input.
+        BuildError, SurgeryError, TensorRTError: wrong or unusable input; fp8 where it cannot be.
         NoEngines: graphs written, no GPU or TensorRT.
     """
     chosen = sorted(parse_plugins(plugins))
     out = out or default_folder(model, plugins, precision)
-    command = _command(model, plugins, precision, batch, out, max_length, num_beams)
+    command = _command(model, plugins, precision, batch, out, max_length, num_beams, calibration)
     gpu = None if onnx_only else current_gpu()
+    _check_fp8(precision, plugins, chosen, calibration, gpu)
     trt, why_no_engines = None, "no NVIDIA GPU can be used here"
     if gpu:
         try:
@@ -99,6 +110,9 @@ def build(
     library = find_plugin_library() if trt and chosen else None
 
     inputs = _graph_inputs(model, chosen, precision, batch, max_length) | {"num_beams": num_beams}
+    images = _calibration_images(calibration) if precision == "fp8" else []
+    if images:
+        inputs |= {"calibration": _calibration_inputs(images)}
     if trt:
         inputs |= {
             "tensorrt": trt.__version__,
@@ -107,7 +121,8 @@ def build(
         }
     if force or not _up_to_date(out, inputs):
         reusable = None if force else _graphs_of_equal_inputs(out, inputs)
-        _build_folder(out, inputs, command, model, chosen, gpu if trt else None, trt, timing_cache, reusable)
+        gpu = gpu if trt else None
+        _build_folder(out, inputs, command, model, chosen, images, gpu, trt, timing_cache, reusable)
     if not (trt or onnx_only):
         raise NoEngines(
             f"engines not built: {why_no_engines}; the graphs in {out} run on ONNX Runtime "
@@ -129,12 +144,50 @@ def _command(
     out: Path,
     max_length: int | None,
     num_beams: int,
+    calibration: Sequence[str],
 ) -> str:
     parts = ["python", "build.py", "--model", model, "--plugins", plugins, "--precision", precision]
     parts += ["--batch", ",".join(map(str, batch)), "--out", str(out)]
     parts += ["--max-length", str(max_length)] if max_length else []
     parts += ["--num-beams", str(num_beams)] if num_beams > 1 else []
+    parts += ["--calibration", *calibration] if calibration else []
     return shlex.join(parts)
+
+
+def _check_fp8(
+    precision: str, plugins: str, chosen: Sequence[str], calibration: Sequence[str], gpu: Gpu | None
+) -> None:
+    """Refuse fp8 where it cannot be, and a calibration without fp8."""
+    if precision != "fp8":
+        if calibration:
+            raise BuildError(f"--calibration: precision {precision} needs none; leave it out")
+        return
+    if missing := set(FP8_PLUGINS) - set(chosen):
+        raise BuildError(
+            f"--precision fp8 is of the plugins {' and '.join(FP8_PLUGINS)}, and --plugins {plugins} "
+            f"leaves out {' and '.join(sorted(missing))}; add them (--plugins fused), or choose "
+            "--precision fp16"
+        )
+    if gpu and not gpu.has_fp8:
+        raise BuildError(
+            f"--precision fp8 runs on GPUs of compute capability {FP8_COMPUTE_CAPABILITY} alone, this GPU is "
+            f"{gpu.name} ({gpu.compute_capability}); choose --precision fp16, or --onnx-only for the graphs"
+        )
+
+
+def _calibration_images(calibration: Sequence[str]) -> list[Path]:
+    from runtime.calibration import CalibrationError, calibration_images
+
+    try:
+        return calibration_images(calibration)
+    except CalibrationError as error:
+        raise BuildError(str(error)) from error
+
+
+def _calibration_inputs(images: Sequence[Path]) -> dict[str, Any]:
+    from runtime.calibration import inputs
+
+    return inputs(images) | {"onnxruntime": importlib.metadata.version("onnxruntime")}
 
 
 def _graph_inputs(
@@ -144,7 +197,8 @@ def _graph_inputs(
     # load_spec downloads a hub id, or says what is wrong with the name.
     folder = Path(model) if Path(model).is_dir() else _load_spec(model).source
     checkpoint = sorted(path for path in folder.iterdir() if path.suffix in CHECKPOINT_FILES)
-    sources = [ROOT / "build.py", ROOT / "runtime" / "decoder_weights.py"]
+    runtime = ROOT / "runtime"
+    sources = [ROOT / "build.py", runtime / "calibration.py", runtime / "decoder_weights.py"]
     sources += sorted((ROOT / "graph_surgery").rglob("*.py"))
     return {
         "checkpoint": {path.name: sha256(path) for path in checkpoint},
@@ -186,7 +240,7 @@ def _graphs_of_equal_inputs(out: Path, inputs: Mapping[str, Any]) -> list[str] |
             manifest.check_file(out, name)
     except ManifestError:
         return None
-    same = all(manifest.inputs.get(name) == inputs[name] for name in GRAPH_INPUTS)
+    same = all(manifest.inputs.get(name) == inputs.get(name) for name in GRAPH_INPUTS)
     return files if same else None
 
 
@@ -196,6 +250,7 @@ def _build_folder(
     command: str,
     model: str,
     plugins: Sequence[str],
+    images: Sequence[Path],
     gpu: Gpu | None,
     trt: Any,
     timing_cache: Path | None,
@@ -203,7 +258,7 @@ def _build_folder(
 ) -> None:
     """Build in a temporary folder beside `out` and exchange the two at the end.
 
-    `reusable` are files of `out` to take in place of exporting again.
+    `images` are what fp8 is calibrated with, `reusable` files of `out` to take in place of exporting again.
     """
     from graph_surgery.checkpoint import copy_processor_files
     from graph_surgery.fuse import load
@@ -221,7 +276,7 @@ def _build_folder(
                 os.link(out / name, folder / name)
             graphs = load(folder)
         else:
-            graphs = _write_graphs(spec, precision, plugins, folder)
+            graphs = _write_graphs(spec, precision, plugins, images, folder)
             copy_processor_files(spec, folder)
 
         properties = {entry.key: entry.value for entry in graphs["decoder"].metadata_props}
@@ -288,28 +343,44 @@ def _check_max_length(spec: ModelSpec, max_length: int | None) -> int:
 
 
 def _write_graphs(
-    spec: ModelSpec, precision: str, plugins: Sequence[str], folder: Path
+    spec: ModelSpec, precision: str, plugins: Sequence[str], images: Sequence[Path], folder: Path
 ) -> dict[str, onnx.ModelProto]:
     """Export the checkpoint, fuse the graphs, and save them with the definitions that ONNX Runtime needs.
 
     A fully fused folder also gets the weights of the device decoder, where that can run the checkpoint.
     """
-    from graph_surgery.checkpoint import DTYPES, CheckpointError, load_model
+    from graph_surgery.checkpoint import BASE_PRECISION, DTYPES, CheckpointError, load_model
     from graph_surgery.export import export_graphs
     from graph_surgery.fuse import fuse, save
     from runtime import decoder_weights
 
+    base = BASE_PRECISION[precision]
     try:
-        weights = load_model(spec, DTYPES[precision])
+        weights = load_model(spec, DTYPES[base])
     except CheckpointError as error:
         raise BuildError(str(error)) from error
-    graphs = fuse(export_graphs(spec, weights, precision), spec, plugins)
+    graphs = fuse(export_graphs(spec, weights, base), spec, plugins)
+    if precision == "fp8":
+        graphs["encoder"] = _quantized(graphs["encoder"], spec, images)
     for name, graph in graphs.items():
         save(graph, folder / f"{name}.onnx")
     if GROUPS["fused"] <= set(plugins) and decoder_weights.obstacle(spec, weights.dtype) is None:
         packed = decoder_weights.pack_decoder(weights)
         decoder_weights.save_decoder(packed, decoder_weights.decoder_config(spec, weights), folder)
     return graphs
+
+
+def _quantized(encoder: onnx.ModelProto, spec: ModelSpec, images: Sequence[Path]) -> onnx.ModelProto:
+    """The fused float16 encoder in fp8, calibrated with these images."""
+    from graph_surgery.checkpoint import CheckpointError
+    from graph_surgery.fp8 import quantize_encoder
+    from runtime.calibration import CalibrationError, calibrate
+
+    try:
+        ranges = calibrate(encoder, spec, images)
+    except (CalibrationError, CheckpointError) as error:
+        raise BuildError(str(error)) from error
+    return quantize_encoder(encoder, spec, ranges)
 
 
 def _weights_hash(checkpoint: Mapping[str, str]) -> str:
@@ -512,6 +583,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=1,
         help="beam search with so many beams is to work for the largest batch too (default: 1, greedy)",
     )
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="for fp8: images, folders or globs of the lines that the encoder's ranges are taken of "
+        "(default: 16 of the bundled samples)",
+    )
     parser.add_argument("--timing-cache", type=Path, help="default: timing.cache beside the folder")
     parser.add_argument("--onnx-only", action="store_true", help="stop after the fused ONNX")
     parser.add_argument("--force", action="store_true", help="build even if up to date")
@@ -532,6 +611,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.out,
                 max_length=options.max_length,
                 num_beams=options.num_beams,
+                calibration=options.calibration,
                 timing_cache=options.timing_cache,
                 onnx_only=options.onnx_only,
                 force=options.force,

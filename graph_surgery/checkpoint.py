@@ -27,6 +27,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What model and graphs are in for each `--precision`. fp8 is an affair of the encoder's graph (fp8.py).
+BASE_PRECISION = {precision: precision for precision in DTYPES} | {"fp8": "fp16"}
 
 # Everything but the weights: what an engine folder takes along to read images and to write text.
 PROCESSOR_FILES = (

@@ -11,6 +11,7 @@ function. TensorRT takes the copy that `strip_functions` makes. The graph's meta
     trocr.replaced   JSON, for every new node the names of the stock nodes whose work it does
     trocr.cache      "fixed" once decoder self-attention is fused, see docs/design.md
     trocr.pixels     "uint8" once the patch embedding is fused, see docs/design.md
+    trocr.ranges     of an encoder in fp8, see graph_surgery/fp8.py
 """
 
 import argparse
@@ -29,7 +30,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from tqdm import tqdm
 
 from graph_surgery.checkpoint import CheckpointError, ModelSpec, load_spec
-from graph_surgery.fused_ops import DOMAIN, PLUGINS, VERSION, SurgeryError, parse_plugins
+from graph_surgery.fused_ops import DOMAIN, FP8_TYPE, FUSED_OPS, VERSION, SurgeryError, parse_plugins
 from graph_surgery.passes import PASSES, PassReport
 
 GRAPHS = ("encoder", "cross_kv", "decoder")
@@ -41,6 +42,7 @@ FUNCTION_IR_VERSION = 9
 MAX_INLINE_BYTES = 2_000_000_000
 
 PIXELS_A_WORD = 4
+FP8_A_HALF = 2  # numbers of e4m3 in the place of one of float16
 
 # Stand-ins for dynamic dimensions, (first, step) in each of two runs: see _infer_shapes.
 PROBES = ((1009, 10), (2003, 30))
@@ -85,7 +87,7 @@ def fuse_graph(
     if "patch_embedding" in fired:
         metadata["trocr.pixels"] = "uint8"
     fused = export_graph(graph, model, metadata)
-    attach_functions(fused, fired)
+    attach_functions(fused)
     return fused
 
 
@@ -122,12 +124,13 @@ def export_graph(graph: gs.Graph, stock: onnx.ModelProto, metadata: Mapping[str,
     return model
 
 
-def attach_functions(model: onnx.ModelProto, plugins: Collection[str]) -> None:
-    """Give `model` the definitions of these fused ops, so that ONNX Runtime can run it."""
-    if not plugins:
+def attach_functions(model: onnx.ModelProto) -> None:
+    """Give `model` the definitions of the fused ops in it, so that ONNX Runtime can run it."""
+    names = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    if not names:
         return
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    model.functions.extend(op.function(opsets[""]) for plugin in plugins for op in PLUGINS[plugin])
+    model.functions.extend(op.function(opsets[""]) for name, op in FUSED_OPS.items() if name in names)
     model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
     if DOMAIN not in opsets:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, int(VERSION)))
@@ -137,8 +140,9 @@ def strip_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     """The copy for TensorRT, without the local functions.
 
     TensorRT 10.6 would take a function rather than the plugin of the same name. Outputs that a function must
-    have and a plugin omits (nameless ones at the end) go too. Pixels uint8 [.., width] become int32
-    [.., width / 4], the same bytes four at a time: TensorRT's plugins have no uint8.
+    have and a plugin omits (nameless ones at the end), and attributes that only a function has, go too.
+    TensorRT's plugins have neither uint8 nor e4m3: pixels uint8 [.., width] become int32 [.., width / 4], and
+    weights e4m3 [N, K] float16 [N, K / 2], as e4m3 tensors between plugins do: the same bytes.
     """
     stripped = onnx.ModelProto()
     stripped.CopyFrom(model)
@@ -146,10 +150,19 @@ def strip_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in stripped.graph.node:
         while node.output[-1] == "":
             node.output.pop()
+        if node.domain == DOMAIN:
+            absent = {a.name for a in FUSED_OPS[node.op_type].attributes if not a.for_plugin}
+            kept = [attribute for attribute in node.attribute if attribute.name not in absent]
+            del node.attribute[:]
+            node.attribute.extend(kept)
     for value in stripped.graph.input:
         if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
             value.type.tensor_type.elem_type = onnx.TensorProto.INT32
             value.type.tensor_type.shape.dim[-1].dim_value //= PIXELS_A_WORD
+    for weight in stripped.graph.initializer:
+        if weight.data_type == FP8_TYPE:
+            weight.data_type = onnx.TensorProto.FLOAT16
+            weight.dims[-1] //= FP8_A_HALF
     return stripped
 
 

@@ -16,6 +16,7 @@ VERSION = "1"
 # The bodies use LayerNormalization (17) and nothing whose form changed up to opset 20. ONNX wants a function
 # and its model to agree on the opset, so a body is instantiated for the opset of the model that carries it.
 MIN_OPSET = 17
+FP8_OPSET = 19  # the first whose Cast knows 8-bit floating-point numbers
 
 
 class SurgeryError(ValueError):
@@ -24,12 +25,16 @@ class SurgeryError(ValueError):
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of a fused op: required without a `default`, of any value without `allowed`."""
+    """An attribute of a fused op: required without a `default`, of any value without `allowed`.
+
+    for_plugin: False where only the ONNX function has it, and `fuse.strip_functions` leaves it out.
+    """
 
     name: str
     type: type[int] | type[float] | type[str]
     default: int | float | str | None = None
     allowed: tuple[int | str, ...] = ()
+    for_plugin: bool = True
 
     def check(self, op: str, value: int | float | str) -> int | float | str:
         """Return `value` if it suits, else raise SurgeryError."""
@@ -53,6 +58,7 @@ class FusedOp:
     plugin: its name in `--plugins`.
     inputs, outputs: names in order; shapes and types are in docs/design.md.
     body: the statements of the function in ONNX's textual syntax.
+    min_opset: the first opset that has all their operators.
     """
 
     name: str
@@ -61,6 +67,7 @@ class FusedOp:
     outputs: tuple[str, ...]
     attributes: tuple[Attribute, ...]
     body: str
+    min_opset: int = MIN_OPSET
 
     def node_attributes(self, **values: int | float | str) -> dict[str, int | float | str]:
         """All attributes of a node: checked, and completed with defaults, plugin version and namespace."""
@@ -77,8 +84,8 @@ class FusedOp:
 
     def function(self, opset: int) -> onnx.FunctionProto:
         """The op's definition as a local function for a model of this opset."""
-        if opset < MIN_OPSET:
-            raise SurgeryError(f"the fused ops need opset {MIN_OPSET} or newer, the graph has {opset}")
+        if opset < self.min_opset:
+            raise SurgeryError(f"{self.name} needs opset {self.min_opset} or newer, the graph has {opset}")
         declared = [
             attribute.name if attribute.default is None else _with_default(attribute)
             for attribute in self.attributes
@@ -99,13 +106,8 @@ def _with_default(attribute: Attribute) -> str:
     return f"{attribute.name}: {attribute.type.__name__} = {attribute.default}"
 
 
-ENCODER_ATTENTION = FusedOp(
-    name="TrOCREncoderAttention",
-    plugin="encoder_attention",
-    inputs=("qkv",),
-    outputs=("context",),
-    attributes=(Attribute("num_heads", int),),
-    body="""
+# Statements: `qkv` [B, S, 3 * D] -> `wide_context`, float32 [B, S, D].
+_ATTEND = """
         num_heads = Constant <value_int: int = @num_heads> ()
         first_axis = Constant <value_ints = [0]> ()
         heads_dim = Unsqueeze (num_heads, first_axis)
@@ -133,7 +135,15 @@ ENCODER_ATTENTION = FusedOp(
         probs = Softmax <axis = -1> (scores)
         mixed = MatMul (probs, value)                                       # [B, H, S, d]
         mixed_rows = Transpose <perm = [0, 2, 1, 3]> (mixed)
-        wide_context = Reshape (mixed_rows, rows_shape)
+        wide_context = Reshape (mixed_rows, rows_shape)"""
+
+ENCODER_ATTENTION = FusedOp(
+    name="TrOCREncoderAttention",
+    plugin="encoder_attention",
+    inputs=("qkv",),
+    outputs=("context",),
+    attributes=(Attribute("num_heads", int),),
+    body=f"""{_ATTEND}
         context = CastLike (wide_context, qkv)
     """,
 )
@@ -387,18 +397,10 @@ ROW_STATISTICS = FusedOp(
     """,
 )
 
-LAYER_NORM_LINEAR = FusedOp(
-    name="TrOCRLayerNormLinear",
-    plugin="linear",
-    inputs=("x", "statistics", "weight", "weight_sum", "bias"),
-    outputs=("y",),
-    attributes=(
-        Attribute("epsilon", float),
-        Attribute("activation", str, "none", ("none", "gelu", "relu")),
-    ),
-    # Parts of equal size: the mean is that of their means, and the squared distances from it are those within
-    # the parts plus 64 times those of their means (Chan, Golub, LeVeque 1983).
-    body=f"""
+# Statements: the `statistics` of rows of K -> their `mean` and `deviation`, float32 [..., 1]. Parts of equal
+# size: the mean is that of their means, and the squared distances from it are those within the parts plus 64
+# times those of their means (Chan, Golub, LeVeque 1983).
+_MOMENTS = f"""
         mean_index = Constant <value_int = 0> ()
         m2_index = Constant <value_int = 1> ()
         last_axis = Constant <value_ints = [-1]> ()
@@ -415,13 +417,22 @@ LAYER_NORM_LINEAR = FusedOp(
         part_width = Constant <value_float = {STATISTICS_WIDTH}.0> ()
         all_between = Mul (between, part_width)
         m2 = Add (within, all_between)
-        width = Shape <start = -1> (x)
-        width_f = Cast <to = 1> (width)
+        width_f = Mul (num_parts_f, part_width)
         variance = Div (m2, width_f)
         epsilon = Constant <value_float: float = @epsilon> ()
         shifted_variance = Add (variance, epsilon)
-        deviation = Sqrt (shifted_variance)
+        deviation = Sqrt (shifted_variance)"""
 
+LAYER_NORM_LINEAR = FusedOp(
+    name="TrOCRLayerNormLinear",
+    plugin="linear",
+    inputs=("x", "statistics", "weight", "weight_sum", "bias"),
+    outputs=("y",),
+    attributes=(
+        Attribute("epsilon", float),
+        Attribute("activation", str, "none", ("none", "gelu", "relu")),
+    ),
+    body=f"""{_MOMENTS}
         wide_x = Cast <to = 1> (x)
         wide_weight = Cast <to = 1> (weight)
         weight_t = Transpose <perm = [1, 0]> (wide_weight)
@@ -454,6 +465,134 @@ LINEAR_RESIDUAL = FusedOp(
         rounded = Cast <to = 1> (y)
         {_TAKE_STATISTICS}
     """,
+)
+
+# 8-bit floating-point numbers, e4m3: a tensor's values by its scale, the largest of them by 448.
+FP8_TYPE = onnx.TensorProto.FLOAT8E4M3FN
+FP8_MAX = 448.0
+# The columns of each 16 as the tensor cores' accumulators leave them: column 8 b + 2 t + i is stored at
+# 4 t + 2 b + i. Weights have their K columns in the same order, so that products do not change.
+FRAGMENT = (2, 4, 2)  # sizes of b, t, i
+
+# Statements: `values` float32 [..., N] and `output_scale` -> `scaled_values`, what is rounded to e4m3: by the
+# scale, in fragment order.
+_SCALE_FRAGMENTS = f"""
+                fragments_shape = Constant <value_ints = [-1, {", ".join(map(str, FRAGMENT))}]> ()
+                values_shape = Shape (values)
+                columns = Reshape (values, fragments_shape)
+                stored_columns = Transpose <perm = [0, 2, 1, 3]> (columns)
+                stored = Reshape (stored_columns, values_shape)
+                scaled_values = Div (stored, output_scale)"""
+
+FP8_ROW_STATISTICS = FusedOp(
+    name="TrOCRFp8RowStatistics",
+    plugin="linear",
+    inputs=("x",),
+    outputs=("statistics", "quantized"),
+    attributes=(Attribute("scale", float),),
+    body=f"""
+        rounded = Cast <to = 1> (x)
+        {_TAKE_STATISTICS}
+        values = Identity (rounded)
+        output_scale = Constant <value_float: float = @scale> ()
+        {_SCALE_FRAGMENTS}
+        quantized = Cast <to = {FP8_TYPE}> (scaled_values)
+    """,
+    min_opset=FP8_OPSET,
+)
+
+FP8_LAYER_NORM_LINEAR = FusedOp(
+    name="TrOCRFp8LayerNormLinear",
+    plugin="linear",
+    inputs=("x", "statistics", "weight", "weight_sum", "bias"),
+    outputs=("y",),
+    attributes=(
+        Attribute("epsilon", float),
+        Attribute("activation", str, "none", ("none", "gelu", "relu")),
+        Attribute("product_scale", float),
+        Attribute("output_scale", float, 0.0),
+        # What y is: a function cannot tell that from output_scale, for branches have one type.
+        Attribute(
+            "output_type",
+            int,
+            onnx.TensorProto.FLOAT16,
+            (onnx.TensorProto.FLOAT16, FP8_TYPE),
+            for_plugin=False,
+        ),
+    ),
+    body=f"""{_MOMENTS}
+
+        wide_x = Cast <to = 1> (x)
+        wide_weight = Cast <to = 1> (weight)
+        weight_t = Transpose <perm = [1, 0]> (wide_weight)
+        product = MatMul (wide_x, weight_t)
+        product_scale = Constant <value_float: float = @product_scale> ()
+        scaled_product = Mul (product, product_scale)
+        product_of_mean = Mul (mean, weight_sum)
+        centred = Sub (scaled_product, product_of_mean)
+        normed = Div (centred, deviation)
+        biased = Add (normed, bias)
+        {_ACTIVATE}
+        output_scale = Constant <value_float: float = @output_scale> ()
+        zero = Constant <value_float = 0.0> ()
+        is_quantized = Greater (output_scale, zero)
+        wide_y = If (is_quantized) <
+            then_branch = quantize () => (float[] scaled_values) {{
+                values = Identity (activated)
+                {_SCALE_FRAGMENTS}
+            }},
+            else_branch = leave () => (float[] left) {{ left = Identity (activated) }}
+        >
+        y = Cast <to: int = @output_type> (wide_y)
+    """,
+    min_opset=FP8_OPSET,
+)
+
+FP8_LINEAR_RESIDUAL = FusedOp(
+    name="TrOCRFp8LinearResidual",
+    plugin="linear",
+    inputs=("x", "weight", "bias", "residual"),
+    outputs=("y", "statistics", "quantized"),
+    attributes=(
+        Attribute("emit_statistics", int, 0, (0, 1)),
+        Attribute("product_scale", float),
+        Attribute("output_scale", float, 1.0),
+    ),
+    # A node that emits none leaves the names of the second and third output empty.
+    body=f"""
+        wide_x = Cast <to = 1> (x)
+        wide_weight = Cast <to = 1> (weight)
+        wide_residual = Cast <to = 1> (residual)
+        weight_t = Transpose <perm = [1, 0]> (wide_weight)
+        product = MatMul (wide_x, weight_t)
+        product_scale = Constant <value_float: float = @product_scale> ()
+        scaled_product = Mul (product, product_scale)
+        biased = Add (scaled_product, bias)
+        wide_y = Add (biased, wide_residual)
+        y = CastLike (wide_y, residual)
+        rounded = Cast <to = 1> (y)
+        {_TAKE_STATISTICS}
+        values = Identity (rounded)
+        output_scale = Constant <value_float: float = @output_scale> ()
+        {_SCALE_FRAGMENTS}
+        quantized = Cast <to = {FP8_TYPE}> (scaled_values)
+    """,
+    min_opset=FP8_OPSET,
+)
+
+FP8_ENCODER_ATTENTION = FusedOp(
+    name="TrOCRFp8EncoderAttention",
+    plugin="encoder_attention",
+    inputs=("qkv",),
+    outputs=("context",),
+    attributes=(Attribute("num_heads", int), Attribute("output_scale", float)),
+    body=f"""{_ATTEND}
+        values = Identity (wide_context)
+        output_scale = Constant <value_float: float = @output_scale> ()
+        {_SCALE_FRAGMENTS}
+        context = Cast <to = {FP8_TYPE}> (scaled_values)
+    """,
+    min_opset=FP8_OPSET,
 )
 
 # Pixels of a patch's side, and what they are counted from: v - 128 is exact in every type.
@@ -519,8 +658,14 @@ FUSED_OPS: Mapping[str, FusedOp] = {
         LAYER_NORM_LINEAR,
         LINEAR_RESIDUAL,
         PATCH_EMBEDDING,
+        FP8_ENCODER_ATTENTION,
+        FP8_ROW_STATISTICS,
+        FP8_LAYER_NORM_LINEAR,
+        FP8_LINEAR_RESIDUAL,
     )
 }
+
+FP8_PLUGINS = ("encoder_attention", "linear")  # whose ops fp8 exchanges: it needs both
 
 # The ops behind each name of `--plugins`.
 PLUGINS: Mapping[str, tuple[FusedOp, ...]] = {

@@ -30,7 +30,7 @@ from profiling import records
 from profiling.models import BUNDLED, find_model
 from profiling.records import ROOT
 from profiling.summary import summarize
-from runtime.gpu import current_gpu
+from runtime.gpu import FP8_COMPUTE_CAPABILITY, current_gpu
 
 BATCHES = "1,8,16,64"
 PROFILE, SWEEP_PROFILE = "1,16,64", "1,16,128"
@@ -107,12 +107,14 @@ def _once_a_gpu(out: Path) -> list[Stage]:
 
 
 def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
-    """What the check has no time for: more batches and tokens, more peers, errors tensor by tensor."""
+    """What the check has no time for: more batches and tokens, more peers, fp8, errors tensor by tensor."""
     peers = _bench(name, scratch / "compile.json", "encoder", "compile,onnxruntime")
     batches = _bench(name, scratch / "batches.json", SEARCHED, "stock,fused,torch", "2,4,32,128")
     tokens = _bench(name, scratch / "tokens.json", SEARCHED[1:], "stock,fused,torch", "1,16")
     beams = _bench(name, scratch / "beams.json", SEARCHED[1:], "stock,fused", "1,16")
     rtx = _bench(name, scratch / "rtx.json", SEARCHED, "tensorrt_rtx")
+    fp8 = _bench(name, scratch / "fp8.json", ("encoder", "end_to_end"), "fused", precision="fp8")
+    no_fp8 = None if _has_fp8() else f"fp8 is for compute capability {FP8_COMPUTE_CAPABILITY}"
     reason = None
     if not any(importlib.util.find_spec(module) for module in ("tensorrt_rtx", "tensorrt_rtx_bindings")):
         reason = (
@@ -129,6 +131,8 @@ def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
         _module("tokens", [*tokens, "--tokens", "5,10,40,60"], 30),
         _module("beams", [*beams, "--num-beams", "4"], 30),
         replace(_module("tensorrt_rtx", rtx, 30), obstacle=reason),
+        replace(_module("fp8 engines", _engines(name, "fp8", SWEEP_PROFILE), 30), obstacle=no_fp8),
+        replace(_module("fp8", fp8, 30), obstacle=no_fp8),
         *once,
     ]
 
@@ -141,6 +145,7 @@ def _of_trained_weights(folder: Path, name: str, scratch: Path, out: Path) -> li
         default_folder(str(folder), plugins, precision)
         for precision in PRECISIONS
         for plugins in ("fused", "none")
+        if precision != "fp8" or (plugins == "fused" and _has_fp8())
     ]
     mixed = ["profiling.mixed_page"]
     accuracy = ["profiling.accuracy", *(word for engines in built for word in ("--engines", str(engines)))]
@@ -153,6 +158,11 @@ def _of_trained_weights(folder: Path, name: str, scratch: Path, out: Path) -> li
         _module("accuracy", accuracy, 30, out / "accuracy.json", "--json"),
         _module("tensors", tensors, 60, out / "tensors", "--out"),
     ]
+
+
+def _has_fp8() -> bool:
+    gpu = current_gpu()
+    return gpu is not None and gpu.has_fp8
 
 
 def _engines(name: str, precision: str, profile: str) -> list[str]:
@@ -168,10 +178,15 @@ def _module(
 
 
 def _bench(
-    model: str, file: Path, parts: str | Sequence[str], variants: str, batches: str = BATCHES
+    model: str,
+    file: Path,
+    parts: str | Sequence[str],
+    variants: str,
+    batches: str = BATCHES,
+    precision: str = PRECISION,
 ) -> list[str]:
     parts = [parts] if isinstance(parts, str) else parts
-    command = ["runtime.bench", *parts, "--model", model, "--batch", batches, "--precision", PRECISION]
+    command = ["runtime.bench", *parts, "--model", model, "--batch", batches, "--precision", precision]
     return [*command, "--variants", variants, "--json", str(file)]
 
 
@@ -234,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check and measure everything that wants a GPU.")
     parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
     parser.add_argument("--out", type=Path, help="default: results/<gpu>; a folder a model is made in it")
-    parser.add_argument("--sweep", action="store_true", help="more batches and tokens, peers, tensors")
+    parser.add_argument("--sweep", action="store_true", help="more batches and tokens, peers, fp8, tensors")
     parser.add_argument("--budget-minutes", type=float, help="default: 10, for the sweep 30")
     parser.add_argument(
         "--stages", type=lambda text: text.split(","), help="only these, with commas (default: all)"

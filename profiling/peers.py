@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--precision",
         type=lambda text: text.split(","),
         default=["fp16"],
-        help=f"of {', '.join(PRECISIONS)}; the naive export in the first (default: fp16)",
+        help=f"of {', '.join(PRECISIONS)}; the naive export in the first, unless that is fp8 (default: fp16)",
     )
     parser.add_argument("--batch", type=batch_range, default=(1, 16, 64), help="default: 1,16,64")
     options = parser.parse_args(arguments)
@@ -146,9 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for model in [str(find_model(name)) for name in options.model]:
             for precision, plugins in itertools.product(options.precision, ("none", "fused")):
-                build(model, plugins, precision, options.batch)
+                if (precision, plugins) != ("fp8", "none"):  # only fused encoders have fp8
+                    build(model, plugins, precision, options.batch)
             first = options.precision[0]
-            build_naive(model, first, options.batch, naive_folder(model, first))
+            if first != "fp8":
+                build_naive(model, first, options.batch, naive_folder(model, first))
     except (BuildError, CheckpointError, SurgeryError, TensorRTError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -221,10 +221,12 @@ def stage_table(stages: Sequence[dict[str, Any]]) -> str:
 
 
 def _correctness(records: Sequence[Record], language: str) -> str:
-    """The worst agreement of each variant with PyTorch in float32."""
+    """The worst agreement of each variant with PyTorch in float32, precision by precision."""
+    several = len({record.precision for record in records}) > 1
     worst = []
-    for variant in dict.fromkeys(record.variant for record in records):
-        of_variant = [record for record in records if record.variant == variant]
+    for name, precision in dict.fromkeys((record.variant, record.precision) for record in records):
+        of_variant = [record for record in records if (record.variant, record.precision) == (name, precision)]
+        variant = f"{name} ({precision})" if several else name
         errors = [record.rel_error for record in of_variant if record.rel_error is not None]
         same = [record.same_tokens for record in of_variant if record.same_tokens is not None]
         worst += [f"{variant} {max(errors):.1e}"] if errors else []

@@ -1,6 +1,6 @@
 """Accuracy tensor by tensor: how far each layer's output is from PyTorch in float32, on real lines.
 
-    python -m profiling.tensors --precision fp32,fp16,bf16 --variants stock,fused,torch
+    python -m profiling.tensors --precision fp32,fp16,bf16,fp8 --variants stock,fused,torch
     python -m profiling.tensors --backend tensorrt --model DIR --out DIR
 
 Compared are every encoder layer's output, the encoder's final states, the cross-attention keys and values,
@@ -31,10 +31,10 @@ import numpy as np
 import onnx
 import torch
 from tabulate import tabulate
-from transformers import AutoImageProcessor
 
 from build import CACHE_MULTIPLE, GRAPHS, PRECISIONS, BuildError, build, build_engines
 from graph_surgery.checkpoint import (
+    BASE_PRECISION,
     DTYPES,
     CheckpointError,
     ModelSpec,
@@ -48,7 +48,10 @@ from profiling.layers import write
 from profiling.models import find_model
 from profiling.records import environment
 from runtime.backends.base import BackendError
-from runtime.images import ImageError, load_image
+from runtime.calibration import line_pixels
+from runtime.gpu import FP8_COMPUTE_CAPABILITY, current_gpu
+from runtime.images import ImageError
+from runtime.recognizer import load_image_processor
 from runtime.tensorrt_loader import TensorRTError, load_tensorrt
 
 PLUGINS = {"stock": "none", "fused": "fused"}
@@ -178,7 +181,7 @@ class Runner:
     """
 
     def __init__(self, folder: Path, spec: ModelSpec, precision: str, steps: int):
-        self.spec, self.dtype, self.steps = spec, DTYPES[precision], steps
+        self.spec, self.dtype, self.steps = spec, DTYPES[BASE_PRECISION[precision]], steps
         self.graphs = {name: onnx.load(folder / f"{name}.onnx") for name in GRAPHS}
         counts = {"encoder": spec.encoder.num_hidden_layers, "decoder": spec.decoder.num_hidden_layers}
         self.layers = {
@@ -317,13 +320,6 @@ def greedy_tokens(spec: ModelSpec, pixels: torch.Tensor, steps: int) -> torch.Te
     return torch.nn.functional.pad(ids, (0, steps - ids.shape[1]), value=padding)
 
 
-def line_pixels(spec: ModelSpec, images: Sequence[Path]) -> torch.Tensor:
-    """uint8 [B, 3, height, width], scaled by the checkpoint's own processor."""
-    processor = AutoImageProcessor.from_pretrained(spec.source)
-    loaded = [load_image(path, str(path)) for path in images]
-    return processor(loaded, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
-
-
 def errors(
     model: Path,
     variants: Sequence[str],
@@ -344,12 +340,13 @@ def errors(
     spec = load_spec(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False
-    pixels = line_pixels(spec, images).to(device)
+    pixels = line_pixels(load_image_processor(spec), images).to(device)
     tokens = greedy_tokens(spec, pixels, steps)
     expected = torch_tensors(spec, "fp32", pixels, tokens)
     for precision in precisions:
         for variant in variants:
             try:
+                _check_fp8(precision, variant, backend)
                 if variant == "torch":
                     found = torch_tensors(spec, precision, pixels, tokens)
                 else:
@@ -364,6 +361,16 @@ def errors(
                 continue
             for name, tensor in expected.items():
                 yield Error(variant, precision, name, *compare(found[name], tensor))
+
+
+def _check_fp8(precision: str, variant: str, backend: str) -> None:
+    """Raise Unavailable for fp8 where it is not."""
+    if precision != "fp8":
+        return
+    if variant != "fused":
+        raise Unavailable("fp8 is the fused encoder's alone")
+    if backend == "tensorrt" and not current_gpu().has_fp8:
+        raise Unavailable(f"fp8 is for compute capability {FP8_COMPUTE_CAPABILITY}")
 
 
 def _open(
@@ -414,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description="Compare every layer's output with PyTorch in float32.")
     parser.add_argument("--model", default="bundled", help="bundled or a checkpoint's folder")
-    parser.add_argument("--precision", type=choice(PRECISIONS), default=["fp32", "fp16", "bf16"])
+    parser.add_argument("--precision", type=choice(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--variants", type=choice(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--backend", choices=("onnxruntime", "tensorrt"), default="onnxruntime")
     parser.add_argument("--lines", type=Path, default=LINES, help="archive of lines (default: %(default)s)")

@@ -29,6 +29,8 @@ Variants:
     tensorrt_rtx    the stock graphs as engines of TensorRT-RTX; in a process without TensorRT, so ask for
     it alone
 
+With --precision fp8 only the variants of the fused graphs are measured: no other has fp8.
+
 Engines: CUDA events around replays of CUDA graphs. PyTorch on a GPU: CUDA events around calls. CPU: wall
 clock.
 """
@@ -90,6 +92,8 @@ DEFAULT_BATCHES = "1,8,16,64" if ON_GPU else "1"
 DEFAULT_PRECISION = "fp16" if ON_GPU else "fp32"
 PAGE_LINES = 100 if ON_GPU else 8
 PEERS = {"compile", "onnxruntime", "stock_naive", "tensorrt_rtx"}  # others' failures are no reason to stop
+# Variants that have fp8, without a GPU and with one: on a GPU ONNX Runtime gets the stock graphs.
+FP8_VARIANTS = ({"fused", "fused_steps", "onnxruntime"}, {"fused", "fused_steps"})
 TENSORRT = {"stock", "stock_naive", "fused", "fused_steps"}  # variants that load it
 PROFILE = (1, 16, 64)  # minimum, optimum and maximum batch of engines that are built here
 REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
@@ -491,6 +495,8 @@ def open_variant(
     name: str, folder: Path, spec: ModelSpec, precision: str, engines: Path, cuda_graphs: bool = True
 ):
     """Raises Unavailable, or an error whose message says what to do."""
+    if precision == "fp8" and name not in FP8_VARIANTS[ON_GPU]:
+        raise Unavailable("fp8 is the fused encoder's alone; compare with --precision fp16")
     if name == "torch":
         return TorchVariant(spec, precision)
     if name == "compile":

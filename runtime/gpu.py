@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from dataclasses import dataclass
 
+FP8_COMPUTE_CAPABILITY = "9.0"  # the kernels of `--precision fp8` are written for Hopper alone
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -19,6 +21,11 @@ class Gpu:
     name: str
     compute_capability: str
     cuda: str
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether engines of `--precision fp8` run on it."""
+        return self.compute_capability == FP8_COMPUTE_CAPABILITY
 
     @property
     def slug(self) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,8 @@ from PIL import Image, ImageOps
 # Pillow can open many more, some of them through external programs: a line crop comes in one of these.
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+
+GLOB_CHARACTERS = frozenset("*?[")
 
 # No letter fits into less than MIN_SIDE pixels. Beyond MAX_SIDE it is not the crop of one text line, which
 # the model would squeeze into a few hundred pixels; and a small file can ask for a lot of memory.
@@ -28,6 +33,36 @@ ImageSource = str | Path | Image.Image | np.ndarray
 
 class ImageError(ValueError):
     """An image that cannot be used. The message names the image, what is wrong with it, and the remedy."""
+
+
+def find_images(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The image files that the arguments name, in their order; a file named twice comes twice.
+
+    A folder stands for the images in it (not in folders below), a glob for the files that it matches, both
+    sorted. Anything else stands for itself: whether it can be read turns out later.
+
+    Returns:
+        The files; and the arguments that name none, each with its error.
+    """
+    images: list[str] = []
+    errors: dict[str, str] = {}
+    for argument in arguments:
+        if os.path.isdir(argument):
+            found = sorted(
+                str(child) for child in Path(argument).iterdir() if child.suffix.lower() in SUFFIXES
+            )
+            if not found:
+                errors[argument] = (
+                    f"{argument}: no images in this folder; put {', '.join(SUFFIXES)} files there"
+                )
+        elif GLOB_CHARACTERS & set(argument) and not os.path.lexists(argument):
+            found = sorted(name for name in glob.glob(argument, recursive=True) if os.path.isfile(name))
+            if not found:
+                errors[argument] = f"{argument}: matches no file; check the pattern"
+        else:
+            found = [argument]
+        images += found
+    return images, errors
 
 
 def load_image(source: ImageSource, name: str | None = None) -> Image.Image:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from runtime.gpu import FP8_COMPUTE_CAPABILITY
+
 FORMAT = 1
 FILE_NAME = "manifest.json"
 
@@ -36,7 +38,7 @@ class Manifest:
     Attributes:
         model: folder or hub id that was built.
         weights_sha256: of the checkpoint's weight file(s).
-        precision: "fp32", "fp16" or "bf16".
+        precision: "fp32", "fp16", "bf16" or "fp8".
         plugins: the passes that were switched on; empty for a stock folder.
         fused_ops: what they put into the graphs.
         cache: "fixed" or "growing" (docs/design.md).
@@ -141,9 +143,14 @@ class Manifest:
         """Hold this machine against the one that the engines are for.
 
         Raises:
-            ManifestError: another TensorRT or GPU, or a folder without engines.
+            ManifestError: another TensorRT or GPU, a GPU that does not run fp8, or a folder without engines.
         """
         path = folder / FILE_NAME
+        if self.precision == "fp8" and compute_capability != FP8_COMPUTE_CAPABILITY:
+            raise ManifestError(
+                f"{path}: fp8 runs on GPUs of compute capability {FP8_COMPUTE_CAPABILITY} alone, this GPU is "
+                f"{gpu} ({compute_capability}); build and choose --precision fp16 here"
+            )
         if not self.engines:
             raise ManifestError(
                 f"{path}: the folder holds ONNX graphs but no engines; build them here: {self.command}"

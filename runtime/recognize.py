@@ -11,7 +11,6 @@ and recognising them, not loading the model.
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 import sys
@@ -22,19 +21,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from build import BuildError
-from graph_surgery.checkpoint import DTYPES, CheckpointError
+from build import PRECISIONS, BuildError
+from graph_surgery.checkpoint import CheckpointError
 from graph_surgery.fused_ops import SurgeryError
 from runtime.backends.base import BackendError
 from runtime.backends.choice import NAMES
 from runtime.generation import GenerationError, unsupported_settings
-from runtime.images import SUFFIXES
+from runtime.images import find_images
 from runtime.manifest import ManifestError
 from runtime.metrics import accuracy
 from runtime.recognizer import Recognizer
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "trocr-tiny-printed"
-GLOB_CHARACTERS = frozenset("*?[")
 
 
 class UsageError(ValueError):
@@ -117,36 +115,6 @@ class Record:
     error: str | None
     mean_log_prob: float | None = None
     token_ids: list[int] | None = None
-
-
-def find_images(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The image files that the arguments name, in their order; a file named twice comes twice.
-
-    A folder stands for the images in it (not in folders below), a glob for the files that it matches, both
-    sorted. Anything else stands for itself: whether it can be read turns out later.
-
-    Returns:
-        The files; and the arguments that name none, each with its error.
-    """
-    images: list[str] = []
-    errors: dict[str, str] = {}
-    for argument in arguments:
-        if os.path.isdir(argument):
-            found = sorted(
-                str(child) for child in Path(argument).iterdir() if child.suffix.lower() in SUFFIXES
-            )
-            if not found:
-                errors[argument] = (
-                    f"{argument}: no images in this folder; put {', '.join(SUFFIXES)} files there"
-                )
-        elif GLOB_CHARACTERS & set(argument) and not os.path.lexists(argument):
-            found = sorted(name for name in glob.glob(argument, recursive=True) if os.path.isfile(name))
-            if not found:
-                errors[argument] = f"{argument}: matches no file; check the pattern"
-        else:
-            found = [argument]
-        images += found
-    return images, errors
 
 
 def recognize(options: argparse.Namespace) -> int:
@@ -292,7 +260,7 @@ def add_recognizer_arguments(parser: argparse.ArgumentParser, model: str | None 
     parser.add_argument("--engines", type=Path, metavar="DIR", help="engine folder (default: build.py's)")
     parser.add_argument("--backend", choices=NAMES, default="auto")
     parser.add_argument("--plugins", default="fused", help="fused (default), none, or names with commas")
-    parser.add_argument("--precision", choices=DTYPES, help="default: fp16 for tensorrt, else fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: fp16 for tensorrt, else fp32")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens a line")
     add_search_options(parser)

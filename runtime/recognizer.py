@@ -109,7 +109,7 @@ class Recognizer:
         backend: "tensorrt", "onnxruntime", "torch", or "auto" for the first of the first two that can run.
         plugins: the fused ops of graphs that are built here: "fused", "none", or names with commas.
         engines: the engine folder, where it is not `model` itself or build.py's default.
-        precision: "fp32", "fp16" or "bf16"; by default what suits the backend.
+        precision: "fp32", "fp16", "bf16" or "fp8"; by default what suits the backend.
         batch_size: images a batch; by default what suits the device.
         max_new_tokens: the most tokens a line; by default the checkpoint's own limit.
         num_beams, length_penalty, no_repeat_ngram_size, early_stopping: see `SearchSettings`; greedy by
@@ -148,7 +148,7 @@ class Recognizer:
         limit = new_token_limit(self.spec, max_new_tokens)
         self._decoder = Decoder(self.backend, limit, self.settings)
         self.batch_size = self._check_batch_size(batch_size)
-        self._processor = _load_image_processor(self.spec)
+        self._processor = load_image_processor(self.spec)
         self._resize = DeviceResize.like(self._processor, self.backend.device)
         self._tokenizer = load_tokenizer(self.spec)
 
@@ -284,8 +284,12 @@ class Recognizer:
         return batch_size
 
 
-def _load_image_processor(spec: ModelSpec):
-    """The checkpoint's own image processor, which must make images of the encoder's size."""
+def load_image_processor(spec: ModelSpec):
+    """The checkpoint's own image processor.
+
+    Raises:
+        CheckpointError: there is none, or it makes images of another size than the encoder's.
+    """
     try:
         processor = AutoImageProcessor.from_pretrained(spec.source)
     except Exception as error:  # missing and malformed files end in a variety of exceptions

@@ -69,7 +69,7 @@ def run_pass(plugin: str, model: onnx.ModelProto) -> tuple[onnx.ModelProto, Pass
     graph = import_graph(model)
     report = PASSES[plugin].run(graph)
     fused = export_graph(graph, model, {})
-    attach_functions(fused, [plugin])
+    attach_functions(fused)
     onnx.checker.check_model(fused)
     return fused, report
 

@@ -20,7 +20,7 @@ from profiling.records import Record, RecordError, commit, read, usual_tokens, w
 from profiling.summary import part_table, summary
 from runtime.bench import Case, EngineVariant, NaiveVariant, OnnxCudaVariant, Unavailable, encoder_flops
 from runtime.bench import main as bench
-from runtime.gpu import current_gpu
+from runtime.gpu import Gpu, current_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -171,8 +171,10 @@ def test_stages_of_the_gpu_check(tmp_path: Path):
 
 def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("profiling.gpu_check.current_gpu", lambda: None)
     plan = {stage.name: stage for stage in sweep(BUNDLED, "bundled", tmp_path, tmp_path)}
     of_all = ["plugins", "engines", "compile", "batches", "tokens", "beams", "tensorrt_rtx"]
+    of_all += ["fp8 engines", "fp8"]
     of_trained_weights = ["torch's page", "mixed page", "timeline"]
     of_trained_weights += ["engines of all precisions", "accuracy", "tensors"]
     once_a_gpu = ["kernels", "device decoder"]
@@ -188,7 +190,19 @@ def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
     assert "--batch 2,4,32,128" in " ".join(plan["batches"].command)
     outcome = run_stage(plan["tensorrt_rtx"], time.monotonic() + 100)
     assert (outcome.status, outcome.reason) == ("skipped", plan["tensorrt_rtx"].obstacle)
+    outcome = run_stage(plan["fp8"], time.monotonic() + 100)
+    assert (outcome.status, outcome.reason) == ("skipped", "fp8 is for compute capability 9.0")
     assert [stage.name for stage in sweep(tmp_path, "small", tmp_path, tmp_path)] == of_all
+
+
+def test_fp8_in_the_sweep_of_a_gpu_that_has_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("profiling.gpu_check.current_gpu", lambda: Gpu("NVIDIA H100", "9.0", "13.0"))
+    plan = {stage.name: stage for stage in sweep(BUNDLED, "bundled", tmp_path, tmp_path)}
+    assert plan["fp8"].obstacle is None and "--precision fp8 --variants fused" in " ".join(
+        plan["fp8"].command
+    )
+    engines = [word.split("printed-")[1] for word in plan["accuracy"].command if "printed-" in word]
+    assert engines[-1] == "fp8-fused" and "fp8-none" not in engines
 
 
 def test_collected_records_take_the_place_of_earlier_ones(tmp_path: Path):
@@ -256,6 +270,22 @@ def test_bench_on_a_cpu(checkpoint, tmp_path: Path, monkeypatch):
                 assert entry.rel_error < 1e-4
             else:
                 assert entry.same_tokens == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: other variants would be measured")
+def test_bench_of_fp8(checkpoint, tmp_path: Path, monkeypatch, capsys):
+    """The fused graphs alone have it; of the others the bench says so."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", str(checkpoint("small")), "--batch", "2", "--precision", "fp8"]
+    variants = ["--variants", "onnxruntime,torch,stock"]
+    assert bench(["encoder", *options, *variants, "--json", "encoder.json"]) == 0
+    (found,) = read(tmp_path / "encoder.json")
+    assert (found.variant, found.precision) == ("onnxruntime", "fp8")
+    assert 1e-4 < found.rel_error < 0.3
+    printed = capsys.readouterr().out
+    for variant in ("torch", "stock"):
+        assert f"not measured: {variant}: fp8 is the fused encoder's alone" in printed
 
 
 @pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: they would be measured")

@@ -18,7 +18,7 @@ import build as build_module
 from build import BuildError, NoEngines, build, default_folder, main
 from graph_surgery.fused_ops import DOMAIN, SurgeryError
 from runtime.decoder_weights import FILE_NAME as DECODER_WEIGHTS
-from runtime.gpu import current_gpu
+from runtime.gpu import Gpu, current_gpu
 from runtime.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,6 +265,95 @@ def test_command_builds_the_same_folder(model: str, tmp_path: Path):
     assert (program, script) == ("python", "build.py")
     assert main([*arguments, "--onnx-only", "--force"]) == 0
     assert Manifest.read(out).inputs == first.inputs
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two images to calibrate with."""
+    folder = tmp_path_factory.mktemp("lines")
+    for name in ("000015.jpg", "000135.jpg"):
+        shutil.copyfile(ROOT / "samples" / name, folder / name)
+    return folder
+
+
+def test_fp8(model: str, tmp_path: Path, lines: Path, capsys):
+    """Graphs, ranges and manifest; the decoder's graphs are those of fp16."""
+    options = {"calibration": [str(lines)], "out": tmp_path / "fp8", "onnx_only": True}
+    folder = build(model, "fused", "fp8", **options)
+    manifest = Manifest.read(folder)
+    counts = {op.op: op.count for op in manifest.fused_ops}
+    assert {op: count for op, count in counts.items() if "Fp8" in op} == {
+        "TrOCRFp8EncoderAttention": 2,
+        "TrOCRFp8RowStatistics": 1,
+        "TrOCRFp8LayerNormLinear": 4,
+        "TrOCRFp8LinearResidual": 4,
+    }
+    assert not counts.keys() & {"TrOCREncoderAttention", "TrOCRLayerNormLinear", "TrOCRLinearResidual"}
+    assert (manifest.precision, manifest.inputs["calibration"]["images"]) == ("fp8", 2)
+    assert f"--precision fp8 --batch 1,8,16 --out {folder} --calibration {lines}" in manifest.command
+    assert DECODER_WEIGHTS in manifest.files
+    encoder = {entry.key: entry.value for entry in onnx.load(folder / "encoder.onnx").metadata_props}
+    assert encoder["trocr.precision"] == "fp8" and len(json.loads(encoder["trocr.ranges"])) == 8
+    half = build(model, "fused", "fp16", out=tmp_path / "fp16", onnx_only=True)
+    for name in ("cross_kv.onnx", "decoder.onnx", DECODER_WEIGHTS):
+        assert manifest.files[name] == Manifest.read(half).files[name]
+    ort.InferenceSession(folder / "encoder.onnx", providers=["CPUExecutionProvider"])
+
+    before = snapshot(folder)
+    capsys.readouterr()
+    build(model, "fused", "fp8", **options)
+    assert capsys.readouterr().out == f"{folder}: up to date\n"
+    assert snapshot(folder) == before
+
+
+def test_other_calibration_images_build_again(model: str, tmp_path: Path, lines: Path, capsys):
+    own = tmp_path / "lines"
+    shutil.copytree(lines, own)
+    options = {"calibration": [str(own)], "out": tmp_path / "engines", "onnx_only": True}
+    build(model, "fused", "fp8", **options)
+    shutil.copyfile(ROOT / "samples" / "000188.jpg", own / "000135.jpg")
+    capsys.readouterr()
+    build(model, "fused", "fp8", **options)
+    assert "building again, changed: calibration\n" in capsys.readouterr().out
+    build(model, "fused", "fp8", **options, batch=(1, 2, 4))
+    assert "graphs are up to date" in capsys.readouterr().out
+
+
+def test_an_fp8_build_that_is_up_to_date_needs_no_torch(model: str, tmp_path: Path, lines: Path):
+    options = ["--model", model, "--precision", "fp8", "--onnx-only", "--out", str(tmp_path / "engines")]
+    options += ["--calibration", str(lines / "000015.jpg"), str(lines / "000135.jpg")]
+    assert main(options) == 0
+    probe = (
+        "import sys, build; status = build.main(sys.argv[1:]); sys.exit(status or ('torch' in sys.modules))"
+    )
+    subprocess.run([sys.executable, "-c", probe, *options], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--precision", "fp8", "--plugins", "none"],
+            "leaves out encoder_attention and linear; add them (--plugins fused), or choose --precision fp16",
+        ),
+        (["--precision", "fp8", "--plugins", "encoder_attention,layernorm"], "leaves out linear; add"),
+        (["--precision", "fp16", "--calibration", "samples"], "precision fp16 needs none; leave it out"),
+        (["--precision", "fp8", "--calibration", "no/such.png"], "no/such.png: no such file"),
+    ],
+)
+def test_fp8_errors(tmp_path: Path, capsys, arguments: list[str], message: str):
+    assert main([*arguments, "--onnx-only", "--out", str(tmp_path / "engines")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "engines").exists()
+
+
+def test_fp8_is_refused_on_other_gpus(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(build_module, "current_gpu", lambda: Gpu("NVIDIA L4", "8.9", "13.0"))
+    assert main(["--precision", "fp8", "--out", str(tmp_path / "engines")]) == 2
+    error = capsys.readouterr().err
+    assert "compute capability 9.0 alone, this GPU is NVIDIA L4 (8.9); choose --precision fp16" in error
+    assert not (tmp_path / "engines").exists()
 
 
 def test_default_folder():

@@ -1,13 +1,17 @@
 """Loading engines on a machine that cannot run them: every reason has a message of its own."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from runtime import tensorrt_loader
+from runtime.backends import choice
 from runtime.backends.base import BackendError
 from runtime.backends.tensorrt_backend import LeastRecentlyUsed, _bindable
 from runtime.engine import ALIGNMENT, Engine, EngineError
 from runtime.gpu import Gpu, current_gpu
+from runtime.manifest import FILE_NAME
 
 torch = pytest.importorskip("torch")
 
@@ -46,6 +50,23 @@ def test_bindable_copies_what_it_cannot():
 
 def test_bindable_pads_to_the_smallest_batch():
     assert _bindable(torch.tensor([[5], [6]]), 4).tolist() == [[5], [6], [0], [0]]
+
+
+def test_fp8_is_hoppers_alone(tmp_path: Path, monkeypatch):
+    """By itself the choice is ONNX Runtime there, with the reason; PyTorch has no fp8 anywhere."""
+    (tmp_path / FILE_NAME).touch()
+    manifest = SimpleNamespace(precision="fp8", engines={"encoder": 1.0})
+    monkeypatch.setattr(choice.Manifest, "read", lambda folder: manifest)
+    monkeypatch.setattr(tensorrt_loader, "load_tensorrt", lambda: None)
+    for gpu, obstacle in (
+        (Gpu("NVIDIA H200", "9.0", "13.0"), None),
+        (Gpu("NVIDIA L4", "8.9", "13.0"), "fp8 is for compute capability 9.0, not 8.9"),
+        (Gpu("NVIDIA B200", "10.0", "13.0"), "fp8 is for compute capability 9.0, not 10.0"),
+    ):
+        monkeypatch.setattr(choice, "current_gpu", lambda gpu=gpu: gpu)
+        assert choice._tensorrt_obstacle(tmp_path) == obstacle
+    with pytest.raises(BackendError, match=r"backend torch has no fp8.*--precision fp16"):
+        choice.open_backend("models/nothing", "torch", precision="fp8")
 
 
 def test_gpu_slug():

@@ -201,7 +201,8 @@ def test_each_pass_alone(stock, name, encoder_firings, plugin):
     expected = {"encoder": encoder_firings, "cross_kv": CROSS_KV, "decoder": FIRINGS[name][1]}
     for graph, firings in expected.items():
         assert op_counts(fused[graph]) == {op: count for op, count in firings.items() if op == plugin}
-        assert len(fused[graph].functions) == (len(PLUGINS[plugin]) if plugin in firings else 0)
+        used = {node.op_type for node in fused[graph].graph.node if node.domain == "trocr"}
+        assert sorted(function.name for function in fused[graph].functions) == sorted(used)
     states, cross = encode(models, spec, batch=3)
     fused_states, fused_cross = encode(fused, spec, batch=3)
     assert_close(fused_states, states)

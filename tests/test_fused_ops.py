@@ -14,6 +14,7 @@ from graph_surgery.fused_ops import (
     DECODER_SELF_ATTENTION,
     DOMAIN,
     ENCODER_ATTENTION,
+    FP8_TYPE,
     FUSED_OPS,
     GROUPS,
     LAYER_NORM,
@@ -51,11 +52,12 @@ def run_op(
     omit: int = 0,
     opset: int = MIN_OPSET,
     wide: Collection[str] = (),
+    fp8: Collection[str] = (),
 ) -> list[torch.Tensor]:
     """Run one op of this type on ONNX Runtime: float32 outputs of all its outputs but the last `omit`.
 
-    NumPy has no bfloat16, so the graph takes and gives float32, and casts all but `wide` ones. Its batch is
-    dynamic.
+    NumPy has no bfloat16, so the graph takes and gives float32, and casts all but `wide` ones: `fp8` ones to
+    e4m3. Its batch is dynamic.
     """
     nodes, values, outputs = [], [], op.outputs[: len(op.outputs) - omit]
     for name, tensor in inputs.items():
@@ -64,6 +66,7 @@ def run_op(
         dims = [f"{name}_{axis}" for axis in range(tensor.ndim)]
         values.append(onnx.helper.make_tensor_value_info(name, elem_type, dims))
         to = integer_type or DTYPES[torch.float32 if name in wide else dtype]
+        to = FP8_TYPE if name in fp8 else to
         nodes.append(onnx.helper.make_node("Cast", [name], [f"{name}_cast"], to=to))
     nodes.append(
         onnx.helper.make_node(
@@ -350,7 +353,7 @@ def test_names_and_namespace_are_those_that_tensorrt_looks_up():
         assert op.name.startswith(
             "TrOCR"
         )  # TensorRT's parser ignores the domain: no built-in name may be met
-        function = op.function(MIN_OPSET)
+        function = op.function(op.min_opset)
         assert (function.domain, function.name) == ("trocr", op.name)
         assert {node.domain for node in function.node} == {""}
         declared = {*function.attribute, *(attribute.name for attribute in function.attribute_proto)}

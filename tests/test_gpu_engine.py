@@ -12,6 +12,7 @@ import torch
 from build import build
 from graph_surgery.checkpoint import load_spec
 from runtime.backends.base import BackendError
+from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tensorrt_backend import TensorRTBackend
 from runtime.backends.torch_backend import TorchBackend
 from runtime.engine import Engine, EngineError
@@ -74,6 +75,22 @@ def test_agrees_with_torch(engines, reference, plugins: str, batch: int):
     found = forced_logits(backend, images)
     assert found.shape == (batch, TOKENS, backend.spec.decoder.vocab_size)
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_fp8_agrees_with_its_definition(checkpoint, tmp_path: Path):
+    """The encoder's engine against the same graph on ONNX Runtime: sums round elsewhere, and may round e4m3
+    numbers to their neighbours."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    model = str(checkpoint("small"))
+    folder = build(model, "fused", "fp8", (1, 2, 4), tmp_path / "fp8", timing_cache=TIMING_CACHE)
+    backend = TensorRTBackend(folder)
+    spec = load_spec(folder)
+    definition = OnnxRuntimeBackend(folder, spec, TOKENS)
+    for batch in (1, 4):
+        images = pixels(backend, batch)
+        expected, found = forced_logits(definition, images), forced_logits(backend, images).cpu()
+        assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize("plugins", FOLDERS)

@@ -121,6 +121,19 @@ def test_other_machine(tmp_path: Path, machine: tuple[str, str, str], message: s
     assert COMMAND in str(caught.value)
 
 
+def test_fp8_on_another_gpu(tmp_path: Path):
+    """With engines or without: building them there is no remedy."""
+    folder = tmp_path / "engines"
+    manifest = make_folder(folder, lambda manifest: setattr(manifest, "precision", "fp8"))
+    manifest.check_machine(folder, "10.6.0", "NVIDIA H200", "9.0")
+    for engines in (manifest.engines, {}):
+        manifest.engines = engines
+        with pytest.raises(
+            ManifestError, match=r"fp8 runs on .* 9\.0 alone, .* NVIDIA L4 \(8\.9\).*--precision fp16"
+        ):
+            manifest.check_machine(folder, "10.6.0", "NVIDIA L4", "8.9")
+
+
 def test_no_engines(tmp_path: Path):
     manifest = make_folder(tmp_path / "engines", lambda manifest: manifest.engines.clear())
     with pytest.raises(ManifestError, match="holds ONNX graphs but no engines"):

@@ -81,7 +81,7 @@ def run_pass(
     graph = import_graph(model)
     report = PatchEmbeddingPass(normalization).run(graph)
     fused = export_graph(graph, model, {})
-    attach_functions(fused, ["patch_embedding"])
+    attach_functions(fused)
     onnx.checker.check_model(fused)
     return fused, report
 

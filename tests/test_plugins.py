@@ -39,6 +39,19 @@ GOOD = {
     "TrOCRLayerNormLinear": {"epsilon": np.float32(1e-5), "activation": "none"},
     "TrOCRLinearResidual": {"emit_statistics": np.int32(0)},
     "TrOCRPatchEmbedding": {"scale": np.float32(1 / 255), "emit_statistics": np.int32(0)},
+    "TrOCRFp8EncoderAttention": {**NUM_HEADS, "output_scale": np.float32(0.02)},
+    "TrOCRFp8RowStatistics": {"scale": np.float32(0.05)},
+    "TrOCRFp8LayerNormLinear": {
+        "epsilon": np.float32(1e-5),
+        "activation": "none",
+        "product_scale": np.float32(1e-4),
+        "output_scale": np.float32(0),
+    },
+    "TrOCRFp8LinearResidual": {
+        "emit_statistics": np.int32(0),
+        "product_scale": np.float32(1e-4),
+        "output_scale": np.float32(0.05),
+    },
 }
 
 needs_tensorrt = pytest.mark.skipif(
@@ -95,7 +108,9 @@ def test_attributes_are_those_of_the_table(trt, op):
     }
     fields = trt.get_plugin_registry().get_creator(op, VERSION, DOMAIN).field_names
     assert {field.name: field.type for field in fields} == {
-        attribute.name: field_types[attribute.type] for attribute in OPS[op].attributes
+        attribute.name: field_types[attribute.type]
+        for attribute in OPS[op].attributes
+        if attribute.for_plugin
     }
 
 
@@ -125,11 +140,12 @@ def test_the_sum_is_an_output_only_when_asked_for(trt):
 @needs_tensorrt
 @pytest.mark.tensorrt
 def test_statistics_are_an_output_only_when_asked_for(trt):
-    def outputs(emit_statistics: int) -> int:
-        attributes = {"emit_statistics": np.int32(emit_statistics)}
-        return build_property(trt, "TrOCRLinearResidual", attributes, "num_outputs")
+    def outputs(op: str, emit_statistics: int) -> int:
+        attributes = GOOD[op] | {"emit_statistics": np.int32(emit_statistics)}
+        return build_property(trt, op, attributes, "num_outputs")
 
-    assert (outputs(0), outputs(1)) == (1, 2)
+    for op, emitted in (("TrOCRLinearResidual", 2), ("TrOCRFp8LinearResidual", 3)):
+        assert (outputs(op, 0), outputs(op, 1)) == (1, emitted)
 
 
 @needs_tensorrt
@@ -142,13 +158,15 @@ def test_every_attribute_changes_the_timing_cache_id(trt):
         "num_heads": np.int32(8),
         "epsilon": np.float32(1e-12),
         "scale": np.float32(1),
+        "product_scale": np.float32(1e-3),
+        "output_scale": np.float32(0.5),
         "emit_sum": np.int32(1),
         "emit_statistics": np.int32(1),
         "activation": "relu",
     }
     for op, table in OPS.items():
         assert identity(op) == identity(op)
-        for attribute in table.attributes:
+        for attribute in filter(lambda attribute: attribute.for_plugin, table.attributes):
             name = attribute.name
             assert identity(op) != identity(op, **{name: others[name]}), f"{op}.{name}"
 
@@ -176,6 +194,10 @@ BAD = [
     ("TrOCRLinearResidual", {"emit_statistics": np.int32(2)}, "expected 0 or 1"),
     ("TrOCRLayerNorm", {"epsilon": np.float32(0)}, "'epsilon' is 0"),
     ("TrOCRPatchEmbedding", {"scale": np.float32(0), "emit_statistics": np.int32(0)}, "'scale' is 0"),
+    ("TrOCRFp8RowStatistics", {}, "'scale' (FLOAT32) is missing"),
+    ("TrOCRFp8RowStatistics", {"scale": np.float32(0)}, "'scale' is 0"),
+    ("TrOCRFp8EncoderAttention", {**NUM_HEADS}, "'output_scale' (FLOAT32) is missing"),
+    ("TrOCRFp8EncoderAttention", {**NUM_HEADS, "output_scale": np.float32(0)}, "'output_scale' is 0"),
 ]
 
 

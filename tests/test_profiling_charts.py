@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="no matplotlib here: make setup")
 from profiling import records
 from profiling.charts import charts, main, numbered
 from profiling.records import ROOT
-from profiling.summary import headline, overview
+from profiling.summary import headline, overview, summary
 from tests.test_bench_records import record
 
 COMMITTED = ROOT / "docs" / "charts"
@@ -113,6 +113,40 @@ def test_speedups_are_of_the_same_precision(tmp_path: Path):
     measured = [record(variant="fused"), dataclasses.replace(record(variant="onnxruntime"), precision="fp32")]
     records.write(measured, tmp_path / "gpu" / "model" / "bench.json")
     assert set(charts(tmp_path)) == {"headline.svg", "gpu/model/encoder.svg"}
+
+
+def test_fp8_is_a_precision_of_its_own(tmp_path: Path):
+    folder = tmp_path / "results" / "gpu" / "model"
+    measured = [
+        record(variant=variant, precision=precision, lines_per_s=rate, rel_error=error)
+        for variant, precision, rate, error in (
+            ("stock", "fp16", 1000.0, 1e-3),
+            ("fused", "fp16", 2000.0, 2e-3),
+            ("fused", "fp8", 3000.0, 5e-2),
+            ("fused", "bf16", 2100.0, 1e-2),
+            ("fused", "fp32", 500.0, 1e-5),
+        )
+    ]
+    records.write(measured, folder / "bench.json")
+    errors = [
+        {"precision": entry.precision, "variant": entry.variant, "tensor": "a", "relative": {"p99": 1e-3}}
+        for entry in measured
+    ]
+    (folder / "tensors").mkdir()
+    content = {"model": "M", "gpu": "G", "errors": errors}
+    (folder / "tensors" / "tensors.json").write_text(json.dumps(content))
+    out = tmp_path / "charts"
+    assert main(["--results", str(tmp_path / "results"), "--out", str(out)]) == 0
+    for chart in ("encoder.svg", "tensors.svg"):
+        drawn = texts(out / "gpu/model" / chart)
+        assert {f"TensorRT, fused ({name})" for name in ("fp32", "fp16", "bf16", "fp8")} <= drawn
+    assert {"TensorRT", "TensorRT, fused (fp16)", "TensorRT, fused (fp8)", "3,000"} <= texts(
+        out / "headline.svg"
+    )
+    text = summary(measured, [], [])
+    assert "fused (fp16) 2.0e-03" in text and "fused (fp8) 5.0e-02" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| fp8"))
+    assert [cell.strip() for cell in row.split("|")][3:6] == ["-", "1.55", "-"]
 
 
 def test_errors(tmp_path: Path, capsys):

@@ -15,6 +15,7 @@ from profiling.tensors import (
     TensorsError,
     Unavailable,
     compare,
+    errors,
     graph_tensors,
     greedy_tokens,
     main,
@@ -22,6 +23,7 @@ from profiling.tensors import (
 )
 
 STEPS = 3
+SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 
 
 def test_spreads():
@@ -96,6 +98,21 @@ def test_errors(case, checkpoint, graphs, tmp_path: Path):
         onnx.save(model, tmp_path / file.name)
     with pytest.raises(TensorsError, match=r"encoder\.onnx: no tensor /layers\.1/Add_1_output_0"):
         OnnxRuntimeRunner(tmp_path, spec, "fp32", STEPS)
+
+
+def test_fp8_is_compared_where_it_is(checkpoint, tmp_path: Path):
+    """Of the fused graphs only; errors begin in the encoder's first layer, and are not those of float16."""
+    images = sorted(SAMPLES.glob("*.jpg"))[:2]
+    arguments = (["stock", "fused", "torch"], ["fp16", "fp8"], "onnxruntime", images, STEPS, tmp_path)
+    found = list(errors(checkpoint("small"), *arguments))
+    reasons = [entry for entry in found if isinstance(entry, str)]
+    assert reasons == [f"{variant} fp8: fp8 is the fused encoder's alone" for variant in ("stock", "torch")]
+    medians = {
+        entry.precision: entry.relative.median
+        for entry in found
+        if not isinstance(entry, str) and (entry.variant, entry.tensor) == ("fused", "encoder layer 0")
+    }
+    assert medians["fp16"] < 2e-3 < medians["fp8"] < 0.1
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from build import build, default_folder
 from graph_surgery.checkpoint import load_spec
 from runtime.backends.base import Backend, BackendError
 from runtime.generation import new_token_limit
-from runtime.gpu import current_gpu
+from runtime.gpu import FP8_COMPUTE_CAPABILITY, current_gpu
 from runtime.manifest import FILE_NAME as MANIFEST
 from runtime.manifest import Manifest
 
@@ -46,6 +46,11 @@ def open_backend(
         choice = f"{name} ({obstacle})" if obstacle else name
 
     if name == "torch":
+        if precision == "fp8":
+            raise BackendError(
+                "backend torch has no fp8, which is the fused encoder's; choose --precision fp16, or the "
+                "backend tensorrt or onnxruntime"
+            )
         from runtime.backends.torch_backend import TorchBackend
 
         return TorchBackend(load_spec(model), precision or "fp32"), choice
@@ -80,7 +85,8 @@ def _given_folder(model: str | Path, engines: str | Path | None, precision: str 
 
 def _tensorrt_obstacle(folder: Path) -> str | None:
     """Why TensorRT cannot run the engines of `folder` here, in a few words."""
-    if current_gpu() is None:
+    gpu = current_gpu()
+    if gpu is None:
         return "no NVIDIA GPU"
     from runtime.tensorrt_loader import TensorRTError, load_tensorrt
 
@@ -90,6 +96,9 @@ def _tensorrt_obstacle(folder: Path) -> str | None:
         return str(error)
     if not (folder / MANIFEST).is_file():
         return f"no engines in {folder}: python build.py makes them"
-    if not Manifest.read(folder).engines:
+    manifest = Manifest.read(folder)
+    if manifest.precision == "fp8" and not gpu.has_fp8:
+        return f"fp8 is for compute capability {FP8_COMPUTE_CAPABILITY}, not {gpu.compute_capability}"
+    if not manifest.engines:
         return f"no engines in {folder}, only graphs: python build.py makes them"
     return None
