@@ -30,15 +30,6 @@ inline nvinfer1::DimsExprs halved(nvinfer1::DimsExprs dims, nvinfer1::IExprBuild
     return dims;
 }
 
-//! Throws std::invalid_argument for another type than float16.
-inline void expectHalf(nvinfer1::DataType type)
-{
-    if (type != nvinfer1::DataType::kHALF)
-    {
-        throw std::invalid_argument{"the type is not float16, which e4m3 goes with"};
-    }
-}
-
 //! Throws std::invalid_argument for a scale that is none.
 inline void expectPositive(char const* attribute, float value)
 {

@@ -40,6 +40,7 @@ inline constexpr char const* kPLUGIN_VERSION = "1";
 //!     static constexpr uint32_t kINT64_INPUTS;             // bit i: input i is int64 instead of T
 //!     static constexpr uint32_t kFLOAT_INPUTS;             // bit i: input i is float32 whatever T is
 //!     static constexpr uint32_t kFLOAT_OUTPUTS;            // bit i: output i is float32 whatever T is
+//!     static constexpr bool kONLY_HALF;                    // T is float16
 template <class Op, class Attributes_>
 class PluginBase : public nvinfer1::IPluginV3,
                    public nvinfer1::IPluginV3OneCore,
@@ -54,6 +55,7 @@ public:
     static constexpr uint32_t kINT64_INPUTS = 0;
     static constexpr uint32_t kFLOAT_INPUTS = 0;
     static constexpr uint32_t kFLOAT_OUTPUTS = 0;
+    static constexpr bool kONLY_HALF = false;
 
     explicit PluginBase(Attributes attributes) : mAttributes{std::move(attributes)}
     {
@@ -124,7 +126,7 @@ public:
                        [&]
                        {
                            expectCounts(nbInputs, nbOutputs);
-                           toDataType(inputTypes[Op::kTYPED_INPUT]);  // throws for an unsupported type
+                           expectSupported(inputTypes[Op::kTYPED_INPUT]);
                            for (int32_t i = 0; i < nbOutputs; ++i)
                            {
                                outputTypes[i] = outputType(i, inputTypes[Op::kTYPED_INPUT]);
@@ -155,7 +157,7 @@ public:
         }
         if (pos == Op::kTYPED_INPUT)
         {
-            return isSupported(desc.type);
+            return supports(desc.type);
         }
         // Inputs before that have a type of their own.
         nvinfer1::DataType const type = inOut[std::min(pos, Op::kTYPED_INPUT)].desc.type;
@@ -174,6 +176,7 @@ public:
                            {
                                dims[i] = in[i].max;
                            }
+                           expectSupported(in[Op::kTYPED_INPUT].desc.type);
                            op().describe(dims.data(), in[Op::kTYPED_INPUT].desc.type);
                        });
     }
@@ -271,8 +274,23 @@ private:
         return static_cast<Op const&>(*this);
     }
 
+    static bool supports(nvinfer1::DataType type)
+    {
+        return Op::kONLY_HALF ? type == nvinfer1::DataType::kHALF : isSupported(type);
+    }
+
+    static void expectSupported(nvinfer1::DataType type)
+    {
+        toDataType(type);  // throws for what no op supports
+        if (!supports(type))
+        {
+            throw std::invalid_argument{"the type must be float16"};
+        }
+    }
+
     auto describe(nvinfer1::PluginTensorDesc const* in) const
     {
+        expectSupported(in[Op::kTYPED_INPUT].type);
         std::array<nvinfer1::Dims, Op::kINPUTS.size()> dims;
         for (size_t i = 0; i < dims.size(); ++i)
         {

@@ -56,7 +56,6 @@ void TrOCREncoderAttentionPlugin::outputShapes(nvinfer1::DimsExprs const* inputs
 EncoderAttentionParams TrOCRFp8EncoderAttentionPlugin::describe(nvinfer1::Dims const* inputs,
                                                                 nvinfer1::DataType type) const
 {
-    expectHalf(type);
     return describeAttention(inputs[0], type, attributes().common.numHeads, attributes().outputScale);
 }
 

@@ -60,6 +60,7 @@ class TrOCRFp8EncoderAttentionPlugin final
 {
 public:
     static constexpr char const* kNAME = "TrOCRFp8EncoderAttention";
+    static constexpr bool kONLY_HALF = true;
     static constexpr auto kINPUTS = TrOCREncoderAttentionPlugin::kINPUTS;
 
     using PluginBase::PluginBase;

@@ -86,7 +86,6 @@ LinearParams describeProduct(Dims const& x, Dims const& weight, Dims const& bias
 //! Of an e4m3 product; x [..., K] and weight [N, K] are the real sizes, not TensorRT's.
 LinearParams describeE4m3Product(Dims const& x, Dims const& weight, Dims const& bias, nvinfer1::DataType type)
 {
-    expectHalf(type);
     LinearParams params = describeProduct(x, weight, bias, type);
     params.e4m3 = true;
     return params;
@@ -292,9 +291,8 @@ void Fp8RowStatisticsAttributes::validate() const
     expectPositive("scale", scale);
 }
 
-RowStatisticsParams TrOCRFp8RowStatisticsPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
+RowStatisticsParams TrOCRFp8RowStatisticsPlugin::describe(Dims const* inputs, nvinfer1::DataType) const
 {
-    expectHalf(type);
     Dims const& x = inputs[0];
     RowStatisticsParams params{};
     params.rows = leadingSize("x", x);
@@ -329,11 +327,6 @@ void Fp8LayerNormLinearAttributes::validate() const
 {
     common.validate();
     expectPositive("product_scale", productScale);
-    if ((outputScale != 0.0F) != (common.activation == "gelu"))
-    {
-        throw std::invalid_argument{"attribute 'output_scale' is " + std::to_string(outputScale) +
-                                    " and 'activation' '" + common.activation + "', expected a scale with 'gelu' only"};
-    }
     if (outputScale != 0.0F)
     {
         expectPositive("output_scale", outputScale);

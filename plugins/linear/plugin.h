@@ -185,6 +185,7 @@ class TrOCRFp8RowStatisticsPlugin final : public PluginBase<TrOCRFp8RowStatistic
 {
 public:
     static constexpr char const* kNAME = "TrOCRFp8RowStatistics";
+    static constexpr bool kONLY_HALF = true;
     static constexpr std::array<char const*, 1> kINPUTS{"x"};
 
     enum Output : int32_t
@@ -212,7 +213,7 @@ struct Fp8LayerNormLinearAttributes
 {
     LayerNormLinearAttributes common;
     float productScale;  //!< that of x times that of the weight
-    float outputScale;   //!< of y, e4m3; 0: y is T
+    float outputScale;   //!< of y, e4m3, with a GELU; 0: y is T
 
     template <class Self, class Visitor>
     static void visit(Self& self, Visitor& visitor)
@@ -231,6 +232,7 @@ class TrOCRFp8LayerNormLinearPlugin final
 {
 public:
     static constexpr char const* kNAME = "TrOCRFp8LayerNormLinear";
+    static constexpr bool kONLY_HALF = true;
     static constexpr auto kINPUTS = TrOCRLayerNormLinearPlugin::kINPUTS;
     static constexpr uint32_t kFLOAT_INPUTS = TrOCRLayerNormLinearPlugin::kFLOAT_INPUTS;
 
@@ -265,6 +267,7 @@ class TrOCRFp8LinearResidualPlugin final : public PluginBase<TrOCRFp8LinearResid
 {
 public:
     static constexpr char const* kNAME = "TrOCRFp8LinearResidual";
+    static constexpr bool kONLY_HALF = true;
     static constexpr auto kINPUTS = TrOCRLinearResidualPlugin::kINPUTS;
     static constexpr uint32_t kFLOAT_INPUTS = TrOCRLinearResidualPlugin::kFLOAT_INPUTS;
     static constexpr uint32_t kFLOAT_OUTPUTS = TrOCRLinearResidualPlugin::kFLOAT_OUTPUTS;
