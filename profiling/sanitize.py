@@ -213,6 +213,62 @@ def linear(ops) -> None:
                 )
 
 
+def linear_e4m3(ops) -> None:
+    """Of e4m3 operands, with every epilogue, and attention's e4m3 output."""
+    import torch
+
+    stream = torch.cuda.current_stream().cuda_stream
+    for rows, inputs, outputs in ((1, 192, 576), (65, 384, 1536), (578, 1536, 384)):
+        common = {"rows": rows, "dtype": "float16", "stream": stream}
+        x = _host(rows, inputs)
+        x8 = _zeros(rows, inputs, dtype="float8_e4m3fn")
+        weight = _host(outputs, inputs, dtype="float8_e4m3fn", scale=inputs**-0.5)
+        residual, y = _host(rows, outputs), _zeros(rows, outputs)
+        bias, weight_sum = (_host(outputs, dtype="float32") for _ in range(2))
+        read = _zeros(rows, inputs // 64, 2, dtype="float32")
+        written = _zeros(rows, outputs // 64, 2, dtype="float32")
+        quantized = _zeros(rows, outputs, dtype="float8_e4m3fn")
+        ops.kernels.row_statistics(
+            x.data_ptr(), read.data_ptr(), width=inputs, quantized=x8.data_ptr(), scale=0.01, **common
+        )
+        normalised = {"input_statistics": read.data_ptr(), "weight_sum": weight_sum.data_ptr()}
+        normalised |= {"epsilon": 1e-5}
+        copied = {"quantized": quantized.data_ptr(), "output_scale": 0.01}
+        added = {"residual": residual.data_ptr()}
+        for overlap in (False, True):
+            for epilogue in (
+                normalised,
+                normalised | copied | {"activation": "gelu"},
+                added,
+                added | copied | {"output_statistics": written.data_ptr()},
+            ):
+                ops.kernels.linear(
+                    x8.data_ptr(),
+                    weight.data_ptr(),
+                    0 if "activation" in epilogue else y.data_ptr(),
+                    bias=bias.data_ptr(),
+                    outputs=outputs,
+                    inputs=inputs,
+                    overlap_predecessor=overlap,
+                    e4m3=True,
+                    product_scale=0.01,
+                    **common,
+                    **epilogue,
+                )
+    for batch, tokens, heads in ((1, 1, 2), (2, 97, 3), (1, 578, 6)):
+        ops.kernels.encoder_attention(
+            _host(batch, tokens, 3 * heads * 64).data_ptr(),
+            _zeros(batch, tokens, heads * 64, dtype="float8_e4m3fn").data_ptr(),
+            batch=batch,
+            sequence_length=tokens,
+            num_heads=heads,
+            head_dim=64,
+            dtype="float16",
+            output_scale=0.01,
+            stream=stream,
+        )
+
+
 def patch_embedding(ops) -> None:
     import torch
 
@@ -338,6 +394,7 @@ KERNELS: dict[str, Callable] = {
         layernorm,
         bias_activation,
         linear,
+        linear_e4m3,
         patch_embedding,
         reorder_cache,
         image_resize,
