@@ -21,7 +21,8 @@ using PersistentTile128x128Of4 = Tile<2, 128, 5, 2, 3, 2, 2>;
 using Panel192 = Panel<192, 6, 6, 1, 2>;
 using SplitTile64x64 = Tile<1, 64, 6, 1, 1>;
 using SplitTile64x128 = Tile<1, 128, 6, 1, 2>;
-using SplitTile128x128 = Tile<2, 128, 5, 1, 4>;
+using SplitTile128x128 = Tile<2, 128, 5, 2, 2>;
+using SplitTile128x192 = Tile<2, 192, 4, 2, 3>;
 
 template <typename T, Epilogue kEPILOGUE>
 cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, EpilogueParams const& p,
@@ -61,7 +62,8 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
     {
         using TILE = decltype(tile);
         int const tiles = ceilDiv(p.rows, TILE::kBM) * ceilDiv(p.outputs, TILE::kBN);
-        return launch(linearSplit<T, kEPILOGUE, TILE>, TILE::kSHARED_BYTES, 160, tiles * tactic.split, tactic.split);
+        return launch(linearSplit<T, kEPILOGUE, TILE>, TILE::kSHARED_BYTES, 32 + 128 * TILE::kGROUPS,
+                      tiles * tactic.split, tactic.split);
     };
     auto const panel = [&](auto tile)
     {
@@ -104,6 +106,8 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
             return split(SplitTile64x128{});
         case Sm90Tile::kSPLIT_128X128:
             return split(SplitTile128x128{});
+        case Sm90Tile::kSPLIT_128X192:
+            return split(SplitTile128x192{});
     }
     return cudaErrorInvalidValue;
 }

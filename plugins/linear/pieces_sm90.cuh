@@ -163,17 +163,18 @@ __device__ __forceinline__ void prefetchMaps(TensorMaps const& maps)
     sm90::prefetchTensorMap(&maps.y);
 }
 
-//! acc = x tile . weight tile^T over `count` stages, of the first kM64 times 64 rows. release(stage) hands a stage
-//! back; issued() is called when the last product is on its way.
-template <typename T, typename TILE, int kM64, typename RELEASE, typename ISSUED>
-__device__ __forceinline__ void multiply(float (&acc)[TILE::kM64][TILE::kBN / 2], Shared<TILE> const& shared,
-                                         RingPosition<TILE::kSTAGES>& ring, int count, RELEASE release, ISSUED issued)
+//! acc = x tile . weight tile^T over `count` stages, of kM64 times 64 rows from the `first` times 64th on.
+//! release(stage) hands a stage back; issued() is called when the last product is on its way.
+template <typename T, typename TILE, int kM64, int kMOST, typename RELEASE, typename ISSUED>
+__device__ __forceinline__ void multiply(float (&acc)[kMOST][TILE::kBN / 2], Shared<TILE> const& shared,
+                                         RingPosition<TILE::kSTAGES>& ring, int count, RELEASE release, ISSUED issued,
+                                         uint32_t first = 0)
 {
     uint32_t previous = 0;
     for (int step = 0; step < count; ++step)
     {
         sm90::barrierWait(shared.full(ring.stage), ring.parity);
-        uint64_t const x = sm90::operandDescriptor(shared.x(ring.stage));
+        uint64_t const x = sm90::operandDescriptor(shared.x(ring.stage)) + 512 * first;
         uint64_t const weight = sm90::operandDescriptor(shared.weight(ring.stage));
         sm90::wgmmaFence();
 #pragma unroll

@@ -6,11 +6,15 @@ namespace trocr::linear_detail
 {
 
 //! Small problems. A cluster computes one tile: block r multiplies steps r, r + size, ..., leaves its accumulators in
-//! its shared memory, and finishes chunks r, r + size, ... with everyone's, added in the order of the blocks.
+//! its shared memory, and finishes chunks r, r + size, ... with everyone's, added in the order of the blocks. A
+//! warpgroup has 64 rows.
 template <typename T, Epilogue kEPILOGUE, typename TILE>
-__global__ void __launch_bounds__(160, 1)
+__global__ void __launch_bounds__(32 + 128 * TILE::kGROUPS, 1)
     linearSplit(__grid_constant__ TensorMaps const maps, __grid_constant__ EpilogueParams const p)
 {
+    constexpr int kTHREADS = 128 * TILE::kGROUPS;  // that multiply
+    constexpr int kCHUNKS = TILE::kCHUNKS_N;       // of a warp
+    static_assert(TILE::kGROUPS == TILE::kM64 && TILE::kBUFFERS == kCHUNKS);
     extern __shared__ __align__(1024) uint8_t sharedMemory[];
     Shared<TILE> const shared{sharedAddress(sharedMemory)};
 
@@ -28,7 +32,7 @@ __global__ void __launch_bounds__(160, 1)
 
     if (threadIdx.x == 0)
     {
-        initBarriers(shared, 1);
+        initBarriers(shared, TILE::kGROUPS);
         prefetchMaps(maps);
     }
     __syncthreads();
@@ -81,28 +85,36 @@ __global__ void __launch_bounds__(160, 1)
     ChunkPipe<TILE> pipe{shared, warp, lane};
     auto* const scales = rowScalesOf<TILE>(sharedMemory, warp);
     auto* const columns = columnPairsOf<TILE>(sharedMemory, warp);
+    int const group = static_cast<int>(warp) / 4;
     int const row = tileRow + static_cast<int>(warp) * kCHUNK_ROWS;
-    auto const chunkRow = [&](int chunk) { return row + chunk / TILE::kCHUNKS_N * 64; };
-    auto const chunkColumn = [&](int chunk) { return column + chunk % TILE::kCHUNKS_N * kCHUNK_COLUMNS; };
+    auto const chunkColumn = [&](int chunk) { return column + chunk * kCHUNK_COLUMNS; };
+    auto const isMine = [&](int chunk) { return (group * kCHUNKS + chunk) % size == rank; };
 
     loadColumnPairs<TILE::kBN>(columns, p, column, lane);  // constants, as the weight
     sm90::waitForPriorGrids();
-    if (p.inputStatistics != nullptr)
+    // Statistics are on their way while the products are computed, and combined beside the last of them.
+    constexpr int kMOST_PARTS = 16;
+    bool const isFew = p.inputs <= kMOST_PARTS * kCHUNK_COLUMNS;
+    PartialStatistics<kMOST_PARTS> statistics;
+    if (isFew && lane < kCHUNK_ROWS)
     {
-        loadRowScales<TILE::kM64>(scales, p, row, 64, lane);
+        statistics.load(p, row + static_cast<int>(lane));
     }
     if (kEPILOGUE == Epilogue::kRESIDUAL && lane == 0)
     {
-        static_assert(TILE::kBUFFERS == TILE::kCHUNKS);
-        for (int chunk = rank, number = 0; chunk < TILE::kCHUNKS; chunk += size, ++number)
+        int number = 0;
+        for (int chunk = 0; chunk < kCHUNKS; ++chunk)
         {
-            pipe.fetch(&maps.residual, number, chunkRow(chunk), chunkColumn(chunk));
+            if (isMine(chunk))
+            {
+                pipe.fetch(&maps.residual, number++, row, chunkColumn(chunk));
+            }
         }
     }
 
-    float acc[TILE::kM64][TILE::kBN / 2];
+    float acc[1][TILE::kBN / 2];
     RingPosition<TILE::kSTAGES> ring;
-    multiply<T, TILE, TILE::kM64>(
+    multiply<T, TILE, 1>(
         acc, shared, ring, steps,
         [&](uint32_t stage)
         {
@@ -111,50 +123,64 @@ __global__ void __launch_bounds__(160, 1)
                 sm90::barrierArrive(shared.empty(stage));
             }
         },
-        [] {});
+        [&]
+        {
+            if (p.inputStatistics == nullptr)
+            {
+                return;
+            }
+            if (!isFew)
+            {
+                loadRowScales<1>(scales, p, row, 0, lane);
+            }
+            else if (lane < kCHUNK_ROWS)
+            {
+                scales[lane] = statistics.scale(p);
+            }
+            __syncwarp();
+        },
+        group);
 
     if (size > 1)
     {
         // All stages have been multiplied by all warps: they become float4 [chunk][register / 4][thread].
-        asm volatile("bar.sync 1, 128;" ::: "memory");
+        sm90::syncSome<1, kTHREADS>();
         auto* const partials = reinterpret_cast<float4*>(sharedMemory);
 #pragma unroll
-        for (int chunk = 0; chunk < TILE::kCHUNKS; ++chunk)
+        for (int chunk = 0; chunk < kCHUNKS; ++chunk)
         {
-            float const* const v = &acc[chunk / TILE::kCHUNKS_N][chunk % TILE::kCHUNKS_N * 32];
+            float const* const v = &acc[0][chunk * 32];
 #pragma unroll
             for (int i = 0; i < 8; ++i)
             {
-                partials[(chunk * 8 + i) * 128 + threadIdx.x] =
+                partials[(chunk * 8 + i) * kTHREADS + threadIdx.x] =
                     make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
             }
         }
         sm90::clusterSync();
     }
 #pragma unroll
-    for (int chunk = 0; chunk < TILE::kCHUNKS; ++chunk)
+    for (int chunk = 0; chunk < kCHUNKS; ++chunk)
     {
-        if (chunk % size != rank)
+        if (!isMine(chunk))
         {
             continue;
         }
-        int const m = chunk / TILE::kCHUNKS_N;
-        float* const v = &acc[m][chunk % TILE::kCHUNKS_N * 32];
+        float* const v = &acc[0][chunk * 32];
         for (int other = 0; size > 1 && other < size; ++other)
         {
-            uint32_t const partials = sm90::mapToRank(shared.base + (chunk * 8 * 128 + threadIdx.x) * 16, other);
+            uint32_t const partials = sm90::mapToRank(shared.base + (chunk * 8 * kTHREADS + threadIdx.x) * 16, other);
 #pragma unroll
             for (int i = 0; i < 8; ++i)
             {
-                float4 const part = sm90::loadFromCluster(partials + i * 128 * 16);
+                float4 const part = sm90::loadFromCluster(partials + i * kTHREADS * 16);
                 v[4 * i] = part.x + (other > 0 ? v[4 * i] : 0.0F);
                 v[4 * i + 1] = part.y + (other > 0 ? v[4 * i + 1] : 0.0F);
                 v[4 * i + 2] = part.z + (other > 0 ? v[4 * i + 2] : 0.0F);
                 v[4 * i + 3] = part.w + (other > 0 ? v[4 * i + 3] : 0.0F);
             }
         }
-        finishChunk<T, kEPILOGUE>(v, pipe, &maps.y, p, scales + m * kCHUNK_ROWS, columns + chunk % TILE::kCHUNKS_N * 32,
-                                  chunkRow(chunk), chunkColumn(chunk));
+        finishChunk<T, kEPILOGUE>(v, pipe, &maps.y, p, scales, columns + chunk * 32, row, chunkColumn(chunk));
         ++pipe.sequence;
     }
     if (lane == 0)
