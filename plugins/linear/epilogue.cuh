@@ -282,6 +282,22 @@ __device__ __forceinline__ void loadRowScales(float2* scales, EpilogueParams con
     __syncwarp();
 }
 
+//! Brings what loadRowScales will read into the first cache.
+template <int kBLOCKS>
+__device__ __forceinline__ void prefetchStatistics(EpilogueParams const& p, int row, int stride, int lane)
+{
+    int const bytes = p.inputs / kCHUNK_COLUMNS * static_cast<int>(sizeof(float2));
+    for (int i = lane; i < kBLOCKS * kCHUNK_ROWS; i += 32)
+    {
+        int const r = row + i / kCHUNK_ROWS * stride + i % kCHUNK_ROWS;
+        auto const* const at = reinterpret_cast<uint8_t const*>(p.inputStatistics) + static_cast<int64_t>(r) * bytes;
+        for (int offset = 0; r < p.rows && offset < bytes; offset += 32)
+        {
+            asm volatile("prefetch.global.L1 [%0];" ::"l"(at + offset));
+        }
+    }
+}
+
 //! (rstd, -mean rstd) of a lane's two rows; e4m3: the first times the scale of the product.
 struct RowScales
 {

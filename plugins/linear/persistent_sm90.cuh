@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(384, 1)
                                            shared.full(ring.stage), kCOLUMN << kTALL * columnRank);
                 }
             };
-            // The weight does not depend on the preceding grid: fill the ring with it first.
-            int const ahead = steps < TILE::kSTAGES ? steps : TILE::kSTAGES;
+            // The weight does not depend on the preceding grid; see linearSplit.
+            int const ahead = steps < kWEIGHTS_AHEAD ? steps : kWEIGHTS_AHEAD;
             {
                 RingPosition<TILE::kSTAGES> ring;
                 for (int step = 0; step < ahead; ++step, ring.advance())
@@ -148,6 +148,10 @@ __global__ void __launch_bounds__(384, 1)
             auto const chunkColumn = [&](int chunk) { return column + chunk % TILE::kCHUNKS_N * kCHUNK_COLUMNS; };
 
             // What the epilogue will read is fetched while the other warpgroup multiplies.
+            if (p.inputStatistics != nullptr && work == cluster)
+            {
+                prefetchStatistics<TILE::kM64>(p, row, 64, lane);  // of the first tile: nobody multiplies yet
+            }
             loadColumnPairs<kBN>(columns, p, column, lane);
             if (p.inputStatistics != nullptr)
             {

@@ -17,6 +17,7 @@ constexpr int kROW_BYTES = 128;  //!< of a stage: one swizzled row
 //! Inputs of a step.
 template <typename T>
 constexpr int kBLOCK_K = kROW_BYTES / static_cast<int>(sizeof(typename TypesOf<T>::Operand));
+constexpr int kWEIGHTS_AHEAD = 2;  //!< stages of the weight that are asked for before the preceding grid has ended
 constexpr int kSTEP_PRODUCTS = kROW_BYTES / 32;  //!< wgmma instructions of a step, 32 bytes of K each
 constexpr int kCHUNK_BYTES = kCHUNK_ROWS * kCHUNK_COLUMNS * 2;
 constexpr int kSHARED_LIMIT = 227 * 1024;

@@ -30,9 +30,22 @@ __global__ void __launch_bounds__(32 + 128 * TILE::kGROUPS, 1)
     int const tileRow = tile / columnTiles * TILE::kBM;
     int const column = tile % columnTiles * TILE::kBN;
 
-    if (threadIdx.x == 0)
+    // The weight does not depend on the preceding grid. Only a few stages of it go ahead: what x's first waits behind.
+    int const ahead = steps < kWEIGHTS_AHEAD ? steps : kWEIGHTS_AHEAD;
+    auto const fetchWeight = [&](RingPosition<TILE::kSTAGES> const& ring, int step)
+    {
+        sm90::barrierArriveExpect(shared.full(ring.stage), TILE::kSTAGE_BYTES);
+        sm90::loadBox(shared.weight(ring.stage), &maps.weight, (rank + step * size) * kBLOCK_K<T>, column,
+                      shared.full(ring.stage));
+    };
+    if (warp == TILE::kWARPS && lane == 0)
     {
         initBarriers(shared, TILE::kGROUPS);
+        RingPosition<TILE::kSTAGES> ring;
+        for (int step = 0; step < ahead; ++step, ring.advance())
+        {
+            fetchWeight(ring, step);
+        }
         prefetchMaps(maps);
     }
     __syncthreads();
@@ -42,22 +55,7 @@ __global__ void __launch_bounds__(32 + 128 * TILE::kGROUPS, 1)
     {
         if (lane == 0)
         {
-            auto const fetchWeight = [&](RingPosition<TILE::kSTAGES> const& ring, int step)
-            {
-                sm90::barrierArriveExpect(shared.full(ring.stage), TILE::kSTAGE_BYTES);
-                sm90::loadBox(shared.weight(ring.stage), &maps.weight, (rank + step * size) * kBLOCK_K<T>, column,
-                              shared.full(ring.stage));
-            };
-            int const ahead = steps < TILE::kSTAGES ? steps : TILE::kSTAGES;
-            {
-                RingPosition<TILE::kSTAGES> ring;
-                for (int step = 0; step < ahead; ++step, ring.advance())
-                {
-                    fetchWeight(ring, step);
-                }
-            }
             sm90::waitForPriorGrids();
-
             RingPosition<TILE::kSTAGES> ring;
             for (int step = 0; step < steps; ++step, ring.advance())
             {
@@ -167,18 +165,41 @@ __global__ void __launch_bounds__(32 + 128 * TILE::kGROUPS, 1)
             continue;
         }
         float* const v = &acc[0][chunk * 32];
-        for (int other = 0; size > 1 && other < size; ++other)
+        auto const addParts = [&](auto sizeConstant)
         {
-            uint32_t const partials = sm90::mapToRank(shared.base + (chunk * 8 * kTHREADS + threadIdx.x) * 16, other);
+            uint32_t const partials = shared.base + (chunk * 8 * kTHREADS + threadIdx.x) * 16;
+            float4 parts[decltype(sizeConstant)::value][8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i)
+            for (int other = 0; other < decltype(sizeConstant)::value; ++other)
             {
-                float4 const part = sm90::loadFromCluster(partials + i * kTHREADS * 16);
-                v[4 * i] = part.x + (other > 0 ? v[4 * i] : 0.0F);
-                v[4 * i + 1] = part.y + (other > 0 ? v[4 * i + 1] : 0.0F);
-                v[4 * i + 2] = part.z + (other > 0 ? v[4 * i + 2] : 0.0F);
-                v[4 * i + 3] = part.w + (other > 0 ? v[4 * i + 3] : 0.0F);
+                uint32_t const at = sm90::mapToRank(partials, other);
+#pragma unroll
+                for (int i = 0; i < 8; ++i)
+                {
+                    parts[other][i] = sm90::loadFromCluster(at + i * kTHREADS * 16);
+                }
             }
+#pragma unroll
+            for (int other = 0; other < decltype(sizeConstant)::value; ++other)
+            {
+#pragma unroll
+                for (int i = 0; i < 8; ++i)
+                {
+                    float4 const part = parts[other][i];
+                    v[4 * i] = part.x + (other > 0 ? v[4 * i] : 0.0F);
+                    v[4 * i + 1] = part.y + (other > 0 ? v[4 * i + 1] : 0.0F);
+                    v[4 * i + 2] = part.z + (other > 0 ? v[4 * i + 2] : 0.0F);
+                    v[4 * i + 3] = part.w + (other > 0 ? v[4 * i + 3] : 0.0F);
+                }
+            }
+        };
+        if (size == 2)
+        {
+            addParts(std::integral_constant<int, 2>{});
+        }
+        else if (size == 4)
+        {
+            addParts(std::integral_constant<int, 4>{});
         }
         finishChunk<T, kEPILOGUE>(v, pipe, &maps.y, p, scales, columns + chunk * 32, row, chunkColumn(chunk));
         ++pipe.sequence;
