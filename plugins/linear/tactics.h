@@ -37,9 +37,10 @@ enum class Sm90Kernel : int32_t
 //! Microseconds, fitted to the committed times (README.md).
 struct TacticTimes
 {
-    float start;  //!< of a launch
-    float tile;   //!< of a block's tile beside its products: to begin and to finish it
-    float step;   //!< of 128 bytes of K of a block's tile
+    float start;         //!< of a launch
+    float tile;          //!< of a block's tile beside its products: to begin and to finish it
+    float residualTile;  //!< the same where a residual is added
+    float step;          //!< of 128 bytes of K of a block's tile
 };
 
 struct Sm90Tactic
@@ -58,64 +59,22 @@ struct Sm90Tactic
 constexpr int kSTEP_INPUTS = 64;                 //!< of two bytes; twice as many of e4m3
 constexpr int kPANEL_INPUTS = 6 * kSTEP_INPUTS;  //!< most K of a panel
 
+// clang-format off
 constexpr Sm90Tactic kSM90_TACTICS[] = {
-    {Sm90Tile::kPERSISTENT_128X192,
-     Sm90Kernel::kPERSISTENT,
-     128,
-     192,
-     2,
-     1,
-     1,
-     {0.193F, 4.856F, 0.669F},
-     {1.826F, 3.972F, 0.882F}},
-    {Sm90Tile::kPERSISTENT_128X128,
-     Sm90Kernel::kPERSISTENT,
-     128,
-     128,
-     2,
-     1,
-     1,
-     {0.350F, 3.335F, 0.519F},
-     {1.276F, 2.682F, 0.615F}},
-    {Sm90Tile::kPERSISTENT_128X128_OF_3,
-     Sm90Kernel::kPERSISTENT,
-     128,
-     128,
-     1,
-     3,
-     1,
-     {1.764F, 2.318F, 0.465F},
-     {1.061F, 2.536F, 0.603F}},
-    {Sm90Tile::kPERSISTENT_128X192_OF_4,
-     Sm90Kernel::kPERSISTENT,
-     128,
-     192,
-     2,
-     2,
-     1,
-     {0.825F, 6.161F, 0.604F},
-     {2.323F, 3.512F, 0.799F}},
-    {Sm90Tile::kPERSISTENT_128X128_OF_4,
-     Sm90Kernel::kPERSISTENT,
-     128,
-     128,
-     2,
-     2,
-     1,
-     {0.756F, 3.092F, 0.429F},
-     {1.872F, 2.256F, 0.552F}},
-    {Sm90Tile::kPANEL_192, Sm90Kernel::kPANEL, 64, 192, 1, 2, 1, {2.861F, 1.475F, 0.338F}, {2.607F, 1.515F, 0.414F}},
-    {Sm90Tile::kSPLIT_64X64, Sm90Kernel::kSPLIT, 64, 64, 1, 1, 1, {0.5F, 3.0F, 0.120F}, {0.5F, 3.0F, 0.120F}},
-    {Sm90Tile::kSPLIT_64X64, Sm90Kernel::kSPLIT, 64, 64, 1, 1, 2, {0.5F, 3.0F, 0.120F}, {0.5F, 3.0F, 0.120F}},
-    {Sm90Tile::kSPLIT_64X128, Sm90Kernel::kSPLIT, 64, 128, 1, 1, 1, {0.5F, 3.0F, 0.240F}, {0.5F, 3.0F, 0.240F}},
-    {Sm90Tile::kSPLIT_64X128, Sm90Kernel::kSPLIT, 64, 128, 1, 1, 2, {0.5F, 3.0F, 0.240F}, {0.5F, 3.0F, 0.240F}},
-    {Sm90Tile::kSPLIT_128X128, Sm90Kernel::kSPLIT, 128, 128, 1, 1, 1, {0.5F, 3.0F, 0.480F}, {0.5F, 3.0F, 0.480F}},
-    {Sm90Tile::kSPLIT_128X128, Sm90Kernel::kSPLIT, 128, 128, 1, 1, 2, {0.5F, 3.0F, 0.480F}, {0.5F, 3.0F, 0.480F}},
-    {Sm90Tile::kSPLIT_128X128, Sm90Kernel::kSPLIT, 128, 128, 1, 1, 4, {0.5F, 3.0F, 0.480F}, {0.5F, 3.0F, 0.480F}},
-    {Sm90Tile::kSPLIT_128X192, Sm90Kernel::kSPLIT, 128, 192, 1, 1, 1, {0.5F, 3.0F, 0.720F}, {0.5F, 3.0F, 0.720F}},
-    {Sm90Tile::kSPLIT_128X192, Sm90Kernel::kSPLIT, 128, 192, 1, 1, 2, {0.5F, 3.0F, 0.720F}, {0.5F, 3.0F, 0.720F}},
-    {Sm90Tile::kSPLIT_128X192, Sm90Kernel::kSPLIT, 128, 192, 1, 1, 4, {0.5F, 3.0F, 0.720F}, {0.5F, 3.0F, 0.720F}},
+    {Sm90Tile::kPERSISTENT_128X192,      Sm90Kernel::kPERSISTENT, 128, 192, 2, 1, 1, {0.655F, 5.939F, 5.706F, 0.609F}, {0.256F, 3.448F, 5.779F, 0.811F}},
+    {Sm90Tile::kPERSISTENT_128X128,      Sm90Kernel::kPERSISTENT, 128, 128, 2, 1, 1, {0.542F, 2.293F, 2.941F, 0.470F}, {0.282F, 2.569F, 3.554F, 0.558F}},
+    {Sm90Tile::kPERSISTENT_128X128_OF_3, Sm90Kernel::kPERSISTENT, 128, 128, 1, 3, 1, {0.820F, 2.141F, 2.265F, 0.458F}, {0.225F, 2.508F, 2.920F, 0.553F}},
+    {Sm90Tile::kPERSISTENT_128X192_OF_4, Sm90Kernel::kPERSISTENT, 128, 192, 2, 2, 1, {0.352F, 3.111F, 4.185F, 0.637F}, {0.245F, 3.054F, 6.523F, 0.753F}},
+    {Sm90Tile::kPERSISTENT_128X128_OF_4, Sm90Kernel::kPERSISTENT, 128, 128, 2, 2, 1, {0.589F, 2.074F, 2.418F, 0.475F}, {0.298F, 2.244F, 2.741F, 0.559F}},
+    {Sm90Tile::kPANEL_192,               Sm90Kernel::kPANEL,       64, 192, 1, 2, 1, {1.629F, 1.186F, 2.521F, 0.329F}, {2.277F, 0.964F, 1.803F, 0.384F}},
+    {Sm90Tile::kSPLIT_64X64,             Sm90Kernel::kSPLIT,       64,  64, 1, 1, 1, {0.064F, 2.030F, 1.825F, 0.277F}, {0.075F, 2.042F, 2.205F, 0.320F}},
+    {Sm90Tile::kSPLIT_64X128,            Sm90Kernel::kSPLIT,       64, 128, 1, 1, 1, {0.055F, 2.099F, 2.053F, 0.263F}, {0.073F, 2.395F, 2.787F, 0.244F}},
+    {Sm90Tile::kSPLIT_64X128,            Sm90Kernel::kSPLIT,       64, 128, 1, 1, 2, {0.131F, 2.998F, 3.092F, 0.332F}, {0.164F, 3.097F, 3.144F, 0.325F}},
+    {Sm90Tile::kSPLIT_128X128,           Sm90Kernel::kSPLIT,      128, 128, 1, 1, 1, {0.090F, 2.011F, 2.487F, 0.446F}, {0.109F, 2.460F, 3.231F, 0.482F}},
+    {Sm90Tile::kSPLIT_128X128,           Sm90Kernel::kSPLIT,      128, 128, 1, 1, 2, {0.163F, 4.362F, 4.119F, 0.448F}, {0.127F, 4.463F, 4.469F, 0.469F}},
+    {Sm90Tile::kSPLIT_128X192,           Sm90Kernel::kSPLIT,      128, 192, 1, 1, 1, {0.053F, 3.064F, 3.462F, 0.570F}, {0.064F, 3.142F, 5.022F, 0.633F}},
 };
+// clang-format on
 constexpr int32_t kNUM_SM90_TACTICS = sizeof(kSM90_TACTICS) / sizeof(kSM90_TACTICS[0]);
 
 //! Clusters of so many blocks, one a multiprocessor, that find room at once, as seen on an H100 of 132: those of three
@@ -161,6 +120,7 @@ struct Sm90Problem
 inline float estimate(Sm90Tactic const& tactic, Sm90Problem const& problem, int multiprocessors)
 {
     TacticTimes const& times = problem.e4m3 ? tactic.e4m3Times : tactic.times;
+    float const tile = problem.residual ? times.residualTile : times.tile;
     if (!problem.suits(tactic))
     {
         return std::numeric_limits<float>::infinity();
@@ -173,7 +133,7 @@ inline float estimate(Sm90Tactic const& tactic, Sm90Problem const& problem, int 
     {
         int const resident = tactic.tile == Sm90Tile::kSPLIT_64X64 ? 2 : 1;  // blocks of a multiprocessor
         int const waves = ceilDiv(down * across, places * resident);
-        return times.start + static_cast<float>(waves) * (products + times.tile);
+        return times.start + static_cast<float>(waves) * (products + tile);
     }
     // Finishing a tile hides behind the products of the next.
     float rounds = 0.0F;
@@ -192,7 +152,7 @@ inline float estimate(Sm90Tactic const& tactic, Sm90Problem const& problem, int 
         bool const halves = tactic.rows == 128 && tiles % clusters != 0 && halvesLast(tiles, clusters);
         rounds = static_cast<float>(ceilDiv(tiles, clusters)) - (halves ? 0.5F : 0.0F);
     }
-    return times.start + rounds * std::max(products, times.tile) + times.tile;
+    return times.start + rounds * std::max(products, tile) + tile;
 }
 
 //! The tactic of the least estimate: 1 to kNUM_SM90_TACTICS.
