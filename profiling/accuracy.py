@@ -92,6 +92,11 @@ def compare(
     }
 
 
+def _what(entry: dict[str, Any]) -> tuple[str, ...]:
+    """What an entry is of: a newer one takes the place of an older one of the same."""
+    return tuple(entry[name] for name in ("model", "variant", "backend", "precision"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Accuracy of engines on the labelled lines.")
     parser.add_argument(
@@ -102,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="default: %(default)s")
     parser.add_argument("--most", type=int, help="read only so many lines")
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file, beside others in it")
     options = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "profiling.accuracy", *(arguments or sys.argv[1:])])
     unusable = (
@@ -143,7 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        known = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else []
+        entries = {_what(entry): entry for entry in (*known, *results)}
+        text = json.dumps(list(entries.values()), indent=1, ensure_ascii=False)
+        options.json.write_text(text + "\n", encoding="utf-8")
     return 0
 
 
