@@ -464,11 +464,14 @@ def _restore_sinusoidal_positions(model: VisionEncoderDecoderModel, dtype: torch
     """Computes the sinusoidal position table anew.
 
     The table is a plain attribute of its module, neither parameter nor buffer, so transformers 5 leaves it on
-    the meta device, where `from_pretrained` creates modules, and its first use fails.
+    the meta device, where `from_pretrained` creates modules, and its first use fails. As a buffer it also
+    follows the model to another device or type.
     """
     positions = model.decoder.model.decoder.embed_positions
     rows, width = positions.weights.shape
-    positions.weights = positions.get_embedding(rows, width, positions.padding_idx).to(dtype)
+    table = positions.get_embedding(rows, width, positions.padding_idx).to(dtype)
+    del positions.weights
+    positions.register_buffer("weights", table, persistent=False)
 
 
 @contextmanager

@@ -222,6 +222,8 @@ def test_sinusoidal_positions_survive_loading(checkpoint, case):
     with torch.no_grad():
         expected = built(images, decoder_input_ids=tokens).logits
         torch.testing.assert_close(loaded(images, decoder_input_ids=tokens).logits, expected)
+    # The table goes where the model goes.
+    assert loaded.to(torch.float64).decoder.model.decoder.embed_positions.weights.dtype == torch.float64
 
 
 def test_sharded_weights(checkpoint, tmp_path):

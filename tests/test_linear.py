@@ -67,7 +67,7 @@ def test_gelu_polynomial_is_within_a_quarter_of_half_an_ulp() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "most", "mean"), [("tactics-h100.csv", 1.1, 1.007), ("tactics-h100-e4m3.csv", 1.08, 1.004)]
+    ("name", "most", "mean"), [("tactics-h100.csv", 1.1, 1.008), ("tactics-h100-e4m3.csv", 1.08, 1.004)]
 )
 def test_tactics_are_nearly_the_best_of_those_measured(kernels, name: str, most: float, mean: float) -> None:
     """The choice among Hopper's tactics, against times on an H100 (132 multiprocessors)."""

@@ -30,8 +30,10 @@ __global__ void __launch_bounds__(32 + 128 * TILE::kGROUPS, 1)
     int const tileRow = tile / columnTiles * TILE::kBM;
     int const column = tile % columnTiles * TILE::kBN;
 
-    // The weight does not depend on the preceding grid. Only a few stages of it go ahead: what x's first waits behind.
-    int const ahead = steps < kWEIGHTS_AHEAD ? steps : kWEIGHTS_AHEAD;
+    // The weight does not depend on the preceding grid. A block that finds room beside one of that grid fetches all it
+    // can of it meanwhile; one that begins when that grid ends, only what x's first stage can wait behind.
+    constexpr int kAHEAD = 2 * TILE::kSHARED_BYTES <= kSHARED_LIMIT ? TILE::kSTAGES : kWEIGHTS_AHEAD;
+    int const ahead = steps < kAHEAD ? steps : kAHEAD;
     auto const fetchWeight = [&](RingPosition<TILE::kSTAGES> const& ring, int step)
     {
         sm90::barrierArriveExpect(shared.full(ring.stage), TILE::kSTAGE_BYTES);
