@@ -58,12 +58,12 @@ struct Arguments
     void* context;  // C [B, S, H, 64]
     int sequenceLength;
     int heads;
-    int queryTiles;     // of a head
-    int keyTiles;       // of a head
-    int tiles;          // query tiles in all
-    int tilesPerBlock;  // block b computes tiles from b * tilesPerBlock
-    bool resident;      // a head's keys and values fit in the slots: they are loaded once for all its tiles
-    float scale;        // log2(e) / sqrt(d)
+    int queryTiles;      // of a head
+    int keyTiles;        // of a head
+    int tiles;           // query tiles in all
+    int tilesPerBlock;   // block b computes tiles from b * tilesPerBlock
+    bool resident;       // a head's keys and values fit in the slots: they are loaded once for all its tiles
+    float scale;         // log2(e) / sqrt(d)
     float outputFactor;  // of e4m3, 1 / outputScale
 };
 
