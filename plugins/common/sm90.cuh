@@ -406,8 +406,8 @@ __device__ __forceinline__ void shrinkRegisters()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kREGISTERS));
 }
 
-//! Descriptor of a K-major operand in rows of 128 bytes (64 elements of two bytes, 128 e4m3), as the copy engine leaves them with
-//! CU_TENSOR_MAP_SWIZZLE_128B, at an address that is a multiple of 1024:
+//! Descriptor of a K-major operand in rows of 128 bytes (64 elements of two bytes, 128 e4m3), as the copy engine leaves
+//! them with CU_TENSOR_MAP_SWIZZLE_128B, at an address that is a multiple of 1024:
 //!   bits 0-13   start >> 4; the next 32 bytes of K are + 2, the next 64 rows + 512
 //!   bits 16-29  leading offset, unused with a swizzle
 //!   bits 32-45  bytes from eight rows to the next eight >> 4: 1024 >> 4
@@ -459,29 +459,29 @@ struct Wgmma;
 
 // TYPES: K, and the types; LEFT: the parameter a; A, B, ACCUMULATE: its, b's and the flag's places; LAYOUT: which
 // operands are transposed.
-#define TROCR_RUN(TYPES, N, PLACES, LEFT, A, B, ACCUMULATE, LAYOUT, OPERANDS, ...)                                  \
-    static __device__ __forceinline__ void run(float(&d)[N / 2], LEFT, uint64_t b, int accumulate)                  \
-    {                                                                                                               \
-        asm volatile(                                                                                               \
-            "{\n"                                                                                                   \
-            ".reg .pred p;\n"                                                                                       \
-            "setp.ne.b32 p, " ACCUMULATE                                                                            \
-            ", 0;\n"                                                                                                \
-            "wgmma.mma_async.sync.aligned.m64n" #N TYPES " {" PLACES "}, " A ", " B ", p, 1, 1" LAYOUT              \
-            ";\n"                                                                                                   \
-            "}\n"                                                                                                   \
-            : __VA_ARGS__                                                                                           \
-            : OPERANDS, "l"(b), "r"(accumulate));                                                                   \
+#define TROCR_RUN(TYPES, N, PLACES, LEFT, A, B, ACCUMULATE, LAYOUT, OPERANDS, ...)                     \
+    static __device__ __forceinline__ void run(float(&d)[N / 2], LEFT, uint64_t b, int accumulate)     \
+    {                                                                                                  \
+        asm volatile(                                                                                  \
+            "{\n"                                                                                      \
+            ".reg .pred p;\n"                                                                          \
+            "setp.ne.b32 p, " ACCUMULATE                                                               \
+            ", 0;\n"                                                                                   \
+            "wgmma.mma_async.sync.aligned.m64n" #N TYPES " {" PLACES "}, " A ", " B ", p, 1, 1" LAYOUT \
+            ";\n"                                                                                      \
+            "}\n"                                                                                      \
+            : __VA_ARGS__                                                                              \
+            : OPERANDS, "l"(b), "r"(accumulate));                                                      \
     }
 // P0 to P5: the places behind those of the accumulators.
 #define TROCR_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-#define TROCR_WGMMA(T, TYPES, N, PLACES, P0, P1, P2, P3, P4, P5, ...)                                     \
-    template <>                                                                                           \
-    struct Wgmma<T, N>                                                                                    \
-    {                                                                                                     \
-        TROCR_RUN(TYPES, N, PLACES, uint64_t a, P0, P1, P2, ", 0, 0", "l"(a), __VA_ARGS__)                \
+#define TROCR_WGMMA(T, TYPES, N, PLACES, P0, P1, P2, P3, P4, P5, ...)                                       \
+    template <>                                                                                             \
+    struct Wgmma<T, N>                                                                                      \
+    {                                                                                                       \
+        TROCR_RUN(TYPES, N, PLACES, uint64_t a, P0, P1, P2, ", 0, 0", "l"(a), __VA_ARGS__)                  \
         TROCR_RUN(TYPES, N, PLACES, uint32_t const (&a)[4], "{" P0 "," P1 "," P2 "," P3 "}", P4, P5, ", 0", \
-                  TROCR_REGISTERS, __VA_ARGS__)                                                           \
+                  TROCR_REGISTERS, __VA_ARGS__)                                                             \
     };
 #define TROCR_WGMMAS(T, TYPES)                                                                                         \
     TROCR_WGMMA(T, TYPES, 64, TROCR_P0, "%32", "%33", "%34", "%35", "%36", "%37", TROCR_D32(0))                        \
@@ -492,11 +492,11 @@ struct Wgmma;
 TROCR_WGMMAS(__half, "k16.f32.f16.f16")
 TROCR_WGMMAS(__nv_bfloat16, "k16.f32.bf16.bf16")
 
-#define TROCR_E4M3(N, PLACES, P0, P1, P2, ...)                                                           \
-    template <>                                                                                          \
-    struct Wgmma<__nv_fp8_e4m3, N>                                                                       \
-    {                                                                                                    \
-        TROCR_RUN("k32.f32.e4m3.e4m3", N, PLACES, uint64_t a, P0, P1, P2, "", "l"(a), __VA_ARGS__)       \
+#define TROCR_E4M3(N, PLACES, P0, P1, P2, ...)                                                     \
+    template <>                                                                                    \
+    struct Wgmma<__nv_fp8_e4m3, N>                                                                 \
+    {                                                                                              \
+        TROCR_RUN("k32.f32.e4m3.e4m3", N, PLACES, uint64_t a, P0, P1, P2, "", "l"(a), __VA_ARGS__) \
     };
 TROCR_E4M3(64, TROCR_P0, "%32", "%33", "%34", TROCR_D32(0))
 TROCR_E4M3(128, TROCR_P0 TROCR_P32, "%64", "%65", "%66", TROCR_D32(0), TROCR_D32(32))

@@ -87,7 +87,8 @@ cudaError_t encoderAttention(EncoderAttentionParams const& params, cudaStream_t 
     {
         return encoderAttentionSm90(params, stream);
     }
-    return isHopperForced(params) || params.outputScale != 0.0F ? cudaErrorNotSupported : encoderAttentionGeneral(params, stream);
+    return isHopperForced(params) || params.outputScale != 0.0F ? cudaErrorNotSupported
+                                                                : encoderAttentionGeneral(params, stream);
 }
 
 }  // namespace trocr
