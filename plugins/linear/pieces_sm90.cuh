@@ -31,7 +31,8 @@ struct TensorMaps
     CUtensorMap residual;
 };
 
-//! One tile size: kM64 times 64 rows, kBN columns, computed by one warpgroup; kGROUPS warpgroups take turns.
+//! One tile size: kM64 times 64 rows, kBN columns. Persistent kernel: computed by one warpgroup, kGROUPS of them take
+//! turns; split kernel: kGROUPS is kM64, a warpgroup for each 64 rows.
 template <int kM64_, int kBN_, int kSTAGES_, int kGROUPS_, int kBUFFERS_, int kTALL_ = 1, int kWIDE_ = 1>
 struct Tile
 {
