@@ -107,8 +107,11 @@ def commit() -> str | None:
 
 
 def write(records: Sequence[Record], path: Path) -> None:
+    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def merged(old: Sequence[Record], new: Sequence[Record]) -> list[Record]:

@@ -550,8 +550,10 @@ def run(
     json: Path | None = None,
     cuda_graphs: bool = True,
 ) -> tuple[list[Record], list[str]]:
-    """Measure every case with every variant; the file `json` is written anew after each variant, and beside
-    it (-unavailable.txt) what could not be measured.
+    """Measure every case with every variant.
+
+    The file `json` is written anew after each measurement, so that a run that is stopped leaves what it has;
+    beside it (-unavailable.txt), at the end, what could not be measured.
 
     Returns:
         The records, and a line for every measurement that could not be made, with the reason.
@@ -580,6 +582,8 @@ def run(
                     records.append(
                         Record(**here, **fields, model=spec.name, precision=precision, variant=name)
                     )
+                    if json:
+                        write(records, json)
                 except Exception as reason:
                     if not _can_go_on(name, reason):
                         raise
@@ -587,8 +591,6 @@ def run(
                 bar.update()
             del variant
             torch.cuda.empty_cache()
-            if json:
-                write(records, json)
     if json and skipped:
         reasons = json.with_name(f"{json.stem}-unavailable.txt")
         reasons.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,15 @@ from profiling.gpu_check import main as gpu_check
 from profiling.models import BUNDLED
 from profiling.records import Record, RecordError, commit, read, usual_tokens, write
 from profiling.summary import part_table, summary
-from runtime.bench import Case, EngineVariant, NaiveVariant, OnnxCudaVariant, Unavailable, encoder_flops
+from runtime.bench import (
+    Case,
+    EngineVariant,
+    NaiveVariant,
+    OnnxCudaVariant,
+    Unavailable,
+    encoder_flops,
+    measure_case,
+)
 from runtime.bench import main as bench
 from runtime.gpu import Gpu, current_gpu
 
@@ -298,6 +306,24 @@ def test_bench_says_what_it_cannot_measure(checkpoint, tmp_path: Path, monkeypat
     reasons = (tmp_path / "out" / "decoder-unavailable.txt").read_text().splitlines()
     assert [f"not measured: {reason}" for reason in reasons] == printed[-len(variants) :]
     assert [reason.split(":")[0] for reason in reasons] == variants
+
+
+def test_a_bench_that_is_stopped_leaves_what_it_has(checkpoint, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measured = []
+
+    def measure_and_stop(*arguments):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(measure_case(*arguments))
+        return measured[0]
+
+    monkeypatch.setattr("runtime.bench.measure_case", measure_and_stop)
+    command = ["encoder", "--model", str(checkpoint("small")), "--variants", "torch", "--batch", "1,2"]
+    with pytest.raises(KeyboardInterrupt):
+        bench([*command, "--json", "bench.json"])
+    assert [record.batch for record in read(Path("bench.json"))] == [1]
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_peer_that_fails_does_not_stop_the_bench(checkpoint, tmp_path: Path, monkeypatch, capsys):
