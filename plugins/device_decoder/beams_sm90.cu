@@ -52,6 +52,12 @@ __global__ void __launch_bounds__(kBLOCK) begin(BeamSearch const s)
         s.completeScores[row] = kIMPOSSIBLE;
         s.completeLengths[row] = 0;
     }
+    // Every step moves the tokens of all places, those that are free too.
+    int const places = s.beams * s.maxNewTokens;
+    for (int i = threadIdx.x; i < places; i += kBLOCK)
+    {
+        s.complete[static_cast<size_t>(image) * places + i] = s.padId;
+    }
     if (image == 0 && threadIdx.x == 0)
     {
         *s.open = s.images;
