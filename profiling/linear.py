@@ -1,7 +1,7 @@
 """The fused linear kernel against PyTorch: correctness and speed on the shapes of the encoders.
 
     python -m profiling.linear bench [--models small,base] [--batches 1,8,16,64] [--dtype float16]
-    python -m profiling.linear chain [--models small,base] [--batches 1,8,16,64] [--dtype float16]
+    python -m profiling.linear chain [--models small] [--batches 1] [--with qkv=8,fc2=9]    # with tactics
     python -m profiling.linear check [--tactics 1,2,3]      # quick; prints the first failure and where it is
 
 Needs the module `trocr_kernels` in CMake's build folder (TROCR_BUILD_DIR, by default `build`).
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -394,12 +394,17 @@ def bench(models: list[str], batches: list[int], dtype: str) -> bool:
     return right
 
 
-def chain(models: list[str], batches: list[int], dtype: torch.dtype, layers: int = 12) -> None:
-    """Print, a line a model and batch, microseconds a layer of the four products of `layers` layers in a row.
+def chain(
+    models: list[str], batches: list[int], dtype: torch.dtype, tactics: dict[str, int], layers: int = 12
+) -> None:
+    """Print, a line a model and batch, microseconds of an encoder layer of `layers` layers in a row.
 
-    They are launched as in an engine: each reads what the one before wrote, and starts while that ends.
+    As in an engine: each kernel reads what the one before wrote, and starts while that ends; attention
+    stands between QKV and projection; every layer has weights of its own. `tactics` are by the names of the
+    products; 0 or absent: by cost.
     """
-    print(f"{torch.cuda.get_device_name()}, {name_of(dtype)}: us a layer of four products, dependent launch")
+    chosen = ", ".join(f"{name} tactic {tactic}" for name, tactic in tactics.items()) or "tactics by cost"
+    print(f"{torch.cuda.get_device_name()}, {name_of(dtype)}: us a layer, dependent launch, {chosen}")
     names = f"{'model':6}{'B':>3}{'layer':>9}{'qkv':>8}{'projection':>11}{'fc1':>8}{'fc2':>8}"
     print(f"{names}  (alone, not overlapped)")
     for model in models:
@@ -410,29 +415,60 @@ def chain(models: list[str], batches: list[int], dtype: torch.dtype, layers: int
                 for name, (inputs, outputs, epilogue) in encoder_products(hidden).items()
             }
             qkv, projection, fc1, fc2 = products.values()
-            # The residual stream alternates between two buffers; attention is left out: projection reads the
-            # queries' part of what QKV wrote, as if it were a tensor of its own.
-            projection.x = qkv.y.view(-1)[: projection.rows * hidden].view(projection.rows, hidden)
+            # The residual stream alternates between two buffers.
+            projection.x = torch.empty(projection.rows, hidden, dtype=dtype, device="cuda")
             projection.residual = fc2.y[: fc2.rows]
             fc1.x, fc1.input_statistics = projection.y[: fc1.rows], projection.output_statistics
             fc2.x, fc2.residual = fc1.y[: fc2.rows], projection.y[: fc2.rows]
             qkv.x, qkv.input_statistics = fc2.y[: qkv.rows], fc2.output_statistics
+            weights = {
+                name: [product.weight.clone() for _ in range(layers)] for name, product in products.items()
+            }
+            attention = partial(
+                kernels.encoder_attention,
+                qkv.y.data_ptr(),
+                projection.x.data_ptr(),
+                batch=batch,
+                sequence_length=tokens,
+                num_heads=hidden // 64,
+                head_dim=64,
+                dtype=name_of(dtype),
+            )
 
-            def launch(products: Sequence[Linear]) -> None:
-                for _ in range(layers):
-                    for product in products:
-                        product.run(overlap=True)
+            def launch(products=products, weights=weights, attention=attention) -> None:
+                for layer in range(layers):
+                    for name, product in products.items():
+                        product.weight = weights[name][layer]
+                        product.run(tactics.get(name, 0), overlap=True)
+                        if name == "qkv":
+                            attention(stream=torch.cuda.current_stream().cuda_stream)
 
             for product in products.values():
                 product.y.normal_()
                 if product.output_statistics is not None:
                     product.output_statistics.fill_(1.0)
-            layer = microseconds(partial(launch, tuple(products.values()))) / layers
-            alone = [microseconds(product.run) for product in products.values()]
+            layer = microseconds(launch) / layers
+            alone = [
+                microseconds(partial(product.run, tactics.get(name, 0))) for name, product in products.items()
+            ]
             print(
                 f"{model:6}{batch:3}{layer:9.2f}{alone[0]:8.2f}{alone[1]:11.2f}{alone[2]:8.2f}{alone[3]:8.2f}",
                 flush=True,
             )
+
+
+def tactics_by_product(text: str) -> dict[str, int]:
+    """qkv=8,fc2=9 -> {"qkv": 8, "fc2": 9}. Raises argparse.ArgumentTypeError for what is none of these."""
+    products = encoder_products(64)
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, number = part.partition("=")
+        if name not in products or not number.isdigit():
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no product and tactic; write {'=N,'.join(products)}=N, or some of them"
+            )
+        found[name] = int(number)
+    return found
 
 
 def check(tactics: list[int]) -> bool:
@@ -476,19 +512,20 @@ def main() -> int:
     parser.add_argument("--models", default="small,base,large,tiny")
     parser.add_argument("--batches", default="1,8,16,64")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "e4m3"), default="float16")
-    parser.add_argument("--tactics", default="0")
+    parser.add_argument("--tactics", default="0", help="of check")
+    parser.add_argument("--with", dest="chosen", type=tactics_by_product, default={}, help="tactics of chain")
     arguments = parser.parse_args()
     if arguments.what == "check":
         right = check([int(tactic) for tactic in arguments.tactics.split(",")])
     elif arguments.what == "chain" and arguments.dtype == "e4m3":
-        parser.error("chain has no e4m3: QKV's output is no context")
+        parser.error("chain is of float16 and bfloat16")
     else:
         models = arguments.models.split(",")
         batches = [int(batch) for batch in arguments.batches.split(",")]
         if arguments.what == "bench":
             right = bench(models, batches, arguments.dtype)
         else:
-            chain(models, batches, getattr(torch, arguments.dtype))
+            chain(models, batches, getattr(torch, arguments.dtype), arguments.chosen)
             right = True
     return 0 if right else 1
 
