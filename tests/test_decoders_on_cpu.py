@@ -70,6 +70,24 @@ def test_teams(cpu_kernels, name, lines):
     assert_right(*search(cpu_kernels, name, lines, 4, dtype=dtype))
 
 
+@pytest.mark.parametrize("pieces", (139, 203))
+def test_shares_of_the_head(cpu_kernels, pieces):
+    """One team beside eight blocks without rows. These have 18 pieces of the head each, the last one 13, and
+    the team none; or 21 each, and the team's blocks the other 35: four that they keep, and some that come anew."""
+    config = TEAM | {"num_layers": 1, "source_length": 8, "vocab_size": 32 * pieces - 5, "dtype": "float16"}
+    weights = random_weights(config, torch.float16, "cpu")
+    # Every logit twice, in another block or another tile: the lower token is right.
+    head = weights["head_weight"]
+    half = (len(head) + 1) // 2
+    head[half:] = head[: len(head) - half]
+    decoder = DeviceDecoder(cpu_kernels, weights, config, 1, 3)
+    attended = random_cross(config, 1, torch.float16, "cpu")
+    outputs = poisoned_outputs(decoder, 1, 3)
+    decoder.run(attended, outputs)
+    assert_right(outputs, attended, config, weights)
+    assert outputs[0].max() < half
+
+
 @pytest.mark.parametrize("lines", (1, 3, 9))
 @pytest.mark.parametrize("name", ("chain", "relu"))
 def test_the_chain_by_keys(cpu_kernels, name, lines):

@@ -91,4 +91,20 @@ struct TeamLayout
                   partial % 16 == 0 && scratch % 16 == 0);
 };
 
+//! Shared memory of a block that has a part of the head and nothing else: pieces that stay, in the place of the ring
+//! and of what layers need, and the rows. As many more stay in the registers of its warps, half a piece each.
+struct HeadLayout
+{
+    static constexpr int kCHOICE_BYTES = 12;
+    static constexpr int kROW_BYTES = kPITCH + kTEAM_WARPS * kCHOICE_BYTES;
+    static constexpr int kSHARED_PIECES = (227 * 1024 - kRING_OFFSET - kMAX_TEAMS * kROW_BYTES) / kSLOT_BYTES;
+    static constexpr int kREGISTER_PIECES = kTEAM_WARPS / 2;
+    static constexpr int kPIECES = kREGISTER_PIECES + kSHARED_PIECES;
+
+    static constexpr int pieces = kRING_OFFSET;
+    static constexpr int rows = pieces + kSHARED_PIECES * kSLOT_BYTES;
+    static constexpr int choices = rows + kMAX_TEAMS * kPITCH;
+    static constexpr int bytes = choices + kMAX_TEAMS * kTEAM_WARPS * kCHOICE_BYTES;
+};
+
 }  // namespace trocr::decoder

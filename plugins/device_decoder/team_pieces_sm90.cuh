@@ -192,6 +192,17 @@ struct Weights
             second[unit] = sm90::loadShared(from + unit * kUNIT_BYTES + kUNIT_BYTES / 2);
         }
     }
+
+    //! From a global address of this lane.
+    __device__ __forceinline__ void load(uint8_t const* from)
+    {
+#pragma unroll
+        for (int unit = 0; unit < kUNITS; ++unit)
+        {
+            first[unit] = __ldcg(reinterpret_cast<uint4 const*>(from + unit * kUNIT_BYTES));
+            second[unit] = __ldcg(reinterpret_cast<uint4 const*>(from + unit * kUNIT_BYTES + kUNIT_BYTES / 2));
+        }
+    }
 };
 
 //! c [16 outputs, 8 rows] = the weights times as many chunks of 32 inputs of the rows at `rows`, a shared address of
@@ -214,6 +225,39 @@ __device__ __forceinline__ void multiply(float (&c)[4], Weights<kUNITS> const& w
     for (int i = 0; i < 4; ++i)
     {
         c[i] += odd[i];
+    }
+}
+
+//! The same for weights in shared memory, at an address of this lane; and, kBOTH, for others in registers to `mine`.
+template <typename T, bool kBOTH, int kUNITS>
+__device__ __forceinline__ void multiplyShared(float (&mine)[4], float (&c)[4], Weights<kUNITS> const& weights,
+                                               uint32_t shared, uint32_t rows)
+{
+    float odd[4] = {};
+    float mineOdd[4] = {};
+    c[0] = c[1] = c[2] = c[3] = 0.0F;
+    mine[0] = mine[1] = mine[2] = mine[3] = 0.0F;
+#pragma unroll
+    for (int unit = 0; unit < kUNITS; ++unit)
+    {
+        uint4 const x = sm90::loadShared(rows + unit * 64);
+        uint4 const first = sm90::loadShared(shared + unit * kUNIT_BYTES);
+        uint4 const second = sm90::loadShared(shared + unit * kUNIT_BYTES + kUNIT_BYTES / 2);
+        if constexpr (kBOTH)
+        {
+            uint4 const even = weights.first[unit];
+            uint4 const uneven = weights.second[unit];
+            multiplyAdd<T>(mine, {even.x, even.y, even.z, even.w}, x.x, x.y);
+            multiplyAdd<T>(mineOdd, {uneven.x, uneven.y, uneven.z, uneven.w}, x.z, x.w);
+        }
+        multiplyAdd<T>(c, {first.x, first.y, first.z, first.w}, x.x, x.y);
+        multiplyAdd<T>(odd, {second.x, second.y, second.z, second.w}, x.z, x.w);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+    {
+        c[i] += odd[i];
+        mine[i] += mineOdd[i];
     }
 }
 

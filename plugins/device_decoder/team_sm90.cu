@@ -135,6 +135,12 @@ private:
         params.embedScale = mConfig.embedScale;
         params.epsilon = mConfig.epsilon;
         params.gelu = mConfig.gelu;
+        // Blocks without rows have as much of the head as they can keep; the teams, whose blocks stream what they have,
+        // the rest.
+        int const pieces = ceilDiv(mConfig.vocabulary, kHEAD_TOKENS);
+        int const idle = (mClusters - teams) * kTEAM_BLOCKS;
+        params.idlePieces = idle > 0 ? std::min(ceilDiv(pieces, idle), HeadLayout::kPIECES) : 0;
+        params.teamsPiece = std::min(idle * params.idlePieces, pieces);
         return params;
     }
 
@@ -176,7 +182,7 @@ private:
 
     static int sharedBytes(int rows)
     {
-        return rows == 1   ? TeamLayout<1>::bytes
+        return rows == 1   ? std::max(TeamLayout<1>::bytes, HeadLayout::bytes)
                : rows == 2 ? TeamLayout<2>::bytes
                : rows == 4 ? TeamLayout<4>::bytes
                            : TeamLayout<kMAX_ROWS>::bytes;

@@ -68,6 +68,9 @@ struct TeamParams
     int const* inputs;      //!< [slots], their newest tokens
     int const* owners;      //!< [slots, capacity]: the row whose cache has the key of a position
     float* logits;          //!< [slots, V]
+    // Who has which pieces of the head, where teams have one row each.
+    int idlePieces;  //!< of a block without rows, one behind the other
+    int teamsPiece;  //!< the first of those that are dealt to the teams' blocks
 };
 
 // ---- the kernel ----
@@ -79,6 +82,9 @@ struct Block
 {
     using Layout = TeamLayout<kROWS>;
     static constexpr bool kTWO_HOPS = kROWS > 2;
+    // Teams of one row leave many blocks without any. These then keep what they have of the head on the chip, for which
+    // they have a path of their own, and have more of it than the teams.
+    static constexpr bool kUNEVEN = kROWS == 1 && !kBEAMS;
     // Weights go into registers one product ahead of their use. Behind the keys of many rows they arrive late, and a
     // warp would wait for them where it could normalise: 4 to 8 us a token at three and five rows.
     static constexpr bool kWEIGHTS_AHEAD = !kTWO_HOPS;
@@ -742,7 +748,8 @@ struct Block
     }
 
     // The head's pieces, of kHEAD_TOKENS tokens and a slot's size: block i has number i and every gridDim.x-th from
-    // there. The first few stay in shared memory, the others come with the stream.
+    // there; or, behind those of the blocks without rows, every one that follows by the number of the teams' blocks.
+    // The first few stay in shared memory, the others come with the stream.
 
     __device__ __forceinline__ int headPieces() const
     {
@@ -753,8 +760,12 @@ struct Block
         return p.head + static_cast<size_t>(piece) * kSLOT_BYTES;
     }
     //! The i-th of this block.
-    static __device__ __forceinline__ int pieceOf(int i)
+    __device__ __forceinline__ int pieceOf(int i) const
     {
+        if constexpr (kUNEVEN)
+        {
+            return p.teamsPiece + blockIdx.x + i * (p.teams * kTEAM_BLOCKS);
+        }
         return blockIdx.x + i * gridDim.x;
     }
 
@@ -790,8 +801,8 @@ struct Block
 
     // ---- the head ----
 
-    //! Waits for the hidden states of all rows, to headRows. False: all lines have ended.
-    __device__ __forceinline__ bool awaitHidden()
+    //! Waits for the hidden states of all rows, to an offset. False: all lines have ended.
+    __device__ __forceinline__ bool awaitHidden(int rows)
     {
         constexpr int kMINE = Layout::kHEAD_ROWS / kTEAM_WARPS;
         unsigned const token = *number();
@@ -831,7 +842,7 @@ struct Block
             if (row < p.slots)
             {
                 works = works || (words[i][0].x >> 32 & kIDLE) == 0;
-                at<uint4>(Layout::headRows + row * kPITCH)[lane()] = {
+                at<uint4>(rows + row * kPITCH)[lane()] = {
                     static_cast<unsigned>(words[i][0].x), static_cast<unsigned>(words[i][0].y),
                     static_cast<unsigned>(words[i][1].x), static_cast<unsigned>(words[i][1].y)};
             }
@@ -917,16 +928,17 @@ struct Block
         }
         if constexpr (!kBEAMS)
         {
-            publishChoices(best, firstRow, part, logParts);
+            leaveChoices(Layout::headChoices, best, firstRow, part, logParts);
+            publishChoices(Layout::headChoices, logParts);
         }
     }
 
-    //! Each row's best token of the block from those of its warps: this one's rows are lane % 4 * 2 and the next from
-    //! `firstRow`, and it is number `part` of 2^logParts.
-    __device__ __forceinline__ void publishChoices(Choice (&best)[2], int firstRow, int part, int logParts)
+    //! A warp's best tokens to choices [row][part], an offset: its rows are lane % 4 * 2 and the next from `firstRow`,
+    //! and it is number `part` of 2^logParts.
+    __device__ __forceinline__ void leaveChoices(int to, Choice (&best)[2], int firstRow, int part, int logParts)
     {
         int const parts = 1 << logParts;
-        auto* const choices = at<Choice>(Layout::headChoices);  // [row][part]
+        auto* const choices = at<Choice>(to);
 #pragma unroll
         for (int e = 0; e < 2; ++e)
         {
@@ -936,6 +948,13 @@ struct Block
                 choices[(firstRow + lane() * 2 + e) * parts + part] = best[e];
             }
         }
+    }
+
+    //! Each row's best token of the block, from those of its warps.
+    __device__ __forceinline__ void publishChoices(int from, int logParts)
+    {
+        int const parts = 1 << logParts;
+        auto const* const choices = at<Choice>(from);
         computeSync();
         // A lane a part; a warp takes as many rows at once as it has lanes for.
         int const step = kWARP_SIZE >> logParts;
@@ -963,6 +982,111 @@ struct Block
         {
             ring.wait(0);
             ring.release<1>();
+        }
+    }
+
+    // ---- a block without rows, beside teams of one row ----
+    //
+    // It has `idlePieces` pieces of the head, a warp every kTEAM_WARPS-th half of one: the first in registers, the
+    // others in shared memory, all from the first token to the last.
+
+    static constexpr int kTILE_BYTES = kSLOT_BYTES / 2;  // half of a piece, 16 tokens
+
+    __device__ __forceinline__ int firstIdlePiece() const
+    {
+        return (blockIdx.x - p.teams * kTEAM_BLOCKS) * p.idlePieces;
+    }
+    //! How many there are of it; the last blocks may have none.
+    __device__ __forceinline__ int idlePieces() const
+    {
+        return max(min(p.idlePieces, headPieces() - firstIdlePiece()), 0);
+    }
+
+    //! The lane that fetches: once.
+    __device__ __forceinline__ void fetchIdle() const
+    {
+        sm90::CachePolicies const policies = sm90::CachePolicies::make();
+        int const inShared = max(idlePieces() - HeadLayout::kREGISTER_PIECES, 0);
+        uint8_t const* const from = headPiece(firstIdlePiece() + HeadLayout::kREGISTER_PIECES);
+        uint32_t const full = base() + barrier(kKEPT_FULL);
+        sm90::barrierArriveExpect(full, inShared * kSLOT_BYTES);
+#pragma unroll 1
+        for (int i = 0; i < inShared; ++i)
+        {
+            sm90::copyBulk(base() + HeadLayout::pieces + i * kSLOT_BYTES, from + i * kSLOT_BYTES, kSLOT_BYTES, full,
+                           policies.drop);
+        }
+    }
+
+    //! The warps that compute. A tile's logits for eight rows, of which this lane has two.
+    __device__ __forceinline__ void takeTile(Choice (&best)[2], float const (&logits)[4], int tile) const
+    {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+        {
+            int const token = firstIdlePiece() * kHEAD_TOKENS + tile * 16 + half * 8 + lane() / 4;
+            if (token < p.vocabulary)
+            {
+                best[0].take(logits[2 * half], token);
+                best[1].take(logits[2 * half + 1], token);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void chooseIdle()
+    {
+        constexpr int kLOG_PARTS = 4;
+        static_assert(1 << kLOG_PARTS == kTEAM_WARPS);
+        static_assert(HeadLayout::kPIECES <= 3 * HeadLayout::kREGISTER_PIECES);  // three tiles a warp
+        int const tiles = 2 * idlePieces();
+        Weights<kWIDTH / 32> mine{};
+        if (warp() < tiles)
+        {
+            mine.load(headPiece(firstIdlePiece()) + warp() * kTILE_BYTES + lane() * 16);
+        }
+        sm90::barrierWait(base() + barrier(kKEPT_FULL), 0);
+#pragma unroll 1
+        while (true)
+        {
+            if (threadIdx.x == 0)
+            {
+                ++*number();
+            }
+            computeSync();
+            if (!awaitHidden(HeadLayout::rows))
+            {
+                return;
+            }
+#pragma unroll 1
+            for (int firstRow = 0; firstRow < p.slots; firstRow += 8)
+            {
+                Choice best[2] = {{kNO_SCORE, 0, 0.0F}, {kNO_SCORE, 0, 0.0F}};
+                // Columns behind the last row repeat it: what lanes read alike is read once.
+                uint32_t const row =
+                    base() + HeadLayout::rows + min(firstRow + lane() / 4, p.slots - 1) * kPITCH + lane() % 4 * 16;
+                uint32_t const shared = base() + HeadLayout::pieces + warp() * kTILE_BYTES + lane() * 16;
+                float logits[4];
+                if (kTEAM_WARPS + warp() < tiles)
+                {
+                    float second[4];
+                    multiplyShared<T, true>(logits, second, mine, shared, row);
+                    takeTile(best, logits, warp());
+                    takeTile(best, second, kTEAM_WARPS + warp());
+                }
+                else if (warp() < tiles)
+                {
+                    multiply<T>(logits, mine, row);
+                    takeTile(best, logits, warp());
+                }
+                if (2 * kTEAM_WARPS + warp() < tiles)
+                {
+                    float unused[4];
+                    multiplyShared<T, false>(unused, logits, mine, shared + kTEAM_WARPS * kTILE_BYTES, row);
+                    takeTile(best, logits, 2 * kTEAM_WARPS + warp());
+                }
+                leaveChoices(HeadLayout::choices, best, firstRow, warp(), kLOG_PARTS);
+            }
+            publishChoices(HeadLayout::choices, kLOG_PARTS);
         }
     }
 
@@ -1187,7 +1311,7 @@ struct Block
         }
         computeSync();
         decodeHidden();
-        awaitHidden();
+        awaitHidden(Layout::headRows);
         chooseTokens();
         endFetching();
     }
@@ -1209,11 +1333,16 @@ struct Block
             *linesTaken() = 0;
         }
         computeSync();
+        if (kUNEVEN && teamRows() == 0)
+        {
+            chooseIdle();
+            return;
+        }
 #pragma unroll 1
         while (true)
         {
             decodeHidden();
-            if (!awaitHidden())
+            if (!awaitHidden(Layout::headRows))
             {
                 endFetching();
                 drain();
@@ -1300,7 +1429,14 @@ __global__ void __launch_bounds__(kTEAM_THREADS, 1) decodeInTeams(__grid_constan
         sm90::shrinkRegisters<kFETCH_REGISTERS>();
         if (threadIdx.x == kTEAM_COMPUTE)
         {
-            block.produce();
+            if (block.kUNEVEN && block.teamRows() == 0)
+            {
+                block.fetchIdle();
+            }
+            else
+            {
+                block.produce();
+            }
         }
     }
 }
