@@ -428,6 +428,58 @@ struct Choice
             token = min(token, __shfl_xor_sync(kFULL_WARP, token, offset));
         }
     }
+
+    //! Of all lanes, to each of them, in fewer steps: but for `total`, which is added up by addTotals.
+    __device__ __forceinline__ void reduceWarp()
+    {
+        // As whole numbers, in the order of the floats.
+        unsigned const bits = __float_as_uint(best);
+        unsigned const most = __reduce_max_sync(kFULL_WARP, bits ^ ((bits >> 31) != 0 ? 0xffffffffU : 0x80000000U));
+        float const value = __uint_as_float(most ^ ((most >> 31) != 0 ? 0x80000000U : 0xffffffffU));
+        token = __reduce_min_sync(kFULL_WARP, best == value ? token : 0x7fffffff);
+        total *= exp2Approx((best - value) * kLOG2_E);
+        best = value;
+    }
+
+    //! Of lanes that differ in the lower bits of their number, kLANES of them.
+    template <int kLANES>
+    __device__ __forceinline__ void addTotals()
+    {
+#pragma unroll
+        for (int offset = 1; offset < kLANES; offset *= 2)
+        {
+            total += __shfl_xor_sync(kFULL_WARP, total, offset);
+        }
+    }
 };
+
+//! Choice::reduce of two choices side by side, over the lanes that share lane % 4.
+__device__ __forceinline__ void reduceColumns(Choice (&choices)[2])
+{
+    float most[2] = {choices[0].best, choices[1].best};
+#pragma unroll
+    for (int offset = 4; offset < kWARP_SIZE; offset *= 2)
+    {
+        most[0] = fmaxf(most[0], __shfl_xor_sync(kFULL_WARP, most[0], offset));
+        most[1] = fmaxf(most[1], __shfl_xor_sync(kFULL_WARP, most[1], offset));
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+    {
+        choices[e].total *= exp2Approx((choices[e].best - most[e]) * kLOG2_E);
+        choices[e].token = choices[e].best == most[e] ? choices[e].token : 0x7fffffff;
+        choices[e].best = most[e];
+    }
+#pragma unroll
+    for (int offset = 4; offset < kWARP_SIZE; offset *= 2)
+    {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+        {
+            choices[e].total += __shfl_xor_sync(kFULL_WARP, choices[e].total, offset);
+            choices[e].token = min(choices[e].token, __shfl_xor_sync(kFULL_WARP, choices[e].token, offset));
+        }
+    }
+}
 
 }  // namespace trocr::decoder

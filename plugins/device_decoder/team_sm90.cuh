@@ -928,17 +928,16 @@ struct Block
         }
         if constexpr (!kBEAMS)
         {
-            leaveChoices(Layout::headChoices, best, firstRow, part, logParts);
-            publishChoices(Layout::headChoices, logParts);
+            publishChoices(best, firstRow, part, logParts);
         }
     }
 
-    //! A warp's best tokens to choices [row][part], an offset: its rows are lane % 4 * 2 and the next from `firstRow`,
-    //! and it is number `part` of 2^logParts.
-    __device__ __forceinline__ void leaveChoices(int to, Choice (&best)[2], int firstRow, int part, int logParts)
+    //! Each row's best token of the block from those of its warps: this one's rows are lane % 4 * 2 and the next from
+    //! `firstRow`, and it is number `part` of 2^logParts.
+    __device__ __forceinline__ void publishChoices(Choice (&best)[2], int firstRow, int part, int logParts)
     {
         int const parts = 1 << logParts;
-        auto* const choices = at<Choice>(to);
+        auto* const choices = at<Choice>(Layout::headChoices);  // [row][part]
 #pragma unroll
         for (int e = 0; e < 2; ++e)
         {
@@ -948,13 +947,6 @@ struct Block
                 choices[(firstRow + lane() * 2 + e) * parts + part] = best[e];
             }
         }
-    }
-
-    //! Each row's best token of the block, from those of its warps.
-    __device__ __forceinline__ void publishChoices(int from, int logParts)
-    {
-        int const parts = 1 << logParts;
-        auto const* const choices = at<Choice>(from);
         computeSync();
         // A lane a part; a warp takes as many rows at once as it has lanes for.
         int const step = kWARP_SIZE >> logParts;
@@ -966,12 +958,16 @@ struct Block
             int const mine = first + (lane() >> logParts);
             if ((lane() & (parts - 1)) == 0 && mine < p.slots)
             {
-                sm90::publish(p.choices + mine * gridDim.x + blockIdx.x,
-                              {withMark(__float_as_uint(choice.best), choice.token),
-                               withMark(__float_as_uint(choice.total), *number())});
+                publishChoice(choice, mine);
             }
         }
         computeSync();
+    }
+
+    __device__ __forceinline__ void publishChoice(Choice const& choice, int row)
+    {
+        sm90::publish(p.choices + row * gridDim.x + blockIdx.x, {withMark(__float_as_uint(choice.best), choice.token),
+                                                                 withMark(__float_as_uint(choice.total), *number())});
     }
 
     //! Reads the head's part of the stream without a use for it.
@@ -1035,8 +1031,7 @@ struct Block
 
     __device__ __forceinline__ void chooseIdle()
     {
-        constexpr int kLOG_PARTS = 4;
-        static_assert(1 << kLOG_PARTS == kTEAM_WARPS);
+        static_assert(kMAX_TEAMS <= kTEAM_WARPS && kTEAM_WARPS <= kWARP_SIZE);
         static_assert(HeadLayout::kPIECES <= 3 * HeadLayout::kREGISTER_PIECES);  // three tiles a warp
         int const tiles = 2 * idlePieces();
         Weights<kWIDTH / 32> mine{};
@@ -1045,6 +1040,7 @@ struct Block
             mine.load(headPiece(firstIdlePiece()) + warp() * kTILE_BYTES + lane() * 16);
         }
         sm90::barrierWait(base() + barrier(kKEPT_FULL), 0);
+        auto* const choices = at<Choice>(HeadLayout::choices);  // [row][warp]
 #pragma unroll 1
         while (true)
         {
@@ -1084,9 +1080,29 @@ struct Block
                     multiplyShared<T, false>(unused, logits, mine, shared + kTEAM_WARPS * kTILE_BYTES, row);
                     takeTile(best, logits, 2 * kTEAM_WARPS + warp());
                 }
-                leaveChoices(HeadLayout::choices, best, firstRow, warp(), kLOG_PARTS);
+                reduceColumns(best);
+                if (lane() < 4)
+                {
+                    choices[(firstRow + lane() * 2) * kTEAM_WARPS + warp()] = best[0];
+                    choices[(firstRow + lane() * 2 + 1) * kTEAM_WARPS + warp()] = best[1];
+                }
             }
-            publishChoices(HeadLayout::choices, kLOG_PARTS);
+            computeSync();
+            if (warp() < p.slots)  // a warp a row
+            {
+                Choice choice{kNO_SCORE, 0x7fffffff, 0.0F};
+                if (lane() < kTEAM_WARPS)
+                {
+                    choice = choices[warp() * kTEAM_WARPS + lane()];
+                }
+                choice.reduceWarp();
+                choice.addTotals<kTEAM_WARPS>();
+                if (lane() == 0)
+                {
+                    publishChoice(choice, warp());
+                }
+            }
+            computeSync();
         }
     }
 
@@ -1177,7 +1193,15 @@ struct Block
         {
             choice.total += of[i].total * exp2Approx((of[i].best - choice.best) * kLOG2_E);
         }
-        choice.reduce(1, kWARP_SIZE);
+        if constexpr (kUNEVEN)
+        {
+            choice.reduceWarp();
+            choice.addTotals<kWARP_SIZE>();
+        }
+        else
+        {
+            choice.reduce(1, kWARP_SIZE);
+        }
         return choice;
     }
 
