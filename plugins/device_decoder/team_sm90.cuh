@@ -1108,20 +1108,50 @@ struct Block
 
     // ---- from token to token ----
 
-    //! A warp's row: hidden = LayerNorm(scale * embedding of its token + its position's).
-    __device__ __forceinline__ void embed(int input)
+    //! What a row's embedding is made of: this lane's eight columns.
+    struct Input
     {
-        auto const piece = [&](void const* of, int row)
-        { return __ldg(static_cast<uint4 const*>(of) + static_cast<size_t>(row) * (kWIDTH / 8) + lane()); };
-        uint4 const tokenBits = piece(p.embedding, input);
-        uint4 const placeBits = piece(p.positions, positions()[warp()]);
+        uint4 token;
+        uint4 place;
+        uint4 gamma;
+        uint4 beta;
+    };
+
+    __device__ __forceinline__ uint4 inputPiece(void const* of, int row) const
+    {
+        return __ldg(static_cast<uint4 const*>(of) + static_cast<size_t>(row) * (kWIDTH / 8) + lane());
+    }
+
+    //! All of it but the token.
+    __device__ __forceinline__ void loadPlace(Input& input, int position) const
+    {
+        input.place = inputPiece(p.positions, position);
+        input.gamma = uint4{};
+        input.beta = uint4{};
+        if (p.embeddingNorm != nullptr)
+        {
+            input.gamma = inputPiece(p.embeddingNorm, 0);
+            input.beta = inputPiece(p.embeddingNorm, 1);
+        }
+    }
+
+    //! A warp's row: hidden = LayerNorm(scale * embedding of its token + its position's).
+    __device__ __forceinline__ void embed(int token)
+    {
+        uint4 const tokenBits = inputPiece(p.embedding, token);
+        uint4 const placeBits = inputPiece(p.positions, positions()[warp()]);
         uint4 gammaBits{};
         uint4 betaBits{};
         if (p.embeddingNorm != nullptr)
         {
-            gammaBits = piece(p.embeddingNorm, 0);
-            betaBits = piece(p.embeddingNorm, 1);
+            gammaBits = inputPiece(p.embeddingNorm, 0);
+            betaBits = inputPiece(p.embeddingNorm, 1);
         }
+        embed(tokenBits, placeBits, gammaBits, betaBits);
+    }
+
+    __device__ __forceinline__ void embed(uint4 tokenBits, uint4 placeBits, uint4 gammaBits, uint4 betaBits)
+    {
         Pack<T> row = Pack<T>::fromBits(tokenBits);
         Pack<T> const place = Pack<T>::fromBits(placeBits);
         float total = 0.0F;
@@ -1154,8 +1184,9 @@ struct Block
         at<uint4>(Layout::hidden + warp() * kPITCH)[lane()] = row.toBits();
     }
 
-    //! Waits for the choices of all blocks for the warp's row, and returns the best.
-    __device__ __forceinline__ Choice awaitChoices() const
+    //! Waits for the choices of all blocks for the warp's row, and returns the best. kUNEVEN: asks for the embedding of
+    //! its token as soon as that is known.
+    __device__ __forceinline__ Choice awaitChoices(Input& next) const
     {
         constexpr int kMINE = kMAX_BLOCKS / kWARP_SIZE;
         sm90::Quad const* const from = p.choices + rowOf(warp()) * gridDim.x;
@@ -1196,6 +1227,7 @@ struct Block
         if constexpr (kUNEVEN)
         {
             choice.reduceWarp();
+            next.token = inputPiece(p.embedding, choice.token);
             choice.addTotals<kWARP_SIZE>();
         }
         else
@@ -1281,7 +1313,8 @@ struct Block
         }
     }
 
-    //! A token's way from its embedding to the hidden states that the head multiplies, which are published.
+    //! A token's way from its embedding to the hidden states that the head multiplies, which are published. kUNEVEN: it
+    //! has been embedded at the end of the token before.
     __device__ __forceinline__ void decodeHidden()
     {
         bool const works = anyLine();
@@ -1290,9 +1323,12 @@ struct Block
             sm90::barrierArrive(base() + barrier(kDECIDED));
             ++*number();
         }
-        if (warp() < kROWS && lines()[warp()] >= 0)
+        if constexpr (!kUNEVEN)
         {
-            embed(inputs()[warp()]);
+            if (warp() < kROWS && lines()[warp()] >= 0)
+            {
+                embed(inputs()[warp()]);
+            }
         }
         computeSync();
         if (works)
@@ -1362,6 +1398,10 @@ struct Block
             chooseIdle();
             return;
         }
+        if (kUNEVEN && warp() < kROWS)
+        {
+            embed(p.startId);
+        }
 #pragma unroll 1
         while (true)
         {
@@ -1378,17 +1418,32 @@ struct Block
                 int const line = lines()[warp()];
                 bool ended = false;
                 Choice choice{};
+                Input next{};
                 // Rank 0 waits without a line too: its next word must not come before all have read this one. The
                 // others do not: of an idle team, the next choices would not wait for them.
                 if (line >= 0 || (rank() == 0 && warp() < teamRows()))
                 {
-                    choice = awaitChoices();
+                    if constexpr (kUNEVEN)
+                    {
+                        // What does not depend on the token is on its way meanwhile.
+                        loadPlace(next, min(positions()[warp()] + 1, p.maxNewTokens - 1));
+                    }
+                    choice = awaitChoices(next);
                 }
                 if (line >= 0)
                 {
                     float logProb = logProbs()[warp()];
                     int const input = endToken(choice, line, logProb);
                     ended = input < 0;
+                    if constexpr (kUNEVEN)
+                    {
+                        if (ended)
+                        {
+                            next.token = inputPiece(p.embedding, p.startId);
+                            loadPlace(next, 0);
+                        }
+                        embed(next.token, next.place, next.gamma, next.beta);
+                    }
                     if (lane() == 0)
                     {
                         positions()[warp()] = ended ? 0 : positions()[warp()] + 1;
