@@ -88,6 +88,26 @@ def test_shares_of_the_head(cpu_kernels, pieces):
     assert outputs[0].max() < half
 
 
+@pytest.mark.parametrize("vocabulary", (102, 14_000))  # teams have no part in the head, or have one
+def test_teams_beside_blocks_without_rows(cpu_kernels, vocabulary):
+    """Teams of one row end at different times, a line takes another's row, and more searches follow."""
+    sizes = {"num_layers": 1, "source_length": 8, "vocab_size": vocabulary}
+    cpu_kernels.set_cluster_room(4)
+    try:
+        free, attended, _, _ = search(cpu_kernels, "team", 3, 4, 2, **sizes)
+        for ends in ([], free[0][:1, 1].tolist(), free[0][1:2, 1].tolist(), free[0][:, 0].tolist()):
+            config = CASES["team"] | sizes | {"dtype": "float16", "eos_ids": ends or [2**31 - 1]}
+            weights = random_weights(config, torch.float16, "cpu")
+            decoder = DeviceDecoder(cpu_kernels, weights, config, 3, 4)
+            for lines, slots in ((3, 2), (2, 2), (1, 3), (2, 3)):
+                cross = tuple([layer[:lines] for layer in part] for part in attended)
+                outputs = poisoned_outputs(decoder, lines, 4)
+                decoder.run(cross, outputs, slots)
+                assert_right(outputs, cross, config, weights)
+    finally:
+        cpu_kernels.set_cluster_room(2)
+
+
 @pytest.mark.parametrize("lines", (1, 3, 9))
 @pytest.mark.parametrize("name", ("chain", "relu"))
 def test_the_chain_by_keys(cpu_kernels, name, lines):

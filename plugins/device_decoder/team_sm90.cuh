@@ -142,6 +142,13 @@ struct Block
         return team() >= p.teams ? 0 : team() < p.largerTeams ? p.teamRows + 1 : p.teamRows;
     }
 
+    //! Whether the teams' blocks have a part in the head. If not, they do not wait for the hidden states of others, and
+    //! hear from the choices that all lines have ended.
+    __device__ __forceinline__ bool teamsChoose() const
+    {
+        return !kUNEVEN || p.teamsPiece < headPieces();
+    }
+
     static __device__ __forceinline__ constexpr int barrier(int index)
     {
         return 8 * (2 * kRING + index);
@@ -964,10 +971,12 @@ struct Block
         computeSync();
     }
 
-    __device__ __forceinline__ void publishChoice(Choice const& choice, int row)
+    //! kUNEVEN: `idle` is kIDLE where all lines have ended, else 0.
+    __device__ __forceinline__ void publishChoice(Choice const& choice, int row, unsigned idle = 0)
     {
+        unsigned const mark = kUNEVEN ? (*number() & ~kIDLE) | idle : *number();
         sm90::publish(p.choices + row * gridDim.x + blockIdx.x, {withMark(__float_as_uint(choice.best), choice.token),
-                                                                 withMark(__float_as_uint(choice.total), *number())});
+                                                                 withMark(__float_as_uint(choice.total), mark)});
     }
 
     //! Reads the head's part of the stream without a use for it.
@@ -1051,6 +1060,10 @@ struct Block
             computeSync();
             if (!awaitHidden(HeadLayout::rows))
             {
+                if (threadIdx.x < p.slots)
+                {
+                    publishChoice({}, threadIdx.x, kIDLE);
+                }
                 return;
             }
 #pragma unroll 1
@@ -1185,27 +1198,42 @@ struct Block
     }
 
     //! Waits for the choices of all blocks for the warp's row, and returns the best. kUNEVEN: asks for the embedding of
-    //! its token as soon as that is known.
+    //! its token as soon as that is known; and where all lines have ended, sets allEnded.
     __device__ __forceinline__ Choice awaitChoices(Input& next) const
     {
         constexpr int kMINE = kMAX_BLOCKS / kWARP_SIZE;
         sm90::Quad const* const from = p.choices + rowOf(warp()) * gridDim.x;
         unsigned const token = *number();
+        unsigned const first = teamsChoose() ? 0 : p.teams * kTEAM_BLOCKS;
+        bool over = false;
         Choice of[kMINE];
         bool areThere = false;
         while (!__all_sync(kFULL_WARP, areThere))
         {
             areThere = true;
+            over = false;
 #pragma unroll
             for (int i = 0; i < kMINE; ++i)
             {
-                unsigned const block = i * kWARP_SIZE + lane();
+                unsigned const block = first + i * kWARP_SIZE + lane();
                 of[i] = {kNO_SCORE, 0, 0.0F};
                 if (block < gridDim.x)
                 {
                     sm90::Quad const quad = sm90::readPublished(from + block);
                     of[i] = {__uint_as_float(quad.low), static_cast<int>(quad.low >> 32), __uint_as_float(quad.high)};
-                    areThere = areThere && isMarked(quad.high >> 32, token);
+                    if constexpr (kUNEVEN)
+                    {
+                        // The end follows at once on the last line's last token, of which all but rank 0 may see only
+                        // that: they need no more.
+                        unsigned const mark = quad.high >> 32;
+                        bool const ended = mark == ((token + 1) | kIDLE);
+                        areThere = areThere && (isMarked(mark, token) || ended);
+                        over = over || ended || mark == (token | kIDLE);
+                    }
+                    else
+                    {
+                        areThere = areThere && isMarked(quad.high >> 32, token);
+                    }
                 }
             }
         }
@@ -1226,6 +1254,10 @@ struct Block
         }
         if constexpr (kUNEVEN)
         {
+            if (over)
+            {
+                *allEnded() = 1;
+            }
             choice.reduceWarp();
             next.token = inputPiece(p.embedding, choice.token);
             choice.addTotals<kWARP_SIZE>();
@@ -1320,7 +1352,10 @@ struct Block
         bool const works = anyLine();
         if (threadIdx.x == 0)
         {
-            sm90::barrierArrive(base() + barrier(kDECIDED));
+            if (works || teamsChoose())
+            {
+                sm90::barrierArrive(base() + barrier(kDECIDED));
+            }
             ++*number();
         }
         if constexpr (!kUNEVEN)
@@ -1376,6 +1411,17 @@ struct Block
         endFetching();
     }
 
+    //! How many blocks see the search's end, and so the number of its last token. Where teams have no part in the head,
+    //! only their first blocks do, and this one may be another.
+    __device__ __forceinline__ int atTheEnd() const
+    {
+        return teamsChoose() ? gridDim.x : gridDim.x - p.teams * (kTEAM_BLOCKS - 1);
+    }
+    __device__ __forceinline__ bool isAtTheEnd() const
+    {
+        return teamsChoose() || teamRows() == 0 || rank() == 0;
+    }
+
     //! The warps that compute, in a greedy search.
     __device__ __forceinline__ void compute()
     {
@@ -1405,14 +1451,22 @@ struct Block
 #pragma unroll 1
         while (true)
         {
-            decodeHidden();
-            if (!awaitHidden(Layout::headRows))
+            if (!teamsChoose() && rank() != 0 && lines()[0] < 0)
             {
                 endFetching();
-                drain();
                 return;
             }
-            chooseTokens();
+            decodeHidden();
+            if (teamsChoose())
+            {
+                if (!awaitHidden(Layout::headRows))
+                {
+                    endFetching();
+                    drain();
+                    return;
+                }
+                chooseTokens();
+            }
             if (warp() < kROWS)
             {
                 int const line = lines()[warp()];
@@ -1458,6 +1512,11 @@ struct Block
                 }
             }
             computeSync();
+            if (!teamsChoose() && *allEnded() != 0)
+            {
+                endFetching();
+                return;
+            }
             if (p.lines > p.slots)
             {
                 takeLines();
@@ -1498,7 +1557,7 @@ __global__ void __launch_bounds__(kTEAM_THREADS, 1) decodeInTeams(__grid_constan
         {
             block.compute();
         }
-        if (threadIdx.x == 0 && atomicAdd(&p.counters->left, 1) + 1 == static_cast<int>(gridDim.x))
+        if (threadIdx.x == 0 && block.isAtTheEnd() && atomicAdd(&p.counters->left, 1) + 1 == block.atTheEnd())
         {
             *p.counters = {0, 0, *block.number()};
         }

@@ -351,7 +351,7 @@ extern "C"
     cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void const* /*kernel*/,
                                                cudaLaunchConfig_t const* /*config*/)
     {
-        *clusters = cpu_cuda::kCLUSTERS;
+        *clusters = cpu_cuda::clusterRoom;
         return cudaSuccess;
     }
 
