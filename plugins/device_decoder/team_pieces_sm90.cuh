@@ -409,6 +409,26 @@ struct Choice
         best = most;
     }
 
+    //! The same for several, of which none has a lower token than the one before: an exponential each, and one.
+    template <int kCOUNT>
+    __device__ __forceinline__ void takeAll(float const (&logits)[kCOUNT], int const (&of)[kCOUNT])
+    {
+        float most = best;
+#pragma unroll
+        for (int i = 0; i < kCOUNT; ++i)
+        {
+            token = logits[i] > most ? of[i] : token;
+            most = fmaxf(most, logits[i]);
+        }
+        total *= exp2Approx((best - most) * kLOG2_E);
+        best = most;
+#pragma unroll
+        for (int i = 0; i < kCOUNT; ++i)
+        {
+            total += exp2Approx((logits[i] - most) * kLOG2_E);
+        }
+    }
+
     //! Of the lanes that differ in the bits `from` to `to` / 2 of their number, to each of them.
     __device__ __forceinline__ void reduce(int from, int to)
     {

@@ -1023,17 +1023,28 @@ struct Block
         }
     }
 
-    //! The warps that compute. A tile's logits for eight rows, of which this lane has two.
-    __device__ __forceinline__ void takeTile(Choice (&best)[2], float const (&logits)[4], int tile) const
+    //! The warps that compute. The logits of tiles kTEAM_WARPS apart for eight rows, of which this lane has two.
+    template <int kTILES>
+    __device__ __forceinline__ void takeTiles(Choice (&best)[2], float const (&logits)[kTILES][4], int tile) const
     {
+        int tokens[2 * kTILES];
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < 2 * kTILES; ++i)
         {
-            int const token = firstIdlePiece() * kHEAD_TOKENS + tile * 16 + half * 8 + lane() / 4;
-            if (token < p.vocabulary)
+            tokens[i] = firstIdlePiece() * kHEAD_TOKENS + (tile + i / 2 * kTEAM_WARPS) * 16 + i % 2 * 8 + lane() / 4;
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+        {
+            if (e == 0 || p.slots > 1)
             {
-                best[0].take(logits[2 * half], token);
-                best[1].take(logits[2 * half + 1], token);
+                float of[2 * kTILES];
+#pragma unroll
+                for (int i = 0; i < 2 * kTILES; ++i)
+                {
+                    of[i] = tokens[i] < p.vocabulary ? logits[i / 2][i % 2 * 2 + e] : kNO_SCORE;
+                }
+                best[e].takeAll(of, tokens);
             }
         }
     }
@@ -1074,24 +1085,24 @@ struct Block
                 uint32_t const row =
                     base() + HeadLayout::rows + min(firstRow + lane() / 4, p.slots - 1) * kPITCH + lane() % 4 * 16;
                 uint32_t const shared = base() + HeadLayout::pieces + warp() * kTILE_BYTES + lane() * 16;
-                float logits[4];
                 if (kTEAM_WARPS + warp() < tiles)
                 {
-                    float second[4];
-                    multiplyShared<T, true>(logits, second, mine, shared, row);
-                    takeTile(best, logits, warp());
-                    takeTile(best, second, kTEAM_WARPS + warp());
+                    float logits[2][4];
+                    multiplyShared<T, true>(logits[0], logits[1], mine, shared, row);
+                    takeTiles(best, logits, warp());
                 }
                 else if (warp() < tiles)
                 {
-                    multiply<T>(logits, mine, row);
-                    takeTile(best, logits, warp());
+                    float logits[1][4];
+                    multiply<T>(logits[0], mine, row);
+                    takeTiles(best, logits, warp());
                 }
                 if (2 * kTEAM_WARPS + warp() < tiles)
                 {
                     float unused[4];
-                    multiplyShared<T, false>(unused, logits, mine, shared + kTEAM_WARPS * kTILE_BYTES, row);
-                    takeTile(best, logits, 2 * kTEAM_WARPS + warp());
+                    float logits[1][4];
+                    multiplyShared<T, false>(unused, logits[0], mine, shared + kTEAM_WARPS * kTILE_BYTES, row);
+                    takeTiles(best, logits, 2 * kTEAM_WARPS + warp());
                 }
                 reduceColumns(best);
                 if (lane() < 4)
