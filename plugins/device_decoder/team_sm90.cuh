@@ -1124,6 +1124,11 @@ struct Block
                 if (lane() == 0)
                 {
                     publishChoice(choice, warp());
+                    // To L2, where the team finds it if this token is the one.
+                    constexpr int kROW_BYTES = kWIDTH * sizeof(T);
+                    sm90::prefetchBulk(
+                        static_cast<uint8_t const*>(p.embedding) + static_cast<size_t>(choice.token) * kROW_BYTES,
+                        kROW_BYTES);
                 }
             }
             computeSync();
