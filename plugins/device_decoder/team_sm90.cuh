@@ -1228,51 +1228,39 @@ struct Block
         {
             areThere = true;
             over = false;
-            if constexpr (kUNEVEN)
+            // All are asked for before the first is looked at. Lanes without one read the last.
+            sm90::Quad quads[kMINE];
+#pragma unroll
+            for (int i = 0; i < kMINE; ++i)
             {
-                // All are asked for before the first is looked at. Lanes without one read the last.
-                sm90::Quad quads[kMINE];
+                quads[i] = sm90::readPublished(from + min(first + i * kWARP_SIZE + lane(), gridDim.x - 1));
+            }
 #pragma unroll
-                for (int i = 0; i < kMINE; ++i)
-                {
-                    quads[i] = sm90::readPublished(from + min(first + i * kWARP_SIZE + lane(), gridDim.x - 1));
-                }
-#pragma unroll
-                for (int i = 0; i < kMINE; ++i)
+            for (int i = 0; i < kMINE; ++i)
+            {
+                unsigned const mark = quads[i].high >> 32;
+                if constexpr (kUNEVEN)
                 {
                     // The end follows at once on the last line's last token, of which all but rank 0 may see only that:
                     // they need no more.
-                    unsigned const mark = quads[i].high >> 32;
                     bool const ended = mark == ((token + 1) | kIDLE);
                     areThere = areThere && (isMarked(mark, token) || ended);
                     over = over || ended || mark == (token | kIDLE);
-                    of[i] = {__uint_as_float(quads[i].low), static_cast<int>(quads[i].low >> 32),
-                             __uint_as_float(quads[i].high)};
                 }
-                continue;
-            }
-#pragma unroll
-            for (int i = 0; i < kMINE; ++i)
-            {
-                unsigned const block = i * kWARP_SIZE + lane();
-                of[i] = {kNO_SCORE, 0, 0.0F};
-                if (block < gridDim.x)
+                else
                 {
-                    sm90::Quad const quad = sm90::readPublished(from + block);
-                    of[i] = {__uint_as_float(quad.low), static_cast<int>(quad.low >> 32), __uint_as_float(quad.high)};
-                    areThere = areThere && isMarked(quad.high >> 32, token);
+                    areThere = areThere && isMarked(mark, token);
                 }
+                of[i] = {__uint_as_float(quads[i].low), static_cast<int>(quads[i].low >> 32),
+                         __uint_as_float(quads[i].high)};
             }
         }
-        if constexpr (kUNEVEN)
-        {
 #pragma unroll
-            for (int i = 0; i < kMINE; ++i)
+        for (int i = 0; i < kMINE; ++i)
+        {
+            if (first + i * kWARP_SIZE + lane() >= gridDim.x)
             {
-                if (first + i * kWARP_SIZE + lane() >= gridDim.x)
-                {
-                    of[i] = {kNO_SCORE, 0, 0.0F};
-                }
+                of[i] = {kNO_SCORE, 0, 0.0F};
             }
         }
         // The best of all first: what is added up then needs one exponential, and no order.
