@@ -73,7 +73,7 @@ def test_teams(cpu_kernels, name, lines):
 @pytest.mark.parametrize("pieces", (139, 203))
 def test_shares_of_the_head(cpu_kernels, pieces):
     """One team beside eight blocks without rows. These have 18 pieces of the head each, the last one 13, and
-    the team none; or 21 each, and the team's the other 35: a block four that it keeps, one it streams."""
+    the team none; or 21 each, and the team's blocks the other 35: three they keep, others they stream."""
     config = TEAM | {"num_layers": 1, "source_length": 8, "vocab_size": 32 * pieces - 5, "dtype": "float16"}
     weights = random_weights(config, torch.float16, "cpu")
     # Every logit twice, in another block or another tile: the lower token is right.
