@@ -2,12 +2,8 @@
 
 #include <NvInferRuntime.h>
 
-#include <cmath>
-#include <stdexcept>
-#include <string>
-
-//! Shapes and attributes of plugins with e4m3 tensors. TensorRT sees these as float16 with half of the columns, the
-//! same bytes two at a time: it has no say in what is in them, and no plugin of another library reads them.
+//! Shapes of e4m3 tensors. TensorRT sees these as float16 with half of the columns, the same bytes two at a time: it
+//! has no say in what is in them, and no plugin of another library reads them.
 
 namespace trocr
 {
@@ -28,16 +24,6 @@ inline nvinfer1::DimsExprs halved(nvinfer1::DimsExprs dims, nvinfer1::IExprBuild
     nvinfer1::IDimensionExpr const*& last = dims.d[dims.nbDims - 1];
     last = exprBuilder.operation(nvinfer1::DimensionOperation::kFLOOR_DIV, *last, *exprBuilder.constant(2));
     return dims;
-}
-
-//! Throws std::invalid_argument for a scale that is none.
-inline void expectPositive(char const* attribute, float value)
-{
-    if (!std::isfinite(value) || value <= 0.0F)
-    {
-        throw std::invalid_argument{std::string{"attribute '"} + attribute + "' is " + std::to_string(value) +
-                                    ", expected a finite number above 0"};
-    }
 }
 
 }  // namespace trocr

@@ -1,6 +1,7 @@
 #include "common/fields.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -149,6 +150,15 @@ void TextWriter::operator()(char const* name, float value)
     char digits[32];
     std::snprintf(digits, sizeof digits, "%.*g", std::numeric_limits<float>::max_digits10, value);
     (*this)(name, std::string{digits});
+}
+
+void expectPositive(char const* attribute, float value)
+{
+    if (!std::isfinite(value) || value <= 0.0F)
+    {
+        throw std::invalid_argument{std::string{"attribute '"} + attribute + "' is " + std::to_string(value) +
+                                    ", expected a finite number above 0"};
+    }
 }
 
 }  // namespace trocr

@@ -60,6 +60,9 @@ public:
     std::string text;
 };
 
+//! For validate(): throws std::invalid_argument for an attribute that is no finite number above 0.
+void expectPositive(char const* attribute, float value);
+
 //! Attributes read from fields, and validated. Throws std::invalid_argument.
 template <class Attributes>
 Attributes readAttributes(nvinfer1::PluginFieldCollection const& collection)

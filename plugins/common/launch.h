@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -62,6 +63,12 @@ cudaError_t dispatchType(DataType dataType, LaunchTyped const& launchTyped)
             return launchTyped(__nv_bfloat16{});
     }
     return cudaErrorInvalidValue;
+}
+
+//! Whether it can be divided by, as scales of e4m3 tensors are.
+inline bool isPositive(float scale)
+{
+    return std::isfinite(scale) && scale > 0.0F;
 }
 
 //! Whether every pointer is there and on a multiple of `bytes`.

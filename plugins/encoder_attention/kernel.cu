@@ -1,8 +1,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cmath>
-
 #include "common/launch.h"
 #include "encoder_attention/kernel.h"
 #include "encoder_attention/launchers.h"
@@ -46,7 +44,7 @@ bool canImplementEncoderAttention(EncoderAttentionParams const& params, char con
     }
     if (params.outputScale != 0.0F)
     {
-        if (!std::isfinite(params.outputScale) || params.outputScale < 0.0F)
+        if (!isPositive(params.outputScale))
         {
             return refuse(reason, "the output's scale must be finite and above 0");
         }

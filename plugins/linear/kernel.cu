@@ -1,8 +1,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cmath>
-
 #include "common/fp8.cuh"
 #include "common/launch.h"
 #include "linear/kernel.h"
@@ -17,11 +15,6 @@ namespace
 bool aligned(void const* pointer, uintptr_t bytes)
 {
     return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
-bool isPositive(float scale)
-{
-    return std::isfinite(scale) && scale > 0.0F;
 }
 
 //! What stands in the way of LinearParams, or null.

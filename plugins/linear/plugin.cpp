@@ -1,6 +1,5 @@
 #include "linear/plugin.h"
 
-#include <cmath>
 #include <stdexcept>
 
 #include "common/e4m3_shapes.h"
@@ -100,22 +99,104 @@ void expectImplementedLinear(LinearParams const& params, Dims const& x)
                           std::to_string(params.inputs) + "]^T");
 }
 
+// What an op and its e4m3 form have in common. x is the tensor of the real size.
+
+//! `quantized`: whether an e4m3 copy by this scale is wanted.
+RowStatisticsParams describeRowStatistics(Dims const& x, nvinfer1::DataType type, bool quantized, float scale)
+{
+    RowStatisticsParams params{};
+    params.rows = leadingSize("x", x);
+    params.width = dimension("x", x, x.nbDims - 1);
+    params.dataType = toDataType(type);
+    params.quantized = quantized ? &gPresent : nullptr;
+    params.scale = scale;
+
+    char const* reason = nullptr;
+    bool const implemented = canImplementRowStatistics(params, &reason);
+    expectImplemented(implemented, reason, "x " + toString(x));
+    return params;
+}
+
+using Normalised = TrOCRLayerNormLinearPlugin;
+
+//! `params` of the product -> with LayerNorm and activation.
+LinearParams describeNormalised(LinearParams params, Dims const& x, Dims const* inputs,
+                                LayerNormLinearAttributes const& attributes)
+{
+    params.inputStatistics = &gPresent;
+    params.weightSum = &gPresent;
+    params.epsilon = attributes.epsilon;
+    params.activation = toActivation(attributes.activation);
+
+    expectShape("weight_sum", inputs[Normalised::kIN_WEIGHT_SUM_IDX], {1, {params.outputs}});
+    expectImplementedLinear(params, x);
+    expectShape("statistics", inputs[Normalised::kIN_STATISTICS_IDX], statisticsOf(x));
+    return params;
+}
+
+void takeNormalised(LinearParams& params, void const* const* inputs)
+{
+    params.x = inputs[Normalised::kIN_X_IDX];
+    params.inputStatistics = static_cast<float const*>(inputs[Normalised::kIN_STATISTICS_IDX]);
+    params.weight = inputs[Normalised::kIN_WEIGHT_IDX];
+    params.weightSum = static_cast<float const*>(inputs[Normalised::kIN_WEIGHT_SUM_IDX]);
+    params.bias = static_cast<float const*>(inputs[Normalised::kIN_BIAS_IDX]);
+}
+
+DimsExprs normalisedShape(DimsExprs const* inputs)
+{
+    DimsExprs y = inputs[Normalised::kIN_X_IDX];
+    expectRank("statistics", inputs[Normalised::kIN_STATISTICS_IDX].nbDims, y.nbDims + 1);
+    expectRank("weight", inputs[Normalised::kIN_WEIGHT_IDX].nbDims, 2);
+    expectRank("weight_sum", inputs[Normalised::kIN_WEIGHT_SUM_IDX].nbDims, 1);
+    expectRank("bias", inputs[Normalised::kIN_BIAS_IDX].nbDims, 1);
+    y.d[y.nbDims - 1] = inputs[Normalised::kIN_WEIGHT_IDX].d[0];
+    return y;
+}
+
+using Residual = TrOCRLinearResidualPlugin;
+
+//! `params` of the product -> with residual and statistics.
+LinearParams describeResidual(LinearParams params, Dims const& x, Dims const* inputs, bool emitStatistics)
+{
+    params.residual = &gPresent;
+    params.outputStatistics = emitStatistics ? &gPresent : nullptr;
+
+    expectShape("residual", inputs[Residual::kIN_RESIDUAL_IDX], withLast(x, params.outputs));
+    expectImplementedLinear(params, x);
+    return params;
+}
+
+void takeResidual(LinearParams& params, void const* const* inputs, void* const* outputs, bool emitStatistics)
+{
+    params.x = inputs[Residual::kIN_X_IDX];
+    params.weight = inputs[Residual::kIN_WEIGHT_IDX];
+    params.bias = static_cast<float const*>(inputs[Residual::kIN_BIAS_IDX]);
+    params.residual = inputs[Residual::kIN_RESIDUAL_IDX];
+    params.y = outputs[Residual::kOUT_Y_IDX];
+    params.outputStatistics = emitStatistics ? static_cast<float*>(outputs[Residual::kOUT_STATISTICS_IDX]) : nullptr;
+}
+
+void residualShapes(DimsExprs const* inputs, DimsExprs* outputs, bool emitStatistics, IExprBuilder& exprBuilder)
+{
+    DimsExprs const& residual = inputs[Residual::kIN_RESIDUAL_IDX];
+    expectRank("weight", inputs[Residual::kIN_WEIGHT_IDX].nbDims, 2);
+    expectRank("bias", inputs[Residual::kIN_BIAS_IDX].nbDims, 1);
+    expectRank("residual", residual.nbDims, inputs[Residual::kIN_X_IDX].nbDims);
+    outputs[Residual::kOUT_Y_IDX] = residual;
+    if (emitStatistics)
+    {
+        outputs[Residual::kOUT_STATISTICS_IDX] = statisticsOf("residual", residual, exprBuilder);
+    }
+}
+
 }  // namespace
 
 // Row statistics
 
 RowStatisticsParams TrOCRRowStatisticsPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
 {
-    Dims const& x = inputs[0];
-    RowStatisticsParams params{};
-    params.rows = leadingSize("x", x);
-    params.width = dimension("x", x, x.nbDims - 1);
-    params.dataType = toDataType(type);
-
-    char const* reason = nullptr;
-    bool const implemented = canImplementRowStatistics(params, &reason);
-    expectImplemented(implemented, reason, "x " + toString(x));
-    return params;
+    return describeRowStatistics(inputs[0], type, false, 0.0F);
 }
 
 cudaError_t TrOCRRowStatisticsPlugin::launch(RowStatisticsParams& params, void const* const* inputs,
@@ -136,50 +217,28 @@ void TrOCRRowStatisticsPlugin::outputShapes(DimsExprs const* inputs, DimsExprs* 
 
 void LayerNormLinearAttributes::validate() const
 {
-    if (!std::isfinite(epsilon) || epsilon <= 0.0F)
-    {
-        throw std::invalid_argument{"attribute 'epsilon' is " + std::to_string(epsilon) +
-                                    ", expected a finite number above 0"};
-    }
+    expectPositive("epsilon", epsilon);
     toActivation(activation);
 }
 
 LinearParams TrOCRLayerNormLinearPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
 {
     Dims const& x = inputs[kIN_X_IDX];
-    LinearParams params = describeProduct(x, inputs[kIN_WEIGHT_IDX], inputs[kIN_BIAS_IDX], type);
-    params.inputStatistics = &gPresent;
-    params.weightSum = &gPresent;
-    params.epsilon = attributes().epsilon;
-    params.activation = toActivation(attributes().activation);
-
-    expectShape("weight_sum", inputs[kIN_WEIGHT_SUM_IDX], {1, {params.outputs}});
-    expectImplementedLinear(params, x);
-    expectShape("statistics", inputs[kIN_STATISTICS_IDX], statisticsOf(x));
-    return params;
+    return describeNormalised(describeProduct(x, inputs[kIN_WEIGHT_IDX], inputs[kIN_BIAS_IDX], type), x, inputs,
+                              attributes());
 }
 
 cudaError_t TrOCRLayerNormLinearPlugin::launch(LinearParams& params, void const* const* inputs, void* const* outputs,
                                                cudaStream_t stream) const
 {
-    params.x = inputs[kIN_X_IDX];
-    params.inputStatistics = static_cast<float const*>(inputs[kIN_STATISTICS_IDX]);
-    params.weight = inputs[kIN_WEIGHT_IDX];
-    params.weightSum = static_cast<float const*>(inputs[kIN_WEIGHT_SUM_IDX]);
-    params.bias = static_cast<float const*>(inputs[kIN_BIAS_IDX]);
+    takeNormalised(params, inputs);
     params.y = outputs[0];
     return linear(params, stream);
 }
 
 void TrOCRLayerNormLinearPlugin::outputShapes(DimsExprs const* inputs, DimsExprs* outputs, IExprBuilder&) const
 {
-    DimsExprs const& x = inputs[kIN_X_IDX];
-    expectRank("statistics", inputs[kIN_STATISTICS_IDX].nbDims, x.nbDims + 1);
-    expectRank("weight", inputs[kIN_WEIGHT_IDX].nbDims, 2);
-    expectRank("weight_sum", inputs[kIN_WEIGHT_SUM_IDX].nbDims, 1);
-    expectRank("bias", inputs[kIN_BIAS_IDX].nbDims, 1);
-    outputs[0] = x;
-    outputs[0].d[x.nbDims - 1] = inputs[kIN_WEIGHT_IDX].d[0];
+    outputs[0] = normalisedShape(inputs);
 }
 
 // Product and residual
@@ -196,39 +255,21 @@ void LinearResidualAttributes::validate() const
 LinearParams TrOCRLinearResidualPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
 {
     Dims const& x = inputs[kIN_X_IDX];
-    LinearParams params = describeProduct(x, inputs[kIN_WEIGHT_IDX], inputs[kIN_BIAS_IDX], type);
-    params.residual = &gPresent;
-    params.outputStatistics = attributes().emitStatistics ? &gPresent : nullptr;
-
-    expectShape("residual", inputs[kIN_RESIDUAL_IDX], withLast(x, params.outputs));
-    expectImplementedLinear(params, x);
-    return params;
+    return describeResidual(describeProduct(x, inputs[kIN_WEIGHT_IDX], inputs[kIN_BIAS_IDX], type), x, inputs,
+                            attributes().emitStatistics);
 }
 
 cudaError_t TrOCRLinearResidualPlugin::launch(LinearParams& params, void const* const* inputs, void* const* outputs,
                                               cudaStream_t stream) const
 {
-    params.x = inputs[kIN_X_IDX];
-    params.weight = inputs[kIN_WEIGHT_IDX];
-    params.bias = static_cast<float const*>(inputs[kIN_BIAS_IDX]);
-    params.residual = inputs[kIN_RESIDUAL_IDX];
-    params.y = outputs[kOUT_Y_IDX];
-    params.outputStatistics = attributes().emitStatistics ? static_cast<float*>(outputs[kOUT_STATISTICS_IDX]) : nullptr;
+    takeResidual(params, inputs, outputs, attributes().emitStatistics);
     return linear(params, stream);
 }
 
 void TrOCRLinearResidualPlugin::outputShapes(DimsExprs const* inputs, DimsExprs* outputs,
                                              IExprBuilder& exprBuilder) const
 {
-    DimsExprs const& residual = inputs[kIN_RESIDUAL_IDX];
-    expectRank("weight", inputs[kIN_WEIGHT_IDX].nbDims, 2);
-    expectRank("bias", inputs[kIN_BIAS_IDX].nbDims, 1);
-    expectRank("residual", residual.nbDims, inputs[kIN_X_IDX].nbDims);
-    outputs[kOUT_Y_IDX] = residual;
-    if (attributes().emitStatistics)
-    {
-        outputs[kOUT_STATISTICS_IDX] = statisticsOf("residual", residual, exprBuilder);
-    }
+    residualShapes(inputs, outputs, attributes().emitStatistics, exprBuilder);
 }
 
 // Keys and values
@@ -291,20 +332,9 @@ void Fp8RowStatisticsAttributes::validate() const
     expectPositive("scale", scale);
 }
 
-RowStatisticsParams TrOCRFp8RowStatisticsPlugin::describe(Dims const* inputs, nvinfer1::DataType) const
+RowStatisticsParams TrOCRFp8RowStatisticsPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
 {
-    Dims const& x = inputs[0];
-    RowStatisticsParams params{};
-    params.rows = leadingSize("x", x);
-    params.width = dimension("x", x, x.nbDims - 1);
-    params.dataType = DataType::kHALF;
-    params.quantized = &gPresent;
-    params.scale = attributes().scale;
-
-    char const* reason = nullptr;
-    bool const implemented = canImplementRowStatistics(params, &reason);
-    expectImplemented(implemented, reason, "x " + toString(x));
-    return params;
+    return describeRowStatistics(inputs[0], type, true, attributes().scale);
 }
 
 cudaError_t TrOCRFp8RowStatisticsPlugin::launch(RowStatisticsParams& params, void const* const* inputs,
@@ -335,33 +365,19 @@ void Fp8LayerNormLinearAttributes::validate() const
 
 LinearParams TrOCRFp8LayerNormLinearPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
 {
-    using Base = TrOCRLayerNormLinearPlugin;
-    Dims const x = doubled(inputs[Base::kIN_X_IDX]);
+    Dims const x = doubled(inputs[Normalised::kIN_X_IDX]);
     LinearParams params =
-        describeE4m3Product(x, doubled(inputs[Base::kIN_WEIGHT_IDX]), inputs[Base::kIN_BIAS_IDX], type);
-    params.inputStatistics = &gPresent;
-    params.weightSum = &gPresent;
-    params.epsilon = attributes().common.epsilon;
-    params.activation = toActivation(attributes().common.activation);
+        describeE4m3Product(x, doubled(inputs[Normalised::kIN_WEIGHT_IDX]), inputs[Normalised::kIN_BIAS_IDX], type);
     params.quantized = attributes().outputScale != 0.0F ? &gPresent : nullptr;
     params.productScale = attributes().productScale;
     params.outputScale = attributes().outputScale;
-
-    expectShape("weight_sum", inputs[Base::kIN_WEIGHT_SUM_IDX], {1, {params.outputs}});
-    expectImplementedLinear(params, x);
-    expectShape("statistics", inputs[Base::kIN_STATISTICS_IDX], statisticsOf(x));
-    return params;
+    return describeNormalised(params, x, inputs, attributes().common);
 }
 
 cudaError_t TrOCRFp8LayerNormLinearPlugin::launch(LinearParams& params, void const* const* inputs, void* const* outputs,
                                                   cudaStream_t stream) const
 {
-    using Base = TrOCRLayerNormLinearPlugin;
-    params.x = inputs[Base::kIN_X_IDX];
-    params.inputStatistics = static_cast<float const*>(inputs[Base::kIN_STATISTICS_IDX]);
-    params.weight = inputs[Base::kIN_WEIGHT_IDX];
-    params.weightSum = static_cast<float const*>(inputs[Base::kIN_WEIGHT_SUM_IDX]);
-    params.bias = static_cast<float const*>(inputs[Base::kIN_BIAS_IDX]);
+    takeNormalised(params, inputs);
     (params.quantized != nullptr ? params.quantized : params.y) = outputs[0];
     return linear(params, stream);
 }
@@ -369,18 +385,8 @@ cudaError_t TrOCRFp8LayerNormLinearPlugin::launch(LinearParams& params, void con
 void TrOCRFp8LayerNormLinearPlugin::outputShapes(DimsExprs const* inputs, DimsExprs* outputs,
                                                  IExprBuilder& exprBuilder) const
 {
-    using Base = TrOCRLayerNormLinearPlugin;
-    DimsExprs const& x = inputs[Base::kIN_X_IDX];
-    expectRank("statistics", inputs[Base::kIN_STATISTICS_IDX].nbDims, x.nbDims + 1);
-    expectRank("weight", inputs[Base::kIN_WEIGHT_IDX].nbDims, 2);
-    expectRank("weight_sum", inputs[Base::kIN_WEIGHT_SUM_IDX].nbDims, 1);
-    expectRank("bias", inputs[Base::kIN_BIAS_IDX].nbDims, 1);
-    outputs[0] = x;
-    outputs[0].d[x.nbDims - 1] = inputs[Base::kIN_WEIGHT_IDX].d[0];
-    if (attributes().outputScale != 0.0F)
-    {
-        outputs[0] = halved(outputs[0], exprBuilder);
-    }
+    DimsExprs const y = normalisedShape(inputs);
+    outputs[0] = attributes().outputScale != 0.0F ? halved(y, exprBuilder) : y;
 }
 
 void Fp8LinearResidualAttributes::validate() const
@@ -395,33 +401,21 @@ void Fp8LinearResidualAttributes::validate() const
 
 LinearParams TrOCRFp8LinearResidualPlugin::describe(Dims const* inputs, nvinfer1::DataType type) const
 {
-    using Base = TrOCRLinearResidualPlugin;
-    Dims const x = doubled(inputs[Base::kIN_X_IDX]);
+    Dims const x = doubled(inputs[Residual::kIN_X_IDX]);
     LinearParams params =
-        describeE4m3Product(x, doubled(inputs[Base::kIN_WEIGHT_IDX]), inputs[Base::kIN_BIAS_IDX], type);
-    params.residual = &gPresent;
-    params.outputStatistics = attributes().common.emitStatistics ? &gPresent : nullptr;
+        describeE4m3Product(x, doubled(inputs[Residual::kIN_WEIGHT_IDX]), inputs[Residual::kIN_BIAS_IDX], type);
     params.quantized = attributes().common.emitStatistics ? &gPresent : nullptr;
     params.productScale = attributes().productScale;
     params.outputScale = attributes().outputScale;
-
-    expectShape("residual", inputs[Base::kIN_RESIDUAL_IDX], withLast(x, params.outputs));
-    expectImplementedLinear(params, x);
-    return params;
+    return describeResidual(params, x, inputs, attributes().common.emitStatistics);
 }
 
 cudaError_t TrOCRFp8LinearResidualPlugin::launch(LinearParams& params, void const* const* inputs, void* const* outputs,
                                                  cudaStream_t stream) const
 {
-    using Base = TrOCRLinearResidualPlugin;
-    params.x = inputs[Base::kIN_X_IDX];
-    params.weight = inputs[Base::kIN_WEIGHT_IDX];
-    params.bias = static_cast<float const*>(inputs[Base::kIN_BIAS_IDX]);
-    params.residual = inputs[Base::kIN_RESIDUAL_IDX];
-    params.y = outputs[Base::kOUT_Y_IDX];
+    takeResidual(params, inputs, outputs, attributes().common.emitStatistics);
     if (attributes().common.emitStatistics)
     {
-        params.outputStatistics = static_cast<float*>(outputs[Base::kOUT_STATISTICS_IDX]);
         params.quantized = outputs[kOUT_QUANTIZED_IDX];
     }
     return linear(params, stream);
@@ -430,16 +424,10 @@ cudaError_t TrOCRFp8LinearResidualPlugin::launch(LinearParams& params, void cons
 void TrOCRFp8LinearResidualPlugin::outputShapes(DimsExprs const* inputs, DimsExprs* outputs,
                                                 IExprBuilder& exprBuilder) const
 {
-    using Base = TrOCRLinearResidualPlugin;
-    DimsExprs const& residual = inputs[Base::kIN_RESIDUAL_IDX];
-    expectRank("weight", inputs[Base::kIN_WEIGHT_IDX].nbDims, 2);
-    expectRank("bias", inputs[Base::kIN_BIAS_IDX].nbDims, 1);
-    expectRank("residual", residual.nbDims, inputs[Base::kIN_X_IDX].nbDims);
-    outputs[Base::kOUT_Y_IDX] = residual;
+    residualShapes(inputs, outputs, attributes().common.emitStatistics, exprBuilder);
     if (attributes().common.emitStatistics)
     {
-        outputs[Base::kOUT_STATISTICS_IDX] = statisticsOf("residual", residual, exprBuilder);
-        outputs[kOUT_QUANTIZED_IDX] = halved(residual, exprBuilder);
+        outputs[kOUT_QUANTIZED_IDX] = halved(inputs[Residual::kIN_RESIDUAL_IDX], exprBuilder);
     }
 }
 

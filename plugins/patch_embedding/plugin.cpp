@@ -1,6 +1,5 @@
 #include "patch_embedding/plugin.h"
 
-#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -17,11 +16,7 @@ constexpr int32_t kPIXELS_A_WORD = 4;
 
 void PatchEmbeddingAttributes::validate() const
 {
-    if (!std::isfinite(scale) || scale <= 0.0F)
-    {
-        throw std::invalid_argument{"attribute 'scale' is " + std::to_string(scale) +
-                                    ", expected a finite number above 0"};
-    }
+    expectPositive("scale", scale);
     if (emitStatistics != 0 && emitStatistics != 1)
     {
         throw std::invalid_argument{"attribute 'emit_statistics' is " + std::to_string(emitStatistics) +

@@ -1,6 +1,5 @@
 #include "residual_layernorm/plugin.h"
 
-#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -8,15 +7,6 @@ namespace trocr
 {
 namespace
 {
-
-void checkEpsilon(float epsilon)
-{
-    if (!std::isfinite(epsilon) || epsilon <= 0.0F)
-    {
-        throw std::invalid_argument{"attribute 'epsilon' is " + std::to_string(epsilon) +
-                                    ", expected a finite number above 0"};
-    }
-}
 
 //! The sizes of a LayerNorm of x T [..., N] with gamma and beta T [N].
 ResidualLayerNormParams describeNorm(nvinfer1::Dims const& x, nvinfer1::Dims const& gamma, nvinfer1::Dims const& beta,
@@ -43,7 +33,7 @@ ResidualLayerNormParams describeNorm(nvinfer1::Dims const& x, nvinfer1::Dims con
 
 void ResidualLayerNormAttributes::validate() const
 {
-    checkEpsilon(epsilon);
+    expectPositive("epsilon", epsilon);
     if (emitSum != 0 && emitSum != 1)
     {
         throw std::invalid_argument{"attribute 'emit_sum' is " + std::to_string(emitSum) + ", expected 0 or 1"};
@@ -89,7 +79,7 @@ void TrOCRResidualLayerNormPlugin::outputShapes(nvinfer1::DimsExprs const* input
 
 void LayerNormAttributes::validate() const
 {
-    checkEpsilon(epsilon);
+    expectPositive("epsilon", epsilon);
 }
 
 ResidualLayerNormParams TrOCRLayerNormPlugin::describe(nvinfer1::Dims const* inputs, nvinfer1::DataType type) const
