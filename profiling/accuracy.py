@@ -21,7 +21,7 @@ from typing import Any
 from build import BuildError
 from graph_surgery.checkpoint import CheckpointError
 from graph_surgery.fused_ops import SurgeryError
-from profiling.records import environment
+from profiling.records import environment, write_text
 from runtime.archive import unpack
 from runtime.backends.base import BackendError
 from runtime.generation import GenerationError
@@ -147,11 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else []
         entries = {_what(entry): entry for entry in (*known, *results)}
-        text = json.dumps(list(entries.values()), indent=1, ensure_ascii=False)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(list(entries.values()), indent=1, ensure_ascii=False) + "\n")
     return 0
 
 

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 import statistics
@@ -42,6 +41,7 @@ from typing import Any
 from tabulate import tabulate
 
 from graph_surgery.fused_ops import DOMAIN
+from profiling.records import write_text
 
 VARIANTS = ("stock", "fused")
 GRAPHS = ("encoder", "cross_kv", "decoder")
@@ -629,14 +629,6 @@ def _html_table(table: str) -> list[list[str]]:
 # --- command line ---
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def read_raw(path: Path) -> dict[str, Any]:
     """Raises LayersError for a file that `measure` did not write."""
     try:
@@ -657,7 +649,7 @@ def measure_into(
     raw = {"format": FORMAT, "environment": dict(environment), "measurements": []}
     for entry in measurements:
         raw["measurements"].append(entry)
-        write(path, json.dumps(raw))
+        write_text(path, json.dumps(raw))
         total = statistics.median(entry["replay_ms"])
         print(
             f"{entry['graph']} batch {entry['batch']} {entry['variant']}: {total:.4f} ms a CUDA graph",
@@ -708,12 +700,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             raw = measure_into(options.out / RAW, measurements, asdict(environment(command)))
         comparison = compare(raw)
-        write(options.out / COMPARISON, json.dumps(comparison, indent=1) + "\n")
+        write_text(options.out / COMPARISON, json.dumps(comparison, indent=1) + "\n")
         text = markdown(comparison)
-        write(options.out / TABLES, text)
+        write_text(options.out / TABLES, text)
         print(text)
         try:
-            write(options.out / PAGE, html(comparison))
+            write_text(options.out / PAGE, html(comparison))
         except ModuleNotFoundError as error:  # the measurements are what a GPU machine is for
             print(f"{PAGE} is not written: {error}; write it elsewhere with --raw", file=sys.stderr)
     except (BackendError, LayersError, ManifestError) as error:

@@ -30,9 +30,8 @@ from tabulate import tabulate
 from build import BuildError
 from graph_surgery.checkpoint import CheckpointError
 from graph_surgery.fused_ops import SurgeryError
-from profiling.layers import write
 from profiling.models import find_model
-from profiling.records import ROOT, environment
+from profiling.records import ROOT, environment, write_text
 from runtime.backends.base import BackendError
 from runtime.generation import GenerationError
 from runtime.manifest import ManifestError
@@ -208,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "capacity_lines_per_s": capacity,
             "loads": [asdict(result) for result in results],
         }
-        write(options.json, json.dumps(content | asdict(environment(command)), indent=1) + "\n")
+        write_text(options.json, json.dumps(content | asdict(environment(command)), indent=1) + "\n")
     return 0
 
 

@@ -32,7 +32,6 @@ from typing import Any
 
 from tabulate import tabulate
 
-from profiling.layers import write
 from runtime.ranges import DOMAIN
 
 PUSH_POP, START_END, DOMAIN_CREATE = 59, 60, 75  # NVTX_EVENTS.eventType
@@ -311,7 +310,7 @@ def record_with_cupti(
 def main(arguments: Sequence[str] | None = None) -> int:
     from graph_surgery.checkpoint import CheckpointError
     from profiling.models import find_model
-    from profiling.records import ROOT
+    from profiling.records import ROOT, write_text
     from runtime.backends.base import BackendError
 
     parser = argparse.ArgumentParser(
@@ -347,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(markdown(recording))
     if options.json:
         tables = {"source": recording.source, "ranges": [asdict(row) for row in rows(recording)]}
-        write(options.json, json.dumps(tables | {"gpu": kernels(recording)}, indent=1) + "\n")
+        write_text(options.json, json.dumps(tables | {"gpu": kernels(recording)}, indent=1) + "\n")
     return 0
 
 

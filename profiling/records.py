@@ -106,12 +106,16 @@ def commit() -> str | None:
         return None
 
 
-def write(records: Sequence[Record], path: Path) -> None:
-    """Whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write(records: Sequence[Record], path: Path) -> None:
+    write_text(path, json.dumps([asdict(record) for record in records], indent=1) + "\n")
 
 
 def merged(old: Sequence[Record], new: Sequence[Record]) -> list[Record]:

@@ -44,9 +44,8 @@ from graph_surgery.checkpoint import (
 )
 from graph_surgery.fused_ops import DOMAIN, SurgeryError
 from profiling.accuracy import LINES, LinesError, line_images
-from profiling.layers import write
 from profiling.models import find_model
-from profiling.records import environment
+from profiling.records import environment, write_text
 from runtime.backends.base import BackendError
 from runtime.calibration import line_pixels
 from runtime.gpu import FP8_COMPUTE_CAPABILITY, current_gpu
@@ -475,8 +474,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what |= asdict(environment(command))
     content = what | {"not_measured": missing, "errors": [asdict(error) for error in found]}
     text = markdown(found, missing, what)
-    write(options.out / FILES[0], json.dumps(content, indent=1) + "\n")
-    write(options.out / FILES[1], text)
+    write_text(options.out / FILES[0], json.dumps(content, indent=1) + "\n")
+    write_text(options.out / FILES[1], text)
     print(text.partition("\n## ")[0])
     print(text.partition("## The worst tensor of each\n\n")[2].partition("\n\n## ")[0])
     return 0 if found else 2
