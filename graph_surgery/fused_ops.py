@@ -249,13 +249,20 @@ CROSS_ATTENTION = FusedOp(
     """,
 )
 
+# Statements: `x` [..., K] and `weight` [N, K] -> their `product`, float32 [..., N].
+_MULTIPLY = """
+        wide_x = Cast <to = 1> (x)
+        wide_weight = Cast <to = 1> (weight)
+        weight_t = Transpose <perm = [1, 0]> (wide_weight)
+        product = MatMul (wide_x, weight_t)"""
+
 CROSS_KEY_VALUE = FusedOp(
     name="TrOCRCrossKeyValue",
     plugin="cross_key_value",
     inputs=("x", "weight", "bias"),
     outputs=("key", "value"),
     attributes=(Attribute("num_heads", int),),
-    body="""
+    body=f"""
         num_heads = Constant <value_int: int = @num_heads> ()
         first_axis = Constant <value_ints = [0]> ()
         heads_dim = Unsqueeze (num_heads, first_axis)
@@ -263,10 +270,7 @@ CROSS_KEY_VALUE = FusedOp(
         rest = Constant <value_ints = [-1]> ()
         packed_shape = Concat <axis = 0> (lead, heads_dim, rest)
 
-        wide_x = Cast <to = 1> (x)
-        wide_weight = Cast <to = 1> (weight)
-        weight_t = Transpose <perm = [1, 0]> (wide_weight)
-        product = MatMul (wide_x, weight_t)
+        {_MULTIPLY}
         biased = Add (product, bias)                                        # [B, S, 2*D]
         packed_rows = Reshape (biased, packed_shape)                        # [B, S, 2, H, d]
         packed = Transpose <perm = [2, 0, 3, 1, 4]> (packed_rows)           # [2, B, H, S, d]
@@ -433,10 +437,7 @@ LAYER_NORM_LINEAR = FusedOp(
         Attribute("activation", str, "none", ("none", "gelu", "relu")),
     ),
     body=f"""{_MOMENTS}
-        wide_x = Cast <to = 1> (x)
-        wide_weight = Cast <to = 1> (weight)
-        weight_t = Transpose <perm = [1, 0]> (wide_weight)
-        product = MatMul (wide_x, weight_t)
+        {_MULTIPLY}
         product_of_mean = Mul (mean, weight_sum)
         centred = Sub (product, product_of_mean)
         normed = Div (centred, deviation)
@@ -454,11 +455,8 @@ LINEAR_RESIDUAL = FusedOp(
     attributes=(Attribute("emit_statistics", int, 0, (0, 1)),),
     # As in TrOCRResidualLayerNorm, a node that emits none leaves the name of the second output empty.
     body=f"""
-        wide_x = Cast <to = 1> (x)
-        wide_weight = Cast <to = 1> (weight)
+        {_MULTIPLY}
         wide_residual = Cast <to = 1> (residual)
-        weight_t = Transpose <perm = [1, 0]> (wide_weight)
-        product = MatMul (wide_x, weight_t)
         biased = Add (product, bias)
         wide_y = Add (biased, wide_residual)
         y = CastLike (wide_y, x)
@@ -522,10 +520,7 @@ FP8_LAYER_NORM_LINEAR = FusedOp(
     ),
     body=f"""{_MOMENTS}
 
-        wide_x = Cast <to = 1> (x)
-        wide_weight = Cast <to = 1> (weight)
-        weight_t = Transpose <perm = [1, 0]> (wide_weight)
-        product = MatMul (wide_x, weight_t)
+        {_MULTIPLY}
         product_scale = Constant <value_float: float = @product_scale> ()
         scaled_product = Mul (product, product_scale)
         product_of_mean = Mul (mean, weight_sum)
@@ -560,11 +555,8 @@ FP8_LINEAR_RESIDUAL = FusedOp(
     ),
     # A node that emits none leaves the names of the second and third output empty.
     body=f"""
-        wide_x = Cast <to = 1> (x)
-        wide_weight = Cast <to = 1> (weight)
+        {_MULTIPLY}
         wide_residual = Cast <to = 1> (residual)
-        weight_t = Transpose <perm = [1, 0]> (wide_weight)
-        product = MatMul (wide_x, weight_t)
         product_scale = Constant <value_float: float = @product_scale> ()
         scaled_product = Mul (product, product_scale)
         biased = Add (scaled_product, bias)
