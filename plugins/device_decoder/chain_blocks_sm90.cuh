@@ -347,6 +347,26 @@ __device__ __forceinline__ float2 collectPair(float const* partial, int row, int
     return sum;
 }
 
+//! Writes the products of a block's tiles, each 8 columns of a head's query, key or value, to every block of its
+//! cluster: `to` [count][kTILES][kHEAD_DIM].
+template <int kROWS, int kTILES, int kHEAD_DIM, typename T>
+__device__ __forceinline__ void spreadTiles(float const* partial, float const* bias, int count, int rank, T* to)
+{
+    constexpr int kPAIRS = 4 * kTILES;  // of a row
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * kPAIRS; i += kTHREADS)
+    {
+        float2 const pair = collectPair<kROWS, kTILES>(partial, i / kPAIRS, i % kPAIRS, bias);
+        unsigned const bits = packPair<T>(pair.x, pair.y);
+        T* const at = to + i / 4 * kHEAD_DIM + rank * 8 + i % 4 * 2;
+#pragma unroll
+        for (int other = 0; other < kHEAD_DIM / 8; ++other)
+        {
+            *reinterpret_cast<unsigned*>(sm90::atRank(at, other)) = bits;
+        }
+    }
+}
+
 //! Adds rows x weights^T to the sums; weights [kCHUNKS, tiles, 8, 32] give columns firstColumn on. With `bias` the
 //! block also adds that and the residual, the rows of `hidden`: exactly one block a column does.
 template <int kROWS, int kCHUNKS, typename T>

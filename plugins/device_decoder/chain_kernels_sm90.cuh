@@ -102,19 +102,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
         constants.waitForBlob();
         multiplySplit<kROWS, 3>(hidden, pitch, pass.count, qkvWeights, chunks, partial);
         __syncthreads();
-#pragma unroll 1
-        for (int i = threadIdx.x; i < pass.count * 12; i += kTHREADS)
-        {
-            // Row i / 12, of its query, key and value the one numbered i / 4 % 3.
-            float2 const pair = collectPair<kROWS, 3>(partial, i / 12, i % 12, qkvBias);
-            unsigned const bits = packPair<T>(pair.x, pair.y);
-            T* const to = qkv + i / 4 * kHEAD_DIM + rank * 8 + i % 4 * 2;
-#pragma unroll
-            for (int other = 0; other < kBLOCKS; ++other)
-            {
-                *reinterpret_cast<unsigned*>(sm90::atRank(to, other)) = bits;
-            }
-        }
+        spreadTiles<kROWS, 3, kHEAD_DIM>(partial, qkvBias, pass.count, rank, qkv);
         sm90::clusterSync();
 
         if (attends)
@@ -278,18 +266,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
         constants.waitForBlob();
         multiplySplit<kROWS, 1>(hidden, pitch, pass.count, queryWeights, chunks, partial);
         __syncthreads();
-#pragma unroll 1
-        for (int i = threadIdx.x; i < pass.count * 4; i += kTHREADS)
-        {
-            float2 const pair = collectPair<kROWS, 1>(partial, i / 4, i % 4, queryBias);
-            unsigned const bits = packPair<T>(pair.x, pair.y);
-            T* const to = query + i / 4 * kHEAD_DIM + rank * 8 + i % 4 * 2;
-#pragma unroll
-            for (int other = 0; other < kBLOCKS; ++other)
-            {
-                *reinterpret_cast<unsigned*>(sm90::atRank(to, other)) = bits;
-            }
-        }
+        spreadTiles<kROWS, 1, kHEAD_DIM>(partial, queryBias, pass.count, rank, query);
         sm90::clusterSync();
 
         Softmax<T, kHEAD_DIM> softmax;
