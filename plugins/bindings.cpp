@@ -45,7 +45,7 @@ EncoderAttentionPath parsePath(std::string const& op, std::string const& name)
     constexpr std::pair<char const*, EncoderAttentionPath> kPATHS[] = {
         {"auto", EncoderAttentionPath::kAUTO},        {"mma", EncoderAttentionPath::kGENERAL},
         {"hopper", EncoderAttentionPath::kHOPPER},    {"hopper2", EncoderAttentionPath::kHOPPER_2},
-        {"hopper3", EncoderAttentionPath::kHOPPER_3},
+        {"hopper3", EncoderAttentionPath::kHOPPER_3}, {"divided", EncoderAttentionPath::kHOPPER_DIVIDED},
     };
     std::string known;
     for (auto const& [path, value] : kPATHS)

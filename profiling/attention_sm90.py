@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from runtime.kernels import load_kernels
 
 HEAD_DIM = 64
-HOPPER_PATHS = ("hopper2", "hopper3")
+HOPPER_PATHS = ("hopper2", "hopper3", "divided")
+DIVIDED_LENGTH = 640  # the longest sequence of the last
 VARIANTS = ("mma", *HOPPER_PATHS, "auto")
 # Several inputs in turn, so that they come from memory and not from the 50 MB L2 cache.
 ROTATION_BYTES = 256 << 20

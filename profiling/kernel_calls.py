@@ -17,7 +17,9 @@ class FusedOps:
     def __init__(self) -> None:
         self.kernels = load_kernels()
 
-    def encoder_attention(self, qkv: torch.Tensor, context: torch.Tensor, heads: int) -> None:
+    def encoder_attention(
+        self, qkv: torch.Tensor, context: torch.Tensor, heads: int, path: str = "auto"
+    ) -> None:
         """context [B, S, D] from the packed qkv [B, S, 3*D]."""
         batch, tokens, width = context.shape
         self.kernels.encoder_attention(
@@ -27,6 +29,7 @@ class FusedOps:
             sequence_length=tokens,
             num_heads=heads,
             head_dim=width // heads,
+            path=path,
             **_common(context),
         )
 

@@ -87,17 +87,23 @@ def _zeros(*shape: int, dtype: str = "float16"):
 
 
 def encoder_attention(ops) -> None:
-    for batch, tokens, heads, head_dim, dtype in (
-        (1, 1, 2, 64, "float16"),
-        (2, 97, 3, 64, "float16"),
-        (1, 257, 2, 64, "float16"),
-        (1, 257, 2, 64, "bfloat16"),
-        (1, 578, 6, 64, "float16"),
-        (2, 65, 2, 32, "float16"),
-        (1, 59, 2, 64, "float32"),
+    import torch
+
+    from profiling.attention_sm90 import HOPPER_PATHS
+
+    hopper = HOPPER_PATHS if torch.cuda.get_device_capability() == (9, 0) else ("auto",)
+    for batch, tokens, heads, head_dim, dtype, paths in (
+        (1, 1, 2, 64, "float16", hopper),
+        (2, 97, 3, 64, "float16", hopper),
+        (1, 257, 2, 64, "float16", hopper),
+        (1, 257, 2, 64, "bfloat16", hopper),
+        (1, 578, 6, 64, "float16", hopper),
+        (2, 65, 2, 32, "float16", ("auto",)),
+        (1, 59, 2, 64, "float32", ("auto",)),
     ):
         qkv = _host(batch, tokens, 3 * heads * head_dim, dtype=dtype)
-        ops.encoder_attention(qkv, _zeros(batch, tokens, heads * head_dim, dtype=dtype), heads)
+        for path in paths:
+            ops.encoder_attention(qkv, _zeros(batch, tokens, heads * head_dim, dtype=dtype), heads, path)
 
 
 def decoder_self_attention(ops) -> None:
@@ -255,7 +261,12 @@ def linear_e4m3(ops) -> None:
                     **common,
                     **epilogue,
                 )
-    for batch, tokens, heads in ((1, 1, 2), (2, 97, 3), (1, 578, 6)):
+    for batch, tokens, heads, path in (
+        (1, 1, 2, "divided"),
+        (2, 97, 3, "hopper2"),
+        (1, 578, 6, "hopper3"),
+        (1, 578, 6, "divided"),
+    ):
         ops.kernels.encoder_attention(
             _host(batch, tokens, 3 * heads * 64).data_ptr(),
             _zeros(batch, tokens, heads * 64, dtype="float8_e4m3fn").data_ptr(),
@@ -265,6 +276,7 @@ def linear_e4m3(ops) -> None:
             head_dim=64,
             dtype="float16",
             output_scale=0.01,
+            path=path,
             stream=stream,
         )
 

@@ -15,6 +15,7 @@ enum class EncoderAttentionPath : int32_t
     kHOPPER,    //!< wgmma and TMA: compute capability 9.0, head size 64, float16 and bfloat16; its cheaper variant
     kHOPPER_2,  //!< its variant of two consumer warpgroups (SM90.md)
     kHOPPER_3,  //!< and of three
+    kHOPPER_DIVIDED,  //!< and that which divides a tile's keys among warpgroups: sequences up to 640
 };
 
 //! softmax(Q K^T / sqrt(d)) V for every image and head, without a mask, on the packed output of the QKV projection.

@@ -577,11 +577,21 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int p
     return isShort ? run<T, C, Short>(params, stream, processors) : run<T, C, Full>(params, stream, processors);
 }
 
-//! The path of the lower cost: rounds of the fullest block, at what a round takes. Measured on an H100 at 578 tokens
-//! (SM90.md), without what does not grow with rounds: 6.0 us for a round of two query tiles, 8.5 us for one of three.
+bool canDivide(EncoderAttentionParams const& params)
+{
+    return params.sequenceLength <= kDIVIDED_KEYS * kDIVIDED_KEY_TILES;
+}
+
+//! Where every query tile finds a multiprocessor, the one that divides its keys. Else the path of the lower cost:
+//! rounds of the fullest block, at what a round takes. Measured on an H100 at 578 tokens (SM90.md), without what does
+//! not grow with rounds: 6.0 us for a round of two query tiles, 8.5 us for one of three.
 EncoderAttentionPath choosePath(EncoderAttentionParams const& params, int processors)
 {
     int const tiles = params.batch * params.numHeads * ceilDiv(params.sequenceLength, kQUERIES);
+    if (tiles <= processors && canDivide(params))
+    {
+        return EncoderAttentionPath::kHOPPER_DIVIDED;
+    }
     auto const cost = [&](int groups, double microseconds)
     { return ceilDiv(tilesPerBlock(tiles, groups, processors), groups) * microseconds; };
     return cost(3, 8.5) < cost(2, 6.0) ? EncoderAttentionPath::kHOPPER_3 : EncoderAttentionPath::kHOPPER_2;
@@ -603,6 +613,8 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
             return run<T, C, 2>(params, stream, processors);
         case EncoderAttentionPath::kHOPPER_3:
             return run<T, C, 3>(params, stream, processors);
+        case EncoderAttentionPath::kHOPPER_DIVIDED:
+            return encoderAttentionDivided(params, stream);
         default:
             return cudaErrorInvalidValue;
     }
@@ -619,6 +631,10 @@ bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char
     if (params.headDim != kHEAD_DIM)
     {
         return refuse(reason, "the Hopper path takes head size 64 only");
+    }
+    if (params.path == EncoderAttentionPath::kHOPPER_DIVIDED && !canDivide(params))
+    {
+        return refuse(reason, "keys are divided among warpgroups in sequences up to 640 only");
     }
     int64_t const rows = static_cast<int64_t>(params.sequenceLength) + kQUERIES;
     if (rows * params.batch * params.numHeads > std::numeric_limits<int32_t>::max())
