@@ -368,11 +368,12 @@ __device__ __forceinline__ void spreadTiles(float const* partial, float const* b
 }
 
 //! Adds rows x weights^T to the sums; weights [kCHUNKS, tiles, 8, 32] give columns firstColumn on. With `bias` the
-//! block also adds that and the residual, the rows of `hidden`: exactly one block a column does.
+//! block also adds that and the residual, the rows of `hidden`: exactly one block a column does. Blocks that add to the
+//! same columns begin at different tiles, `firstTile`: else each would wait for the other's atomics.
 template <int kROWS, int kCHUNKS, typename T>
 __device__ __forceinline__ void multiplyToSums(Link const& link, Pass<kROWS> const& pass, T const* rows, int pitch,
                                                T const* weights, int tiles, int firstColumn, float const* bias,
-                                               T const* hidden, int hiddenPitch)
+                                               T const* hidden, int hiddenPitch, int firstTile)
 {
     int const warp = threadIdx.x / kWARP_SIZE;
     int const lane = threadIdx.x % kWARP_SIZE;
@@ -383,8 +384,9 @@ __device__ __forceinline__ void multiplyToSums(Link const& link, Pass<kROWS> con
         a[chunk] = Activations::load<kROWS>(rows, pitch, pass.count, chunk);
     }
 #pragma unroll 4
-    for (int tile = warp; tile < tiles; tile += kWARPS)
+    for (int i = warp; i < tiles; i += kWARPS)
     {
+        int const tile = firstTile + i < tiles ? firstTile + i : firstTile + i - tiles;
         float c[4] = {};
 #pragma unroll
         for (int chunk = 0; chunk < kCHUNKS; ++chunk)

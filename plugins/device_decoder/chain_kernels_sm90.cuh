@@ -162,7 +162,8 @@ __global__ void __launch_bounds__(kTHREADS, 2) selfAttention(SelfParams p)
             __syncthreads();
         }
         multiplyToSums<kROWS, kHEAD_DIM / kCHUNK>(p.link, pass, context, kCONTEXT_PITCH, outWeights, columns / 8,
-                                                  rank * columns, head == 0 ? outBias : nullptr, hidden, pitch);
+                                                  rank * columns, head == 0 ? outBias : nullptr, hidden, pitch,
+                                                  head % (columns / 8));
         __syncthreads();
     }
     clearSums(p.link);
@@ -226,6 +227,22 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
 
     int const firstKey = p.length * rank / kBLOCKS;
     int const lastKey = p.length * (rank + 1) / kBLOCKS;
+    if constexpr (kROWS == 1)
+    {
+        // Keys and values of the line that the row seems to have are to come before the next kernel's weights, all of
+        // which are asked for as soon as blocks of that find room. Other lines' are too many to have any use of it.
+        if (threadIdx.x == 0)
+        {
+            int const line = sm90::loadEarly(reinterpret_cast<int2 const*>(p.link.states) + blockIdx.y).x;
+            if (line >= 0)
+            {
+                size_t const at = ((static_cast<size_t>(line) * p.heads + head) * p.length + firstKey) * kHEAD_DIM;
+                uint32_t const bytes = (lastKey - firstKey) * kHEAD_DIM * sizeof(T);
+                sm90::prefetchBulk(static_cast<T const*>(p.keys) + at, bytes);
+                sm90::prefetchBulk(static_cast<T const*>(p.values) + at, bytes);
+            }
+        }
+    }
 
     sm90::waitForPriorGrids();
 
@@ -359,7 +376,8 @@ __global__ void __launch_bounds__(kTHREADS, 2) crossAttention(CrossParams p)
         }
         __syncthreads();
         multiplyToSums<kROWS, kHEAD_DIM / kCHUNK>(p.link, pass, context, kCONTEXT_PITCH, outWeights, columns / 8,
-                                                  rank * columns, head == 0 ? outBias : nullptr, hidden, pitch);
+                                                  rank * columns, head == 0 ? outBias : nullptr, hidden, pitch,
+                                                  head % (columns / 8));
         __syncthreads();
     }
     clearSums(p.link);
@@ -434,7 +452,7 @@ __global__ void __launch_bounds__(kTHREADS, kROWS == 1 ? 2 : 1) feedForward(Feed
         }
         __syncthreads();
         multiplyToSums<kROWS, 1>(p.link, pass, inner, kINNER_PITCH, secondWeights, width / 8, 0,
-                                 blockIdx.x == 0 ? outBias : nullptr, hidden, pitch);
+                                 blockIdx.x == 0 ? outBias : nullptr, hidden, pitch, blockIdx.x * 8 % (width / 8));
         __syncthreads();
     }
     clearSums(p.link);
