@@ -26,7 +26,8 @@ constexpr int kQUERIES_AT = kGROUPS * 2 * kTILE_BYTES;
 constexpr int kONES_AT = kQUERIES_AT + kQUERY_BYTES;
 constexpr int kPARTS_AT = kONES_AT + kONES_BYTES;  // float2 [group][row]: maximum, sum
 constexpr int kBARRIERS_AT = kPARTS_AT + kGROUPS * kQUERIES * 8;
-constexpr int kSHARED_BYTES = kBARRIERS_AT + (1 + 2 * kGROUPS) * 8 + 1024 /* alignment */;
+constexpr int kBARRIERS = 1 + 3 * kGROUPS;
+constexpr int kSHARED_BYTES = kBARRIERS_AT + kBARRIERS * 8 + 1024 /* alignment */;
 static_assert(kSHARED_BYTES <= 227 * 1024);
 static_assert(kTILE_BYTES >= kQUERIES * kHEAD_DIM * 4, "a group's outputs take the place of its keys");
 
@@ -39,6 +40,17 @@ struct Arguments
     int keyTiles;        // of a head, at most kGROUPS
     float scale;         // log2(e) / sqrt(d)
     float outputFactor;  // of e4m3, 1 / outputScale
+};
+
+//! Barriers: queries are there; of each group, its keys and its values are there, its warps have read its keys.
+struct Barriers
+{
+    uint32_t queries, keys, values, keysRead;
+
+    __device__ __forceinline__ Barriers(uint32_t base, int group)
+        : queries(base + kBARRIERS_AT), keys(queries + 8 + 24 * group), values(keys + 8), keysRead(keys + 16)
+    {
+    }
 };
 
 //! Byte of `column`, a multiple of 2, in a group's float32 outputs [64, 64]. Pieces of eight columns change places by
@@ -56,17 +68,20 @@ __device__ __forceinline__ void attend(Arguments const& arguments, uint32_t base
     int const lane = threadIdx.x % kWARP_SIZE;
     uint32_t const keys = base + group * 2 * kTILE_BYTES;
     uint32_t const values = keys + kTILE_BYTES;
-    uint32_t const barriers = base + kBARRIERS_AT;
+    Barriers const barriers(base, group);
 
     float s[kDIVIDED_KEYS / 2];
-    barrierWait(barriers, 0);
-    barrierWait(barriers + 8 + 16 * group, 0);
+    barrierWait(barriers.queries, 0);
+    barrierWait(barriers.keys, 0);
     wgmmaFence();
     multiplyScores<T, kDIVIDED_KEYS>(s, base + kQUERIES_AT, keys);
     wgmmaCommit();
     wgmmaWait<0>();
     wgmmaResult(s);
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");  // all warps of the group have read the keys
+    if (lane == 0)
+    {
+        barrierArrive(barriers.keysRead);
+    }
 
     if (group + 1 == arguments.keyTiles)
     {
@@ -85,13 +100,14 @@ __device__ __forceinline__ void attend(Arguments const& arguments, uint32_t base
     {
         o[i] = 0.0F;
     }
-    barrierWait(barriers + 16 + 16 * group, 0);
+    barrierWait(barriers.values, 0);
     wgmmaFence();
     multiplyValues<T, kDIVIDED_KEYS>(o, p, values, base + kONES_AT);
     wgmmaCommit();
     wgmmaWait<0>();
     wgmmaResult(o);
 
+    barrierWait(barriers.keysRead, 0);  // whose place the outputs take
     uint8_t* const outputs = shared + group * 2 * kTILE_BYTES;
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -198,17 +214,19 @@ __global__ void __launch_bounds__(kTHREADS, 1)
     int const head = blockIdx.x / arguments.queryTiles % arguments.heads;
     int const image = blockIdx.x / arguments.queryTiles / arguments.heads;
 
-    // Barriers: the queries', then each group's two.
-    uint32_t const barriers = base + kBARRIERS_AT;
-    if (threadIdx.x == 0)
+    Barriers const barriers(base, group);
+    if (threadIdx.x % 128 == 0)
     {
-        for (int i = 0; i < 1 + 2 * kGROUPS; ++i)
+        if (group == 0)
         {
-            barrierInit(barriers + 8 * i, 1);
+            barrierInit(barriers.queries, 1);
+            prefetchTensorMap(&queryMap);
+            prefetchTensorMap(&keyValueMap);
         }
+        barrierInit(barriers.keys, 1);
+        barrierInit(barriers.values, 1);
+        barrierInit(barriers.keysRead, 128 / kWARP_SIZE);
         barrierInitFence();
-        prefetchTensorMap(&queryMap);
-        prefetchTensorMap(&keyValueMap);
     }
     fillOnes<T>(base + kONES_AT);
     __syncthreads();
@@ -228,13 +246,12 @@ __global__ void __launch_bounds__(kTHREADS, 1)
             };
             if (group == 0)
             {
-                load(base + kQUERIES_AT, &queryMap, tile * kQUERIES, head, barriers, kQUERY_BYTES);
+                load(base + kQUERIES_AT, &queryMap, tile * kQUERIES, head, barriers.queries, kQUERY_BYTES);
             }
             uint32_t const keys = base + group * 2 * kTILE_BYTES;
             int const row = group * kDIVIDED_KEYS;
-            load(keys, &keyValueMap, row, arguments.heads + head, barriers + 8 + 16 * group, kTILE_BYTES);
-            load(keys + kTILE_BYTES, &keyValueMap, row, 2 * arguments.heads + head, barriers + 16 + 16 * group,
-                 kTILE_BYTES);
+            load(keys, &keyValueMap, row, arguments.heads + head, barriers.keys, kTILE_BYTES);
+            load(keys + kTILE_BYTES, &keyValueMap, row, 2 * arguments.heads + head, barriers.values, kTILE_BYTES);
         }
         __syncwarp();
         attend<T>(arguments, base, shared, group);
