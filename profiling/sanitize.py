@@ -1,7 +1,7 @@
 """Every kernel of `trocr_kernels` under compute-sanitizer: memcheck, racecheck, initcheck and synccheck.
 
     python -m profiling.sanitize                       into results/<gpu>/sanitizer.json
-    python -m profiling.sanitize --kernels linear,patch_embedding --tools memcheck
+    python -m profiling.sanitize --kernels linear,layernorm --tools memcheck    the other findings stay
 
 Every kernel and tool is a process of its own, several at a time: one that hangs, or that the tool cannot
 start, is a record like the others. Only this project's kernels are checked. Inputs are made on the host and
@@ -22,14 +22,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
-from profiling.records import ROOT, environment
+from profiling.records import ROOT, environment, write_text
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 86  # compute-sanitizer's exit status where it found something
@@ -496,6 +497,19 @@ def table(findings: Sequence[Finding]) -> str:
     return tabulate(rows, ["kernel", *tools], tablefmt="github", missingval="-")
 
 
+def save(found: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Put findings, each with where and when it was made, into the file.
+
+    They take the place of earlier ones of the same kernel and tool.
+    """
+    known = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
+    by_place = {(entry["kernel"], entry["tool"]): entry for entry in [*known, *found]}
+    places = [(kernel, tool) for kernel in KERNELS for tool in TOOLS]
+    ordered = [by_place[place] for place in places if place in by_place]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, json.dumps(ordered, indent=1) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     def choice(allowed: Sequence[str]) -> Callable[[str], list[str]]:
         def parse(text: str) -> list[str]:
@@ -534,7 +548,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     out = options.out or ROOT / "results" / gpu.slug / "sanitizer.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     here = asdict(
         environment(shlex.join(["python", "-m", "profiling.sanitize", *(arguments or sys.argv[1:])]))
     )
@@ -544,9 +557,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for finding in pool.map(lambda place: check(*place, options.seconds), places):
             findings.append(finding)
             print(f"{finding.kernel} {finding.tool}: {finding.status}, {finding.seconds:.0f} s", flush=True)
-            # Anew after each, so that a run that is stopped leaves what it found.
-            content = here | {"findings": [asdict(found) for found in findings]}
-            out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            save([asdict(finding) | here], out)  # each, so that a run that is stopped leaves what it found
     print(table(findings))
     for finding in findings:
         if finding.status != "clean":
