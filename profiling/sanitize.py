@@ -472,6 +472,7 @@ def check(kernel: str, tool: str, seconds: float) -> Finding:
 def judge(kernel: str, tool: str, status: int | None, output: str, seconds: float) -> Finding:
     """What a run says: `status` is its exit status, None where its time was over."""
     count = sum(int(errors or hazards) for errors, hazards in SUMMARY.findall(output))
+    output = output.replace(f"{ROOT}/", "")  # a result has no path of this machine
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     tool_says = [line.strip("= ") for line in lines if line.startswith("=====")]
     tool_says = [line for line in tool_says if line and not HOST.search(line)]

@@ -70,6 +70,8 @@ def test_the_report_is_the_tools_own_words():
     assert found[1] == "Barrier error detected. Divergent thread(s) in block."
     assert not [line for line in found if "Host Frame" in line or "Traceback" in line]
     assert "Segmentation fault" in judge("linear", "racecheck", 255, CRASHED, 1.0).report
+    traceback = f'File "{sanitize.ROOT}/profiling/sanitize.py", line 1'
+    assert 'File "profiling/sanitize.py", line 1' in judge("linear", "memcheck", 1, traceback, 1.0).report
 
 
 @dataclass
