@@ -190,9 +190,10 @@ inline void publish(ulonglong2* to, uint64_t first, uint64_t second)
     *to = {first, second};
 }
 
+//! It may arrive later than what the thread does next.
 inline void publish(Quad* to, Quad const& value)
 {
-    *to = value;
+    cpu_cuda::later([=]() { *to = value; });
 }
 
 //! Who reads waits for others: they are to go on.
@@ -225,6 +226,11 @@ bool syncSomeAny(bool condition)
     any = (barrier.arrived > 0 && any) || condition;
     barrier.wait(kTHREADS);
     return any;
+}
+
+inline unsigned threadIndexAnew()
+{
+    return threadIdx.x;
 }
 
 inline void keepHere(float& /*a*/, float& /*b*/) {}
