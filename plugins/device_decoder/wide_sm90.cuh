@@ -382,10 +382,11 @@ struct Block
     }
 
     //! This warp's weights of the next `count` slots.
-    __device__ __forceinline__ void takeWeights(uint4 (&w)[kINNER_TILES][2], int count)
+    template <int kMOST>
+    __device__ __forceinline__ void takeWeights(uint4 (&w)[kMOST][2], int count)
     {
 #pragma unroll
-        for (int i = 0; i < kINNER_TILES; ++i)
+        for (int i = 0; i < kMOST; ++i)
         {
             if (i < count)
             {
@@ -516,42 +517,41 @@ struct Block
         }
     }
 
-    //! Board `to` = hidden + bias + the rows on board `of` times the next `slots` slots, kWIDTH inputs each. `isLast`:
-    //! so is the board of the last sums, which is used once a token; the other is written for its bit.
-    __device__ __forceinline__ void multiplyRows(int of, int slots, float const* biases, int to, bool isLast)
+    //! c = the rows on board `of` times the next kSLOTS slots, kWIDTH inputs each.
+    template <int kSLOTS>
+    __device__ __forceinline__ void multiplyRows(float (&c)[4], int of)
     {
         forget();
-        float2 sum{};
-        if (warp() == 0)
-        {
-            sum = __ldg(reinterpret_cast<float2 const*>(biases) + lane() % 4);
-        }
-        uint4 w[kINNER_TILES][2];
-        takeWeights(w, slots);
-        uint4 x[2 * kINNER_TILES];
-        if (of == B::kPARTS)
-        {
-            uint4 merged[2];
-            mergeParts(merged);
-            x[0] = merged[0];
-            x[1] = merged[1];
-        }
-        else
-        {
-            sm90::Quad const* const from = board(of, lane() / 4) + warp() * 8 + lane() % 4;
-            int const words = lane() / 4 < p.slots ? 2 * slots : 0;
-            receive(x, turn(), [&](int i) { return i < words ? from + i / 2 * (kWIDTH / 8) + i % 2 * 4 : nullptr; });
-        }
-        float c[4] = {};
+        uint4 w[kSLOTS][2];
+        takeWeights(w, kSLOTS);
+        uint4 x[2 * kSLOTS];
+        sm90::Quad const* const from = board(of, lane() / 4) + warp() * 8 + lane() % 4;
+        bool const is = lane() / 4 < p.slots;
+        receive(x, turn(), [&](int i) { return is ? from + i / 2 * (kWIDTH / 8) + i % 2 * 4 : nullptr; });
 #pragma unroll
-        for (int i = 0; i < kINNER_TILES; ++i)
+        for (int i = 0; i < kSLOTS; ++i)
         {
-            if (i < slots)
-            {
-                multiply(c, x[2 * i], w[i][0]);
-                multiply(c, x[2 * i + 1], w[i][1]);
-            }
+            multiply(c, x[2 * i], w[i][0]);
+            multiply(c, x[2 * i + 1], w[i][1]);
         }
+    }
+
+    //! The same of the parts of cross-attention's contexts.
+    __device__ __forceinline__ void multiplyParts(float (&c)[4])
+    {
+        uint4 w[1][2];
+        takeWeights(w, 1);
+        uint4 x[2];
+        mergeParts(x);
+        multiply(c, x[0], w[0][0]);
+        multiply(c, x[1], w[0][1]);
+    }
+
+    //! Board `to` = hidden + bias + the warps' c; `sum` is the bias. `isLast`: so is the board of the last sums, which
+    //! is used once a token; the other is written for its bit.
+    __device__ __forceinline__ void leaveSums(float const (&c)[4], float2 sum, int to, bool isLast)
+    {
+        forget();
         leave(c, L::kOUT_PARTIAL, 0, 1);
         sync();
         if (warp() == 0)
@@ -781,19 +781,28 @@ struct Block
                 multiplyHidden(B::kSUMS + (part + 2) % 3 * (kWIDTH / 4), 3 * layer + part, tiles,
                                biases + firstBias * kCOLUMNS, to, part == 0 ? kWIDTH / 8 : 1,
                                part == 2 ? share * kINNER_TILES : share, part == 2);
+                float2 outBias{};
+                if (warp() == 0)
+                {
+                    auto const* const from = reinterpret_cast<float2 const*>(biases + (firstBias + tiles) * kCOLUMNS);
+                    outBias = __ldg(from + lane() % 4);
+                }
+                float c[4] = {};
                 if (part == 0)
                 {
                     attendToSelf();
+                    multiplyRows<1>(c, B::kCONTEXTS);
                 }
                 else if (part == 1)
                 {
                     attendToLines();
+                    multiplyParts(c);
                 }
-                multiplyRows(part == 0   ? B::kCONTEXTS
-                             : part == 1 ? B::kPARTS
-                                         : B::kINNERS,
-                             part == 2 ? kINNER_TILES : 1, biases + (firstBias + tiles) * kCOLUMNS,
-                             B::kSUMS + part * (kWIDTH / 4), part == 2 && layer + 1 == p.layerCount);
+                else
+                {
+                    multiplyRows<kINNER_TILES>(c, B::kINNERS);
+                }
+                leaveSums(c, outBias, B::kSUMS + part * (kWIDTH / 4), part == 2 && layer + 1 == p.layerCount);
             }
         }
     }
@@ -950,6 +959,7 @@ struct Block
     //! Ends the row's token, by the choices of all blocks. One warp.
     __device__ __forceinline__ void endToken(int row)
     {
+        forget();
         constexpr int kMINE = kMOST_BLOCKS / kWARP_SIZE;
         int const line = lines()[row];
         int const position = newest()[row];
