@@ -185,14 +185,17 @@ struct alignas(16) Quad
     uint64_t high;
 };
 
+// A word may be there later than what its thread does next, and two words of one call in any order.
+
 inline void publish(ulonglong2* to, uint64_t first, uint64_t second)
 {
-    *to = {first, second};
+    cpu_cuda::later([=]() { to->x = first; });
+    cpu_cuda::later([=]() { to->y = second; });
 }
 
 inline void publish(Quad* to, Quad const& value)
 {
-    *to = value;
+    cpu_cuda::later([=]() { *to = value; });
 }
 
 //! Who reads waits for others: they are to go on.
