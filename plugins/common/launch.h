@@ -109,6 +109,16 @@ inline cudaLaunchAttribute clusterOf(unsigned blocks)
     return attribute;
 }
 
+//! The launch attribute by which a grid may start while its predecessor in the stream ends (programmatic dependent
+//! launch, compute capability 9.0 and above); it waits itself before it touches what the predecessor may.
+inline cudaLaunchAttribute dependentLaunch()
+{
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    return attribute;
+}
+
 //! Clusters of a kernel that the device holds at once: fewer than its multiprocessors would make, where the groups they
 //! come in are no multiples of the cluster; 0 where that cannot be told.
 template <typename KERNEL>

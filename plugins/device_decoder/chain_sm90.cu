@@ -68,10 +68,7 @@ cudaError_t launchLink(void (*kernel)(Params), dim3 grid, unsigned cluster, size
     {
         return status;
     }
-    cudaLaunchAttribute attributes[2]{};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1] = clusterOf(cluster);
+    cudaLaunchAttribute attributes[2] = {dependentLaunch(), clusterOf(cluster)};
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(kTHREADS);

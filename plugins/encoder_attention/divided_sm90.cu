@@ -205,10 +205,8 @@ __global__ void __launch_bounds__(kTHREADS, 1)
                            __grid_constant__ CUtensorMap const keyValueMap, __grid_constant__ Arguments const arguments)
 {
     extern __shared__ uint8_t dynamicShared[];
-    // Uniform in a warp, and known to be so: addresses and descriptors then stay in uniform registers.
-    uint32_t const start = sharedAddress(dynamicShared);
-    uint32_t const base = __shfl_sync(kFULL_WARP, (start + 1023) / 1024 * 1024, 0);
-    uint8_t* const shared = dynamicShared + (base - start);
+    uint32_t const base = tileMemory(dynamicShared);
+    uint8_t* const shared = dynamicShared + (base - sharedAddress(dynamicShared));
     int const group = __shfl_sync(kFULL_WARP, static_cast<int>(threadIdx.x) / 128, 0);
     int const tile = blockIdx.x % arguments.queryTiles;
     int const head = blockIdx.x / arguments.queryTiles % arguments.heads;
@@ -238,20 +236,15 @@ __global__ void __launch_bounds__(kTHREADS, 1)
         {
             // Whoever writes has read what is loaded from here on, so nobody else need wait.
             waitForPriorGrids();
-            auto const load =
-                [&](uint32_t to, CUtensorMap const* map, int row, int plane, uint32_t barrier, uint32_t bytes)
-            {
-                barrierArriveExpect(barrier, bytes);
-                loadBox4d(to, map, 0, row, plane, image, barrier);
-            };
             if (group == 0)
             {
-                load(base + kQUERIES_AT, &queryMap, tile * kQUERIES, head, barriers.queries, kQUERY_BYTES);
+                loadRows(base + kQUERIES_AT, &queryMap, tile * kQUERIES, head, image, barriers.queries, kQUERY_BYTES);
             }
             uint32_t const keys = base + group * 2 * kTILE_BYTES;
             int const row = group * kDIVIDED_KEYS;
-            load(keys, &keyValueMap, row, arguments.heads + head, barriers.keys, kTILE_BYTES);
-            load(keys + kTILE_BYTES, &keyValueMap, row, 2 * arguments.heads + head, barriers.values, kTILE_BYTES);
+            loadRows(keys, &keyValueMap, row, arguments.heads + head, image, barriers.keys, kTILE_BYTES);
+            loadRows(keys + kTILE_BYTES, &keyValueMap, row, 2 * arguments.heads + head, image, barriers.values,
+                     kTILE_BYTES);
         }
         __syncwarp();
         attend<T>(arguments, base, shared, group);
@@ -260,25 +253,11 @@ __global__ void __launch_bounds__(kTHREADS, 1)
     combine<C>(arguments, shared, tile, head, image);
 }
 
+}  // namespace
+
 template <typename T, typename C>
-cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
+cudaError_t encoderAttentionDivided(EncoderAttentionParams const& params, cudaStream_t stream)
 {
-    CUtensorMap queryMap{};
-    CUtensorMap keyValueMap{};
-    auto* const kernel = dividedAttentionKernel<T, C>;
-    cudaError_t status = makeMap(params, kQUERIES, queryMap);
-    if (status == cudaSuccess)
-    {
-        status = makeMap(params, kDIVIDED_KEYS, keyValueMap);
-    }
-    if (status == cudaSuccess)
-    {
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSHARED_BYTES);
-    }
-    if (status != cudaSuccess)
-    {
-        return status;
-    }
     Arguments arguments{};
     arguments.context = params.context;
     arguments.sequenceLength = params.sequenceLength;
@@ -287,30 +266,13 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
     arguments.keyTiles = ceilDiv(params.sequenceLength, kDIVIDED_KEYS);
     arguments.outputFactor = 1.0F / params.outputScale;
     arguments.scale = kLOG2_E / std::sqrt(static_cast<float>(kHEAD_DIM));
-
-    cudaLaunchAttribute dependent{};  // as in kernel_sm90.cu
-    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    dependent.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = params.batch * params.numHeads * arguments.queryTiles;
-    config.blockDim = kTHREADS;
-    config.dynamicSmemBytes = kSHARED_BYTES;
-    config.stream = stream;
-    config.attrs = &dependent;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, queryMap, keyValueMap, arguments);
+    return launchTiles(dividedAttentionKernel<T, C>, params, kDIVIDED_KEYS,
+                       params.batch * params.numHeads * arguments.queryTiles, kTHREADS, kSHARED_BYTES, arguments,
+                       stream);
 }
 
-}  // namespace
-
-cudaError_t encoderAttentionDivided(EncoderAttentionParams const& params, cudaStream_t stream)
-{
-    if (params.outputScale != 0.0F)
-    {
-        return run<__half, __nv_fp8_e4m3>(params, stream);
-    }
-    return params.dataType == DataType::kHALF ? run<__half, __half>(params, stream)
-                                              : run<__nv_bfloat16, __nv_bfloat16>(params, stream);
-}
+template cudaError_t encoderAttentionDivided<__half, __half>(EncoderAttentionParams const&, cudaStream_t);
+template cudaError_t encoderAttentionDivided<__nv_bfloat16, __nv_bfloat16>(EncoderAttentionParams const&, cudaStream_t);
+template cudaError_t encoderAttentionDivided<__half, __nv_fp8_e4m3>(EncoderAttentionParams const&, cudaStream_t);
 
 }  // namespace trocr

@@ -163,16 +163,14 @@ __device__ __forceinline__ void produce(CUtensorMap const* queryMap, CUtensorMap
     {
         int const i = tile - blockBegin;
         barrierWait(shared.queryEmpty(i), Shared<V>::queryPhase(i) ^ 1);
-        barrierArriveExpect(shared.queryFull(i), kQUERY_BYTES);
         int const row = tile % arguments.queryTiles * kQUERIES;
-        loadBox4d(shared.query(i), queryMap, 0, row, head, image, shared.queryFull(i));
+        loadRows(shared.query(i), queryMap, row, head, image, shared.queryFull(i), kQUERY_BYTES);
     };
     auto loadTile =
         [&](uint32_t destination, int keyTile, int row, int image, uint32_t full, uint32_t empty, uint32_t phase)
     {
         barrierWait(empty, phase ^ 1);
-        barrierArriveExpect(full, V::kTILE_BYTES);
-        loadBox4d(destination, keyValueMap, 0, keyTile * V::kKEYS, row, image, full);
+        loadRows(destination, keyValueMap, keyTile * V::kKEYS, row, image, full, V::kTILE_BYTES);
     };
 
     // The consumers write only after they have read what is loaded from here on: they need not wait themselves.
@@ -472,8 +470,7 @@ __global__ void __launch_bounds__(V::kTHREADS, 1)
                            __grid_constant__ CUtensorMap const keyValueMap, __grid_constant__ Arguments const arguments)
 {
     extern __shared__ uint8_t dynamicShared[];
-    // Uniform in a warp, and known to be so: addresses and descriptors then stay in uniform registers.
-    Shared<V> const shared{__shfl_sync(kFULL_WARP, (sharedAddress(dynamicShared) + 1023) / 1024 * 1024, 0)};
+    Shared<V> const shared{tileMemory(dynamicShared)};
 
     if (threadIdx.x == 0)
     {
@@ -522,23 +519,6 @@ int tilesPerBlock(int tiles, int groups, int processors)
 template <typename T, typename C, typename V>
 cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int processors)
 {
-    CUtensorMap queryMap{};
-    CUtensorMap keyValueMap{};
-    cudaError_t status = makeMap(params, kQUERIES, queryMap);
-    if (status == cudaSuccess)
-    {
-        status = makeMap(params, V::kKEYS, keyValueMap);
-    }
-    auto* const kernel = encoderAttentionKernel<T, C, V>;
-    if (status == cudaSuccess)
-    {
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, V::kSHARED_BYTES);
-    }
-    if (status != cudaSuccess)
-    {
-        return status;
-    }
-
     Arguments arguments{};
     arguments.context = params.context;
     arguments.sequenceLength = params.sequenceLength;
@@ -551,20 +531,9 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int p
     arguments.outputFactor = 1.0F / params.outputScale;
     arguments.scale = kLOG2_E / std::sqrt(static_cast<float>(kHEAD_DIM));
 
-    cudaLaunchConfig_t config{};
-    config.gridDim = ceilDiv(arguments.tiles, arguments.tilesPerBlock);
-    config.blockDim = V::kTHREADS;
-    config.dynamicSmemBytes = V::kSHARED_BYTES;
-    config.stream = stream;
-    // Programmatic dependent launch: barriers, maps and registers are set up while the predecessor ends. The producer
-    // waits for that end before it reads qkv, and a consumer writes only after it has read what the producer loaded.
-    // That the producer of every block waits also keeps the order transitive: this grid ends after its predecessor.
-    cudaLaunchAttribute dependent{};
-    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    dependent.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &dependent;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, queryMap, keyValueMap, arguments);
+    return launchTiles(encoderAttentionKernel<T, C, V>, params, V::kKEYS,
+                       ceilDiv(arguments.tiles, arguments.tilesPerBlock), V::kTHREADS, V::kSHARED_BYTES, arguments,
+                       stream);
 }
 
 template <typename T, typename C, int kGROUPS>
@@ -577,9 +546,11 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream, int p
     return isShort ? run<T, C, Short>(params, stream, processors) : run<T, C, Full>(params, stream, processors);
 }
 
+constexpr int kDIVIDED_LENGTH = kDIVIDED_KEYS * kDIVIDED_KEY_TILES;
+
 bool canDivide(EncoderAttentionParams const& params)
 {
-    return params.sequenceLength <= kDIVIDED_KEYS * kDIVIDED_KEY_TILES;
+    return params.sequenceLength <= kDIVIDED_LENGTH;
 }
 
 //! Where every query tile finds a multiprocessor, the one that divides its keys. Else the path of the lower cost:
@@ -614,7 +585,7 @@ cudaError_t run(EncoderAttentionParams const& params, cudaStream_t stream)
         case EncoderAttentionPath::kHOPPER_3:
             return run<T, C, 3>(params, stream, processors);
         case EncoderAttentionPath::kHOPPER_DIVIDED:
-            return encoderAttentionDivided(params, stream);
+            return encoderAttentionDivided<T, C>(params, stream);
         default:
             return cudaErrorInvalidValue;
     }
@@ -634,6 +605,7 @@ bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char
     }
     if (params.path == EncoderAttentionPath::kHOPPER_DIVIDED && !canDivide(params))
     {
+        static_assert(kDIVIDED_LENGTH == 640);
         return refuse(reason, "keys are divided among warpgroups in sequences up to 640 only");
     }
     int64_t const rows = static_cast<int64_t>(params.sequenceLength) + kQUERIES;

@@ -23,9 +23,11 @@ bool canImplementEncoderAttentionSm90(EncoderAttentionParams const& params, char
 //! With wgmma and TMA; compute capability 9.0 only, which the caller has checked.
 cudaError_t encoderAttentionSm90(EncoderAttentionParams const& params, cudaStream_t stream);
 
-//! Its variant for few query tiles (divided_sm90.cu): a warpgroup a key tile, of which a head has at most so many.
+//! Its variant for few query tiles (divided_sm90.cu): a warpgroup a key tile, of which a head has at most so many. C is
+//! the context's type, T or e4m3.
 constexpr int kDIVIDED_KEYS = 128;
 constexpr int kDIVIDED_KEY_TILES = 5;
+template <typename T, typename C>
 cudaError_t encoderAttentionDivided(EncoderAttentionParams const& params, cudaStream_t stream);
 
 }  // namespace trocr

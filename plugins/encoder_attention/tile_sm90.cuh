@@ -7,6 +7,7 @@
 
 #include "common/data_type.h"
 #include "common/device.cuh"
+#include "common/launch.h"
 #include "common/tensor_map.h"
 #include "encoder_attention/kernel.h"
 #include "encoder_attention/sm90.cuh"
@@ -30,6 +31,21 @@ template <typename T, int N>
 __device__ __forceinline__ void multiplyScores(float* s, uint32_t queries, uint32_t keys)
 {
     SharedProduct<T, N>::run(s, operandDescriptor(queries), operandDescriptor(keys));
+}
+
+//! Asks for a box of rows of one head; `plane` is the head, of keys behind those of queries, of values behind both.
+__device__ __forceinline__ void loadRows(uint32_t to, CUtensorMap const* map, int row, int plane, int image,
+                                         uint32_t full, uint32_t bytes)
+{
+    barrierArriveExpect(full, bytes);
+    loadBox4d(to, map, 0, row, plane, image, full);
+}
+
+//! The first multiple of 1024 in the block's shared memory: uniform in a warp, and known to be so, as addresses and
+//! descriptors then stay in uniform registers.
+__device__ __forceinline__ uint32_t tileMemory(uint8_t const* dynamicShared)
+{
+    return __shfl_sync(kFULL_WARP, (sharedAddress(dynamicShared) + 1023) / 1024 * 1024, 0);
 }
 
 //! Fills the kONES_BYTES at `ones`; all threads of the block, before a barrier.
@@ -132,6 +148,41 @@ inline cudaError_t makeMap(EncoderAttentionParams const& params, int rows, CUten
         4, const_cast<void*>(params.qkv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+//! A kernel's launch: qkv as tiles of kQUERIES rows and of `keys`, and `arguments`. Dependent: barriers, maps and
+//! registers are set up while the predecessor ends. Whoever loads waits for that end before it reads qkv, and who
+//! writes has read what was loaded. That a thread of every block waits also keeps the order transitive: this grid ends
+//! after its predecessor.
+template <typename Arguments>
+cudaError_t launchTiles(void (*kernel)(CUtensorMap, CUtensorMap, Arguments), EncoderAttentionParams const& params,
+                        int keys, int blocks, int threads, int sharedBytes, Arguments const& arguments,
+                        cudaStream_t stream)
+{
+    CUtensorMap queryMap{};
+    CUtensorMap keyValueMap{};
+    cudaError_t status = makeMap(params, kQUERIES, queryMap);
+    if (status == cudaSuccess)
+    {
+        status = makeMap(params, keys, keyValueMap);
+    }
+    if (status == cudaSuccess)
+    {
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sharedBytes);
+    }
+    if (status != cudaSuccess)
+    {
+        return status;
+    }
+    cudaLaunchAttribute dependent = dependentLaunch();
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = sharedBytes;
+    config.stream = stream;
+    config.attrs = &dependent;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, queryMap, keyValueMap, arguments);
 }
 
 }  // namespace sm90

@@ -36,9 +36,7 @@ cudaError_t launchTactic(Sm90Tactic const& tactic, TensorMaps const& maps, Epilo
         {
             return status;
         }
-        cudaLaunchAttribute attributes[2] = {clusterOf(cluster)};
-        attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[1].val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchAttribute attributes[2] = {clusterOf(cluster), dependentLaunch()};
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(blocks);
         config.blockDim = dim3(threads);

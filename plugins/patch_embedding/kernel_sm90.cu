@@ -234,9 +234,7 @@ cudaError_t launchColumns(PatchEmbeddingParams const& params, int multiprocessor
     int const columnTiles = ceilDiv(params.outputs, kBN);
     int const streams = std::clamp(multiprocessors / columnTiles, 1, ceilDiv(args.rows, kTILE_ROWS));
 
-    cudaLaunchAttribute dependent{};
-    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    dependent.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute dependent = dependentLaunch();
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(columnTiles * streams);
     config.blockDim = dim3(kTHREADS);

@@ -251,9 +251,7 @@ cudaError_t launchDependent(void (*kernel)(Arguments<T>), dim3 grid, dim3 block,
     {
         return status;
     }
-    cudaLaunchAttribute dependent{};
-    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    dependent.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute dependent = dependentLaunch();
 
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
