@@ -6,7 +6,6 @@ python -m profiling.accuracy --engines engines/X-fp16-fused --engines engines/X-
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tarfile
@@ -21,7 +20,7 @@ from typing import Any
 from build import BuildError
 from graph_surgery.checkpoint import CheckpointError
 from graph_surgery.fused_ops import SurgeryError
-from profiling.records import environment, write_text
+from profiling.records import environment, update
 from runtime.archive import unpack
 from runtime.backends.base import BackendError
 from runtime.generation import GenerationError
@@ -32,6 +31,7 @@ from runtime.recognizer import Recognizer
 LINES = Path("data/lines-val.tar")
 REFERENCE = Path("data/lines-val.hf-greedy.tsv")
 SHOWN_DIFFERENCES = 50
+WHAT = ("model", "variant", "backend", "precision")  # an entry is of
 
 
 class LinesError(RuntimeError):
@@ -92,11 +92,6 @@ def compare(
     }
 
 
-def _what(entry: dict[str, Any]) -> tuple[str, ...]:
-    """What an entry is of: a newer one takes the place of an older one of the same."""
-    return tuple(entry[name] for name in ("model", "variant", "backend", "precision"))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Accuracy of engines on the labelled lines.")
     parser.add_argument(
@@ -147,9 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        known = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else []
-        entries = {_what(entry): entry for entry in (*known, *results)}
-        write_text(options.json, json.dumps(list(entries.values()), indent=1, ensure_ascii=False) + "\n")
+        update(options.json, results, WHAT)
     return 0
 
 

@@ -19,7 +19,6 @@ Exit codes: 0 all measured; 1 some were not, the file says why; 2 no GPU, Tensor
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
@@ -37,7 +36,7 @@ from build import build
 from graph_surgery.architectures import PUBLISHED, random_checkpoint
 from graph_surgery.checkpoint import load_model, load_spec
 from profiling.models import BUNDLED
-from profiling.records import ROOT, environment
+from profiling.records import ROOT, environment, update
 from runtime.bench import Case, EngineVariant, Reference, measure_case
 from runtime.gpu import current_gpu
 from runtime.manifest import Manifest
@@ -178,14 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here = asdict(environment(command))
 
     def save(entry: Mapping[str, Any]) -> None:
-        """Put the entry into the file, in the place of an earlier one."""
-        entries = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
-        by_name = {known["configuration"]: known for known in entries} | {
-            entry["configuration"]: {**entry, **here}
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        ordered = [by_name[name] for name in CONFIGURATIONS if name in by_name]
-        out.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+        update(out, [{**entry, **here}], ["configuration"], [(name,) for name in CONFIGURATIONS])
 
     scratch = ROOT / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)

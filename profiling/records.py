@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from runtime.gpu import current_gpu, driver_version
 from runtime.tensorrt_loader import TensorRTError, load_tensorrt, load_tensorrt_rtx
@@ -112,6 +113,20 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def update(
+    path: Path, entries: Iterable[Mapping[str, Any]], names: Sequence[str], order: Sequence | None = None
+) -> None:
+    """Put entries into the file's list, in place of earlier ones that are the same by their fields `names`.
+
+    `order`: the values of these fields that the list is to have, in this order; else as they came.
+    """
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    by_fields = {tuple(entry[name] for name in names): entry for entry in (*known, *entries)}
+    kept = by_fields if order is None else [fields for fields in order if fields in by_fields]
+    text = json.dumps([by_fields[fields] for fields in kept], indent=1, ensure_ascii=False)
+    write_text(path, text + "\n")
 
 
 def write(records: Sequence[Record], path: Path) -> None:

@@ -14,7 +14,7 @@ Exit codes: 0 all clean; 1 a tool found something, or did not finish; 2 no compu
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
 import re
 import shlex
@@ -22,15 +22,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
-from profiling.records import ROOT, environment, write_text
+from profiling.records import ROOT, environment, update
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 86  # compute-sanitizer's exit status where it found something
@@ -498,19 +497,6 @@ def table(findings: Sequence[Finding]) -> str:
     return tabulate(rows, ["kernel", *tools], tablefmt="github", missingval="-")
 
 
-def save(found: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Put findings, each with where and when it was made, into the file.
-
-    They take the place of earlier ones of the same kernel and tool.
-    """
-    known = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
-    by_place = {(entry["kernel"], entry["tool"]): entry for entry in [*known, *found]}
-    places = [(kernel, tool) for kernel in KERNELS for tool in TOOLS]
-    ordered = [by_place[place] for place in places if place in by_place]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(ordered, indent=1) + "\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     def choice(allowed: Sequence[str]) -> Callable[[str], list[str]]:
         def parse(text: str) -> list[str]:
@@ -558,7 +544,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for finding in pool.map(lambda place: check(*place, options.seconds), places):
             findings.append(finding)
             print(f"{finding.kernel} {finding.tool}: {finding.status}, {finding.seconds:.0f} s", flush=True)
-            save([asdict(finding) | here], out)  # each, so that a run that is stopped leaves what it found
+            # Each, so that a run that is stopped leaves what it found.
+            update(out, [asdict(finding) | here], ["kernel", "tool"], list(itertools.product(KERNELS, TOOLS)))
     print(table(findings))
     for finding in findings:
         if finding.status != "clean":

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from profiling.attention_sm90 import DIVIDED_LENGTH, HOPPER_PATHS
+
 EPILOGUES = ("bias", "relu", "layernorm", "layernorm_gelu", "gelu", "residual", "residual_statistics")
 pytestmark = pytest.mark.gpu
 
@@ -85,11 +87,16 @@ def test_row_statistics_leave_a_copy(linear) -> None:
     assert (quantized[577] == 255).all()
 
 
-@pytest.mark.parametrize("path", ["hopper2", "hopper3", "divided", "auto"])
-@pytest.mark.parametrize("tokens", [1, 64, 130, 257, 577, 578, 700])
+@pytest.mark.parametrize(
+    ("path", "tokens"),
+    [
+        (path, tokens)
+        for path in (*HOPPER_PATHS, "auto")
+        for tokens in (1, 64, 130, 257, 577, 578, 700)
+        if path != "divided" or tokens <= DIVIDED_LENGTH  # others it refuses: test_attention_sm90.py
+    ],
+)
 def test_attention(linear, tokens: int, path: str) -> None:
-    if path == "divided" and tokens > 640:
-        path = "hopper"  # it refuses them: tests/test_attention_sm90.py
     batch, heads, scale = 3, 6, 0.004
     qkv = torch.randn(batch, tokens, 3, heads, 64, device="cuda").half()
     context = torch.full((batch * tokens + 1, heads * 64), 255, dtype=torch.uint8, device="cuda")
