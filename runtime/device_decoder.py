@@ -156,30 +156,83 @@ def _pack_for_chain(weights: Mapping[str, Tensor], config: Mapping) -> dict[str,
             "cross_values": values.permute(0, 1, 2, 4, 3, 5).contiguous(),
             "cross_value_bias": weights["cross_value_bias"].contiguous(),
         }
+    inner = config["ffn_size"]
+    wide = (
+        _pack_for_wide(weights, config) if width in (256, 1024) and size == 64 and inner == 4 * width else {}
+    )
     first = [
         weights.get(f"embedding_norm_{name}", torch.zeros_like(norms[0, 0])) for name in ("gamma", "beta")
     ]
+    return (
+        {
+            "self": _blobs(
+                3,
+                qkv_bias.permute(0, 2, 3, 1, 4),
+                self_out_bias,
+                qkv.permute(0, 2, 3, 5, 1, 4, 6),
+                self_out,
+            ),
+            "cross": _blobs(3, query_bias, cross_out_bias, query.permute(0, 1, 2, 4, 3, 5), cross_out),
+            "feed_forward": _blobs(
+                2,
+                weights["fc1_bias"].view(layers, -1, CHUNK),
+                fc1.permute(0, 1, 3, 2, 4),
+                fc2.permute(0, 1, 3, 2),
+            ),
+            "feed_forward_bias": weights["fc2_bias"].contiguous(),
+            "head": head.permute(0, 2, 1, 3).contiguous(),
+            "norms": torch.cat([torch.stack(first)[None], norms]).contiguous(),
+            "embedding": weights["token_embedding"].contiguous(),
+            "position_embedding": weights["position_embedding"].contiguous(),
+        }
+        | states
+        | wide
+    )
+
+
+def _pack_for_wide(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tensor]:
+    """The layers as the wide decoder's blocks stream them: a share is 8 columns of the width.
+
+    Returns:
+        "wide_layers" uint8 [L, D / 8, bytes] and "wide_constants" float32 [L, D / 8, 88].
+    """
+    layers, shares = config["num_layers"], config["hidden_size"] // TILE
+
+    def tiles(weight: Tensor) -> Tensor:  # [L, out, in] -> [L, out / 8, in / 32, 8, 32]
+        return weight.unflatten(2, (-1, CHUNK)).unflatten(1, (-1, TILE)).transpose(2, 3)
+
+    def product(name: str) -> Tensor:  # of tiles, those of every share
+        weight = weights[name]
+        return tiles(weight).unflatten(1, (weight.shape[1] // weight.shape[2], -1)).transpose(1, 2)
+
+    def output(name: str) -> Tensor:
+        return tiles(weights[name].transpose(1, 2))
+
+    def bias(name: str) -> Tensor:  # -> [L, shares, 8 columns of each part]
+        return weights[name].unflatten(1, (-1, shares, TILE)).transpose(1, 2).flatten(2)
+
     return {
-        "self": _blobs(
-            3,
-            qkv_bias.permute(0, 2, 3, 1, 4),
-            self_out_bias,
-            qkv.permute(0, 2, 3, 5, 1, 4, 6),
-            self_out,
-        ),
-        "cross": _blobs(3, query_bias, cross_out_bias, query.permute(0, 1, 2, 4, 3, 5), cross_out),
-        "feed_forward": _blobs(
+        "wide_layers": _blobs(
             2,
-            weights["fc1_bias"].view(layers, -1, CHUNK),
-            fc1.permute(0, 1, 3, 2, 4),
-            fc2.permute(0, 1, 3, 2),
+            product("self_qkv_weight"),
+            output("self_out_weight"),
+            product("cross_query_weight"),
+            output("cross_out_weight"),
+            tiles(weights["fc1_weight"]).unflatten(1, (shares, -1)),
+            output("fc2_weight").unflatten(2, (-1, config["hidden_size"] // CHUNK)),
         ),
-        "feed_forward_bias": weights["fc2_bias"].contiguous(),
-        "head": head.permute(0, 2, 1, 3).contiguous(),
-        "norms": torch.cat([torch.stack(first)[None], norms]).contiguous(),
-        "embedding": weights["token_embedding"].contiguous(),
-        "position_embedding": weights["position_embedding"].contiguous(),
-    } | states
+        "wide_constants": torch.cat(
+            [
+                bias("self_qkv_bias"),
+                bias("self_out_bias"),
+                bias("cross_query_bias"),
+                bias("cross_out_bias"),
+                weights["fc1_bias"].view(layers, shares, -1),
+                bias("fc2_bias"),
+            ],
+            2,
+        ).contiguous(),
+    }
 
 
 def _blobs(dims: int, *parts: Tensor) -> Tensor:

@@ -32,7 +32,10 @@ CHAIN = DECODERS["base"] | {
     "source_length": 77,
     "encoder_size": 384,
 }
+WIDE = CHAIN | {"ffn_size": 1024}  # what the persistent kernel serves
 CASES = {
+    "wide": WIDE,
+    "wide relu": WIDE | {"activation": "relu", "embedding_norm": 0, "num_layers": 3, "source_length": 300},
     "team": TEAM,
     "narrow team": TEAM | {"hidden_size": 192, "num_heads": 6, "ffn_size": 320, "source_length": 9},
     "chain": CHAIN,
@@ -88,6 +91,13 @@ def test_shares_of_the_head(cpu_kernels, pieces):
     assert outputs[0].max() < half
 
 
+@pytest.mark.parametrize("lines", (1, 2, 3, 5, 8))
+@pytest.mark.parametrize("name", ("wide", "wide relu"))
+def test_the_persistent_kernel(cpu_kernels, name, lines):
+    dtype = torch.bfloat16 if lines == 3 else torch.float16
+    assert_right(*search(cpu_kernels, name, lines, 4, dtype=dtype))
+
+
 @pytest.mark.parametrize("lines", (1, 3, 9))
 @pytest.mark.parametrize("name", ("chain", "relu"))
 def test_the_chain_by_keys(cpu_kernels, name, lines):
@@ -103,13 +113,14 @@ def test_the_chain_by_states(cpu_kernels, name, lines):
     assert_right(*search(cpu_kernels, name, lines, 3, slots=min(lines, 64), states=True, dtype=dtype))
 
 
-@pytest.mark.parametrize("name", ("team", "relu"))
+@pytest.mark.parametrize("name", ("team", "relu", "wide"))
 def test_a_text_longer_than_what_its_warps_hold(cpu_kernels, name):
     assert_right(*search(cpu_kernels, name, 1, 66, num_layers=1, source_length=8))
 
 
 @pytest.mark.parametrize(
-    ("name", "slots", "states"), (("team", 5, False), ("relu", 2, False), ("relu", 5, True))
+    ("name", "slots", "states"),
+    (("team", 5, False), ("relu", 2, False), ("relu", 5, True), ("wide", 5, False), ("wide", 1, False)),
 )
 def test_finished_rows_take_the_next_line(cpu_kernels, name, slots, states):
     lines, steps = 8, 5

@@ -323,6 +323,14 @@ __device__ __forceinline__ int countArrival(int* arrived)
 
 // ---- threads of a block ----
 
+//! threadIdx.x, asked for again: what follows from it is computed anew, and no register has kept it.
+__device__ __forceinline__ unsigned threadIndexAnew()
+{
+    unsigned index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 //! Declares NAME, the block's dynamic shared memory.
 #define TROCR_DYNAMIC_SHARED(NAME, ALIGNMENT) \
     extern __shared__ __align__(ALIGNMENT)    \

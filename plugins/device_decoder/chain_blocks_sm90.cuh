@@ -656,6 +656,46 @@ __device__ __forceinline__ float4 combine(float const* contexts, int stride, flo
     return sum;
 }
 
+// ---- the head ----
+
+//! The best of some logits, the lowest token among equals, and what log softmax needs.
+struct BestLogit
+{
+    float best;
+    int token;
+    float total;
+
+    __device__ __forceinline__ void take(float logit, int of)
+    {
+        if (logit > best)
+        {
+            total = total * exp2Approx((best - logit) * kLOG2_E) + 1.0F;
+            best = logit;
+            token = of;
+        }
+        else
+        {
+            total += exp2Approx((logit - best) * kLOG2_E);
+        }
+    }
+
+    __device__ __forceinline__ void merge(BestLogit const& other)
+    {
+        float const most = fmaxf(best, other.best);
+        int const mine = best == most ? token : 0x7fffffff;
+        int const others = other.best == most ? other.token : 0x7fffffff;
+        total = total * exp2Approx((best - most) * kLOG2_E) + other.total * exp2Approx((other.best - most) * kLOG2_E);
+        best = most;
+        token = min(mine, others);
+    }
+
+    __device__ __forceinline__ BestLogit shuffled(int offset) const
+    {
+        return {__shfl_xor_sync(kFULL_WARP, best, offset), __shfl_xor_sync(kFULL_WARP, token, offset),
+                __shfl_xor_sync(kFULL_WARP, total, offset)};
+    }
+};
+
 // ---- constants ----
 
 //! The block's constants, on their way into shared memory since before the kernel before has ended: first the norm,

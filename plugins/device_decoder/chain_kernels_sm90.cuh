@@ -472,44 +472,6 @@ struct HeadParams
     float* logits;    //!< [rows, V], of a beam search, in place of choices
 };
 
-//! The best of some logits, the lowest token among equals, and what log softmax needs.
-struct BestLogit
-{
-    float best;
-    int token;
-    float total;
-
-    __device__ __forceinline__ void take(float logit, int of)
-    {
-        if (logit > best)
-        {
-            total = total * exp2Approx((best - logit) * kLOG2_E) + 1.0F;
-            best = logit;
-            token = of;
-        }
-        else
-        {
-            total += exp2Approx((logit - best) * kLOG2_E);
-        }
-    }
-
-    __device__ __forceinline__ void merge(BestLogit const& other)
-    {
-        float const most = fmaxf(best, other.best);
-        int const mine = best == most ? token : 0x7fffffff;
-        int const others = other.best == most ? other.token : 0x7fffffff;
-        total = total * exp2Approx((best - most) * kLOG2_E) + other.total * exp2Approx((other.best - most) * kLOG2_E);
-        best = most;
-        token = min(mine, others);
-    }
-
-    __device__ __forceinline__ BestLogit shuffled(int offset) const
-    {
-        return {__shfl_xor_sync(kFULL_WARP, best, offset), __shfl_xor_sync(kFULL_WARP, token, offset),
-                __shfl_xor_sync(kFULL_WARP, total, offset)};
-    }
-};
-
 //! Every block chooses among its tokens, a tile of eight a warp, for kROWS rows at once: so often are weights read.
 //! kBEAMS: no choice, but all logits.
 template <typename T, int kHEAD_DIM, int kROWS, bool kBEAMS>

@@ -191,6 +191,7 @@ private:
     int32_t mMultiprocessors{};
     uint8_t* mWorkspace{};
     WhileGraphs mGraphs;
+    std::unique_ptr<wide::WideSearch> mWide;
 };
 
 ChainDecoder::ChainDecoder(DeviceDecoderConfig config, ChainWeights weights, int32_t maxSlots, int32_t capacity)
@@ -207,6 +208,11 @@ ChainDecoder::ChainDecoder(DeviceDecoderConfig config, ChainWeights weights, int
     {
         // The sums of rows that never had a line are read as well.
         mStatus = cudaMemset(mWorkspace, 0, bytes);
+    }
+    if (mStatus == cudaSuccess && mWeights.wideLayers != nullptr && wide::isServed(mConfig))
+    {
+        mWide = wide::makeWideSearch(mConfig, mWeights, maxSlots, capacity);
+        mStatus = mWide->status();
     }
 }
 
@@ -574,6 +580,10 @@ cudaError_t ChainDecoder::run(SearchRequest const& request, cudaStream_t stream)
     if (!isPossible(request))
     {
         return cudaErrorInvalidValue;
+    }
+    if (mWide != nullptr && mWide->takes(request))
+    {
+        return mWide->run(request, stream);
     }
     bool const half = mConfig.dataType == DataType::kHALF;
     auto const begin = [&](cudaStream_t on)

@@ -62,6 +62,8 @@ struct ChainWeights
     void const* norms;      //!< T [1 + 3 L, 2, D]: gamma and beta of the embedding and, a layer, self, cross, final
     void const* embedding;  //!< T [V, D]
     void const* positionEmbedding;  //!< T [positions, D]; row p is added to the token after p others
+    void const* wideLayers;         //!< [L, D / 8] pieces of the wide decoder, or nullptr: it is not used
+    float const* wideConstants;     //!< [L, D / 8, 88]
 };
 
 //! The same of the team decoder: what a block streams, in the order in which it does.
@@ -224,6 +226,27 @@ private:
     uint8_t* mBeams{};  //!< what a beam search keeps, from the first on
     decoder::WhileGraphs mBeamGraphs;
 };
+
+namespace decoder::wide
+{
+
+//! Greedy searches of up to eight rows by keys and values, in one persistent kernel.
+class WideSearch
+{
+public:
+    virtual ~WideSearch() = default;
+    virtual cudaError_t status() const = 0;
+    virtual bool takes(SearchRequest const& request) const = 0;
+    virtual cudaError_t run(SearchRequest const& request, cudaStream_t stream) = 0;
+};
+
+//! Whether it serves such a decoder.
+bool isServed(DeviceDecoderConfig const& config);
+
+std::unique_ptr<WideSearch> makeWideSearch(DeviceDecoderConfig const& config, ChainWeights const& weights,
+                                           int32_t maxSlots, int32_t capacity);
+
+}  // namespace decoder::wide
 
 //! A CUDA graph whose WHILE node repeats a chain of fused kernels. A request that differs in any member from earlier
 //! ones is captured first (about a millisecond); the last few graphs are kept.

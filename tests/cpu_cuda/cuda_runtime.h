@@ -31,7 +31,7 @@ namespace cpu_cuda
 {
 
 constexpr int kLANES = 32;
-constexpr int kMULTIPROCESSORS = 4;
+constexpr int kMULTIPROCESSORS = 34;
 constexpr int kCLUSTERS = 2;  //!< at once
 constexpr size_t kSHARED_BYTES = 227 * 1024;
 

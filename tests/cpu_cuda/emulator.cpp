@@ -318,6 +318,11 @@ extern "C"
         return cudaSuccess;
     }
 
+    cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t /*stream*/)
+    {
+        return cudaMemset(pointer, value, bytes);
+    }
+
     cudaError_t cudaGetDevice(int* device)
     {
         *device = 0;

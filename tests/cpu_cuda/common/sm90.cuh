@@ -193,6 +193,7 @@ inline void publish(ulonglong2* to, uint64_t first, uint64_t second)
     cpu_cuda::later([=]() { to->y = second; });
 }
 
+//! It may arrive later than what the thread does next.
 inline void publish(Quad* to, Quad const& value)
 {
     cpu_cuda::later([=]() { *to = value; });
@@ -228,6 +229,11 @@ bool syncSomeAny(bool condition)
     any = (barrier.arrived > 0 && any) || condition;
     barrier.wait(kTHREADS);
     return any;
+}
+
+inline unsigned threadIndexAnew()
+{
+    return threadIdx.x;
 }
 
 inline void keepHere(float& /*a*/, float& /*b*/) {}

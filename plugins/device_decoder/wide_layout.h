@@ -1,0 +1,83 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+//! Sizes of the wide decoder, for kernel and host alike: heads of 64, four inner columns for each of the width. T has
+//! two bytes.
+
+namespace trocr::decoder::wide
+{
+
+constexpr int kHEAD = 64;
+constexpr int kROWS = 8;     //!< at a time, the most
+constexpr int kCOLUMNS = 8;  //!< of every product, that a block has: its share
+constexpr int kMOST_LAYERS = 16;
+constexpr int kMOST_BLOCKS = 160;
+constexpr int kMOST_PARTS = 8;  //!< of a row's and head's keys
+
+//! Slots of a share's weights in the order of the stream: query, key and value; output; query of cross-attention; then,
+//! behind the lines' keys and values, output; both products of the feed-forward.
+constexpr int kINNER_TILES = 4;
+constexpr int kSLOTS_BEFORE_KEYS = 3 + 1 + 1;
+constexpr int kLAYER_SLOTS = kSLOTS_BEFORE_KEYS + 1 + 2 * kINNER_TILES;
+
+//! A share's float32 biases, in the same order; the second product of the feed-forward has one tile of them.
+constexpr int kBIASES = (kSLOTS_BEFORE_KEYS + 1 + kINNER_TILES + 1) * kCOLUMNS;
+
+//! Copies that are on their way at most: more would queue before memory, and words between blocks behind them.
+constexpr int kIN_FLIGHT = 2;
+
+//! Boards are where blocks leave what others read, in words of 16 bytes. Offsets are in words, of a row.
+template <int kWIDTH>
+struct Boards
+{
+    static constexpr int kHEADS = kWIDTH / kHEAD;
+    static constexpr int kPART_WORDS = kHEAD / 8 + 1;  //!< a context of T, its maximum and sum
+
+    static constexpr int kQKV = 0;                                               //!< T [3, D]
+    static constexpr int kCONTEXTS = kQKV + 3 * kWIDTH / 8;                      //!< T [D]
+    static constexpr int kQUERIES = kCONTEXTS + kWIDTH / 8;                      //!< T [D]
+    static constexpr int kPARTS = kQUERIES + kWIDTH / 8;                         //!< [H, kMOST_PARTS, kPART_WORDS]
+    static constexpr int kINNERS = kPARTS + kHEADS * kMOST_PARTS * kPART_WORDS;  //!< T [4 D]
+    static constexpr int kSUMS = kINNERS + kINNER_TILES * kWIDTH / 8;  //!< float32 [3, D]: after each sublayer
+    static constexpr int kLAST_SUMS = kSUMS + 3 * kWIDTH / 4;          //!< float32 [D]: after the last layer
+    static constexpr int kROW_WORDS = kLAST_SUMS + kWIDTH / 4;
+
+    static constexpr int kCHOICES = kROWS * kROW_WORDS;  //!< [2, kROWS, kMOST_BLOCKS]
+    static constexpr int kWORDS = kCHOICES + 2 * kROWS * kMOST_BLOCKS;
+};
+
+//! Offsets in a block's shared memory.
+template <int kWIDTH>
+struct Layout
+{
+    static constexpr int kWARPS = kWIDTH / 64;  //!< that compute: 64 inputs of a product each
+    static constexpr int kSHARES = kWIDTH / kCOLUMNS;
+    //! A warpgroup more: one lane of it fetches, and of its registers the others have some.
+    static constexpr int kTHREADS = (kWARPS + 4) * 32;
+    static constexpr int kSLOT_BYTES = kCOLUMNS * kWIDTH * 2;
+    static constexpr int kSLOT_KEYS = kSLOT_BYTES / (kHEAD * 2);
+    static constexpr int kRING = 12;
+    static constexpr int kPITCH =
+        kWIDTH * 2 + 64;  //!< of rows: eight lanes that read 16 bytes of two meet no bank twice
+
+    static constexpr int kBARRIERS = 0;  // full, empty, decided
+    static constexpr int kSTATE = 512;
+    static constexpr int kSLOTS = 1024;
+    static constexpr int kPARTIAL = kSLOTS + kRING * kSLOT_BYTES;  // of the products of hidden states; the head's rows
+    static constexpr int kPARTIAL_BYTES = kWARPS * kINNER_TILES * kROWS * kCOLUMNS * 4;
+    static constexpr int kROWS_BYTES = kROWS * kPITCH;
+    static constexpr int kOUT_PARTIAL = kPARTIAL + (kPARTIAL_BYTES > kROWS_BYTES ? kPARTIAL_BYTES : kROWS_BYTES);
+    static constexpr int kCONTEXTS = kOUT_PARTIAL + kWARPS * kROWS * kCOLUMNS * 4;
+    static constexpr int kSCALES = kCONTEXTS + kWARPS * kHEAD * 4;
+    static constexpr int kSTATISTICS = kSCALES + kWARPS * 8;
+    static constexpr int kRESIDUAL = kSTATISTICS + kROWS * kWARPS * 8;
+    static constexpr int kBYTES = kRESIDUAL + kROWS * kCOLUMNS * 2;
+    static constexpr int kCHOICES = kOUT_PARTIAL;  // [row][warp] of 12 bytes
+
+    static_assert(kBYTES <= 227 * 1024 && (2 * kRING + 1) * 8 <= kSTATE);
+    static_assert(kROWS * kWARPS * 12 <= kSCALES - kOUT_PARTIAL && kRESIDUAL % 16 == 0);
+};
+
+}  // namespace trocr::decoder::wide

@@ -1,0 +1,143 @@
+#include <algorithm>
+#include <utility>
+
+#include "common/launch.h"
+#include "device_decoder/kernel.h"
+#include "device_decoder/wide_sm90.cuh"
+
+namespace trocr::decoder::wide
+{
+
+namespace
+{
+
+template <int kWIDTH>
+class Search : public WideSearch
+{
+    using L = Layout<kWIDTH>;
+
+public:
+    Search(DeviceDecoderConfig config, ChainWeights weights, int32_t maxSlots, int32_t capacity)
+        : mConfig(std::move(config)), mWeights(weights), mCapacity(capacity)
+    {
+        size_t const slots = std::min(maxSlots, kROWS);
+        size_t const cache = mConfig.layers * slots * kWIDTH * capacity * 2;
+        mKeys = align256(Boards<kWIDTH>::kWORDS * sizeof(sm90::Quad));
+        mValues = mKeys + align256(cache);
+        mStatus = cudaMalloc(reinterpret_cast<void**>(&mWorkspace), mValues + align256(cache));
+        if (mStatus == cudaSuccess)
+        {
+            mStatus = deviceAttribute(cudaDevAttrMultiProcessorCount, mBlocks);
+            mBlocks = std::min(mBlocks, kMOST_BLOCKS);
+        }
+        if (mStatus == cudaSuccess)
+        {
+            mStatus = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel()),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBYTES);
+        }
+    }
+
+    ~Search() override
+    {
+        cudaFree(mWorkspace);
+    }
+
+    cudaError_t status() const override
+    {
+        return mStatus;
+    }
+
+    bool takes(SearchRequest const& request) const override
+    {
+        return request.states == nullptr && request.slots <= kROWS && mBlocks >= L::kSHARES;
+    }
+
+    cudaError_t run(SearchRequest const& request, cudaStream_t stream) override
+    {
+        WideParams params{};
+        params.layers = static_cast<uint8_t const*>(mWeights.wideLayers);
+        params.constants = static_cast<float const*>(mWeights.wideConstants);
+        params.head = static_cast<uint8_t const*>(mWeights.head);
+        params.norms = mWeights.norms;
+        params.embedding = mWeights.embedding;
+        params.positions = mWeights.positionEmbedding;
+        std::copy(request.crossKeys.begin(), request.crossKeys.end(), params.crossKeys);
+        std::copy(request.crossValues.begin(), request.crossValues.end(), params.crossValues);
+        params.keys = mWorkspace + mKeys;
+        params.values = mWorkspace + mValues;
+        params.boards = reinterpret_cast<sm90::Quad*>(mWorkspace);
+        params.tokens = request.tokens;
+        params.logProbs = request.logProbs;
+        params.lengths = request.lengths;
+        params.layerCount = mConfig.layers;
+        params.lines = request.lines;
+        params.slots = request.slots;
+        params.parts = request.slots > 4 ? 1 : request.slots > 2 ? 2 : request.slots > 1 ? 4 : kMOST_PARTS;
+        params.capacity = mCapacity;
+        params.maxNewTokens = request.maxNewTokens;
+        params.sourceLength = mConfig.sourceLength;
+        params.vocabulary = mConfig.vocabulary;
+        params.startId = mConfig.startId;
+        params.padId = mConfig.padId;
+        std::copy(mConfig.endIds.begin(), mConfig.endIds.end(), params.endIds);
+        params.ends = request.stops ? static_cast<int>(mConfig.endIds.size()) : 0;
+        params.embedScale = mConfig.embedScale;
+        params.epsilon = mConfig.epsilon;
+        params.gelu = mConfig.gelu;
+        params.embeddingNorm = mConfig.embeddingNorm;
+
+        // No use of a board has been made.
+        cudaError_t const status = cudaMemsetAsync(mWorkspace, 0, mKeys, stream);
+        if (status != cudaSuccess)
+        {
+            return status;
+        }
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeCooperative;  // all blocks run at once, or none does
+        attribute.val.cooperative = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(mBlocks);
+        config.blockDim = dim3(L::kTHREADS);
+        config.dynamicSmemBytes = L::kBYTES;
+        config.stream = stream;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        return cudaLaunchKernelEx(&config, kernel(), params);
+    }
+
+private:
+    using Kernel = void (*)(WideParams);
+
+    Kernel kernel() const
+    {
+        return mConfig.dataType == DataType::kHALF ? decodeWide<__half, kWIDTH> : decodeWide<__nv_bfloat16, kWIDTH>;
+    }
+
+    DeviceDecoderConfig mConfig;
+    ChainWeights mWeights;
+    int32_t mCapacity;
+    uint8_t* mWorkspace{};
+    size_t mKeys{}, mValues{};
+    int32_t mBlocks{};
+    cudaError_t mStatus{};
+};
+
+}  // namespace
+
+bool isServed(DeviceDecoderConfig const& config)
+{
+    return (config.width == 256 || config.width == 1024) && config.heads * kHEAD == config.width &&
+           config.ffnWidth == kINNER_TILES * config.width && config.layers <= kMOST_LAYERS;
+}
+
+std::unique_ptr<WideSearch> makeWideSearch(DeviceDecoderConfig const& config, ChainWeights const& weights,
+                                           int32_t maxSlots, int32_t capacity)
+{
+    if (config.width == 256)
+    {
+        return std::make_unique<Search<256>>(config, weights, maxSlots, capacity);
+    }
+    return std::make_unique<Search<1024>>(config, weights, maxSlots, capacity);
+}
+
+}  // namespace trocr::decoder::wide

@@ -1,0 +1,1147 @@
+#pragma once
+
+// The wide decoder: one persistent kernel for up to eight rows, a block on every multiprocessor. README.md draws it.
+//
+// Every block has its columns of every product. What it computes goes to boards in global memory, in words of 16 bytes
+// that are written and read at once. The lowest bit of a word changes with each use of its board: who needs a word
+// reads it until the bit is the use's. So data are their own signal, and an exchange is a store and a load, with
+// neither flag, fence nor clearing. A board is written again only when everyone has answered to what they read there.
+
+#include "device_decoder/chain_blocks_sm90.cuh"
+#include "device_decoder/wide_layout.h"
+
+namespace trocr::decoder::wide
+{
+
+struct WideParams
+{
+    uint8_t const* layers;                //!< [L, shares] pieces of kLAYER_SLOTS slots
+    float const* constants;               //!< [L, shares, kBIASES]
+    uint8_t const* head;                  //!< [ceil(V / 8)] slots
+    void const* norms;                    //!< T [1 + 3 L, 2, D]
+    void const* embedding;                //!< T [V, D]
+    void const* positions;                //!< T [positions, D]
+    void const* crossKeys[kMOST_LAYERS];  //!< T [lines, H, S, 64]
+    void const* crossValues[kMOST_LAYERS];
+    void* keys;          //!< T [L, slots, H, capacity, 64]
+    void* values;        //!< likewise
+    sm90::Quad* boards;  //!< zeros when the kernel starts
+    int* tokens;         //!< [lines, maxNewTokens]
+    float* logProbs;     //!< [lines]
+    int* lengths;        //!< [lines]
+    int layerCount;
+    int lines;
+    int slots;
+    int parts;  //!< of a row's and head's keys, each a block's; a power of two
+    int capacity;
+    int maxNewTokens;
+    int sourceLength;
+    int vocabulary;
+    int startId;
+    int padId;
+    int endIds[kMAX_END_IDS];
+    int ends;
+    float embedScale;
+    float epsilon;
+    bool gelu;
+    bool embeddingNorm;
+};
+
+//! A place in the stream, for the lane that fetches and for the warps that read.
+template <typename L>
+struct Ring
+{
+    uint32_t base;
+    uint32_t position{0};
+    uint32_t parity{0};  //!< of the ring's turn
+
+    __device__ __forceinline__ uint32_t full(uint32_t at) const
+    {
+        return base + L::kBARRIERS + at * 8;
+    }
+    __device__ __forceinline__ uint32_t empty(uint32_t at) const
+    {
+        return full(L::kRING + at);
+    }
+    __device__ __forceinline__ uint32_t data(uint32_t at) const
+    {
+        return base + L::kSLOTS + at * L::kSLOT_BYTES;
+    }
+
+    __device__ __forceinline__ void advance(uint32_t count)
+    {
+        position += count;
+        if (position >= L::kRING)
+        {
+            position -= L::kRING;
+            parity ^= 1;
+        }
+    }
+
+    //! For the lane that fetches: `bytes` to the next slot, once that has been read and no more than kIN_FLIGHT - 1
+    //! copies are under way.
+    __device__ __forceinline__ void fetch(void const* from, uint32_t bytes, uint64_t policy)
+    {
+        bool const wraps = position < kIN_FLIGHT;
+        sm90::barrierWait(full(wraps ? position + L::kRING - kIN_FLIGHT : position - kIN_FLIGHT), parity ^ wraps);
+        sm90::barrierWait(empty(position), parity ^ 1);
+        sm90::barrierArriveExpect(full(position), bytes);
+        sm90::copyBulk(data(position), from, bytes, full(position), policy);
+        advance(1);
+    }
+
+    //! For the warps that read: the slot `ahead` of the next, once it is full. Every warp waits for every slot, so that
+    //! none takes one turn of the ring for another.
+    __device__ __forceinline__ uint32_t wait(uint32_t ahead) const
+    {
+        bool const wraps = position + ahead >= L::kRING;
+        uint32_t const at = position + ahead - (wraps ? L::kRING : 0);
+        sm90::barrierWait(full(at), parity ^ wraps);
+        return data(at);
+    }
+
+    //! This warp has read the next `count` slots.
+    __device__ __forceinline__ void release(uint32_t count)
+    {
+        __syncwarp();
+        uint32_t const lane = threadIdx.x % kWARP_SIZE;
+        if (lane < count)
+        {
+            uint32_t const at = position + lane;
+            sm90::barrierArrive(empty(at >= L::kRING ? at - L::kRING : at));
+        }
+        advance(count);
+    }
+};
+
+//! Leaves a word on a board; its lowest bit is the use's.
+__device__ __forceinline__ void put(sm90::Quad* to, uint4 word, unsigned turn)
+{
+    word.x = (word.x & ~1U) | turn;
+    sm90::publish(to, {word.x | static_cast<uint64_t>(word.y) << 32, word.z | static_cast<uint64_t>(word.w) << 32});
+}
+
+//! Reads words until all are those of the use; `at(i)` is where word i lies, nullptr: it is not waited for, and zero.
+template <int kCOUNT, typename At>
+__device__ __forceinline__ void receive(uint4 (&words)[kCOUNT], unsigned turn, At const& at)
+{
+    bool waits = true;
+    unsigned missing = (1U << kCOUNT) - 1;
+#pragma unroll
+    for (int i = 0; i < kCOUNT; ++i)
+    {
+        words[i] = uint4{};
+    }
+#pragma unroll 1
+    while (waits)
+    {
+#pragma unroll
+        for (int i = 0; i < kCOUNT; ++i)
+        {
+            sm90::Quad const* const from = at(i);
+            if ((missing >> i & 1) != 0 && from != nullptr)
+            {
+                sm90::Quad const word = sm90::readPublished(from);
+                words[i] = {static_cast<unsigned>(word.low), static_cast<unsigned>(word.low >> 32),
+                            static_cast<unsigned>(word.high), static_cast<unsigned>(word.high >> 32)};
+            }
+        }
+        waits = false;
+#pragma unroll
+        for (int i = 0; i < kCOUNT; ++i)
+        {
+            if ((words[i].x & 1) == turn || at(i) == nullptr)
+            {
+                missing &= ~(1U << i);
+            }
+        }
+        waits = missing != 0;
+    }
+}
+
+template <typename T, int kWIDTH>
+struct Block
+{
+    using L = Layout<kWIDTH>;
+    using B = Boards<kWIDTH>;
+    static constexpr int kWARPS = L::kWARPS;
+    static constexpr int kHEADS = B::kHEADS;
+    static constexpr int kCOMPUTE = kWARPS * kWARP_SIZE;
+    // A lane is (g, t) = (lane / 4, lane % 4). As a row's it has row g, and of its warp's 64 inputs 8 t to 8 t + 7 of
+    // both chunks of 32.
+
+    WideParams const& p;
+    uint8_t* shared;
+    Ring<L> ring;
+    unsigned live{0};  //!< rows that have a line, a bit each
+    int token{0};      //!< number of the token under way, for all rows
+    int layer{0};
+    unsigned thread{threadIdx.x};
+
+    template <typename P>
+    __device__ __forceinline__ P* at(int offset) const
+    {
+        return reinterpret_cast<P*>(shared + offset);
+    }
+    __device__ __forceinline__ int warp() const
+    {
+        return static_cast<int>(thread) / kWARP_SIZE;
+    }
+    __device__ __forceinline__ int lane() const
+    {
+        return static_cast<int>(thread) % kWARP_SIZE;
+    }
+    __device__ __forceinline__ void forget()
+    {
+        thread = sm90::threadIndexAnew();
+    }
+    static __device__ __forceinline__ void sync()
+    {
+        sm90::syncSome<1, kCOMPUTE>();
+    }
+    __device__ __forceinline__ uint32_t decided() const
+    {
+        return ring.full(2 * L::kRING);
+    }
+    __device__ __forceinline__ static bool works()
+    {
+        return blockIdx.x < L::kSHARES;
+    }
+
+    // The rows' state, the same in every block.
+    __device__ __forceinline__ int* lines() const
+    {
+        return at<int>(L::kSTATE);  // -1: idle
+    }
+    __device__ __forceinline__ int* newest() const
+    {
+        return lines() + kROWS;  // positions
+    }
+    __device__ __forceinline__ int* inputs() const
+    {
+        return lines() + 2 * kROWS;  // tokens
+    }
+    __device__ __forceinline__ float* logProbs() const
+    {
+        return at<float>(L::kSTATE) + 3 * kROWS;
+    }
+    __device__ __forceinline__ int* nextLine() const
+    {
+        return lines() + 4 * kROWS;
+    }
+    __device__ __forceinline__ int* allEnded() const
+    {
+        return nextLine() + 1;
+    }
+    __device__ __forceinline__ bool isLive(int row) const
+    {
+        return (live >> row & 1) != 0;
+    }
+
+    __device__ __forceinline__ sm90::Quad* board(int of, int row) const
+    {
+        return p.boards + row * B::kROW_WORDS + of;
+    }
+    //! Of the boards that are used once a layer.
+    __device__ __forceinline__ unsigned turn() const
+    {
+        return static_cast<unsigned>(token * p.layerCount + layer + 1) & 1;
+    }
+    __device__ __forceinline__ unsigned tokenTurn() const
+    {
+        return static_cast<unsigned>(token + 1) & 1;
+    }
+
+    // ---- hidden ----
+
+    //! x = LayerNorm number `norm` of the sums on board `of` (-1: of the embedding), row g. A barrier is inside.
+    __device__ __forceinline__ void makeHidden(uint4 (&x)[2], int of, unsigned ofTurn, int norm)
+    {
+        forget();
+        int const row = lane() / 4;
+        int const column = warp() * 64 + lane() % 4 * 8;
+        T const* const norms = static_cast<T const*>(p.norms) + norm * 2 * kWIDTH + column;
+        uint4 gammaBits[2];
+        uint4 betaBits[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+        {
+            gammaBits[c] = __ldg(reinterpret_cast<uint4 const*>(norms + c * 32));
+            betaBits[c] = __ldg(reinterpret_cast<uint4 const*>(norms + kWIDTH + c * 32));
+        }
+        float v[2][8] = {};
+        if (of < 0)
+        {
+            if (row < p.slots)
+            {
+                auto const* const words =
+                    static_cast<T const*>(p.embedding) + static_cast<size_t>(inputs()[row]) * kWIDTH;
+                auto const* const places =
+                    static_cast<T const*>(p.positions) + static_cast<size_t>(newest()[row]) * kWIDTH;
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+                {
+                    auto const word = Pack<T>::fromBits(__ldg(reinterpret_cast<uint4 const*>(words + column + c * 32)));
+                    auto const place =
+                        Pack<T>::fromBits(__ldg(reinterpret_cast<uint4 const*>(places + column + c * 32)));
+#pragma unroll
+                    for (int e = 0; e < 8; ++e)
+                    {
+                        v[c][e] = word.values[e] * p.embedScale + place.values[e];
+                    }
+                }
+            }
+        }
+        else
+        {
+            uint4 bits[4];
+            auto const* const from = board(of, row) + column / 4;
+            bool const is = row < p.slots;
+            receive(bits, ofTurn, [&](int i) { return is ? from + i / 2 * 8 + i % 2 : nullptr; });
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+            {
+                v[i / 2][i % 2 * 4] = __uint_as_float(bits[i].x);
+                v[i / 2][i % 2 * 4 + 1] = __uint_as_float(bits[i].y);
+                v[i / 2][i % 2 * 4 + 2] = __uint_as_float(bits[i].z);
+                v[i / 2][i % 2 * 4 + 3] = __uint_as_float(bits[i].w);
+            }
+        }
+        float total = 0.0F;
+        float squares = 0.0F;
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+        {
+            float const value = v[i / 8][i % 8];
+            total += value;
+            squares += value * value;
+        }
+        total = groupSum<4>(total);
+        squares = groupSum<4>(squares);
+        auto* const statistics = at<float2>(L::kSTATISTICS) + row * kWARPS;
+        if (lane() % 4 == 0)
+        {
+            statistics[warp()] = {total, squares};
+        }
+        sync();
+        total = 0.0F;
+        squares = 0.0F;
+#pragma unroll
+        for (int i = 0; i < kWARPS / 4; ++i)
+        {
+            float2 const part = statistics[lane() % 4 * (kWARPS / 4) + i];
+            total += part.x;
+            squares += part.y;
+        }
+        total = groupSum<4>(total);
+        squares = groupSum<4>(squares);
+        float mean = total / kWIDTH;
+        float scale = rsqrtf(fmaxf(squares / kWIDTH - mean * mean, 0.0F) + p.epsilon);
+        bool const normed = of >= 0 || p.embeddingNorm;
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+        {
+            Pack<T> const gamma = Pack<T>::fromBits(gammaBits[c]);
+            Pack<T> const beta = Pack<T>::fromBits(betaBits[c]);
+            Pack<T> out;
+#pragma unroll
+            for (int e = 0; e < 8; ++e)
+            {
+                float const value = v[c][e];
+                out.values[e] = normed ? (value - mean) * scale * gamma.values[e] + beta.values[e] : value;
+            }
+            x[c] = out.toBits();
+        }
+    }
+
+    // ---- products: rows on the left, eight outputs on the right, 64 inputs a warp ----
+
+    static __device__ __forceinline__ void multiply(float (&c)[4], uint4 const& x, uint4 const& w)
+    {
+        multiplyChunk<T>(c, {x, uint4{}}, w);
+    }
+
+    //! This warp's part of a tile's product, to `partial` [warp][tile][row][8].
+    __device__ __forceinline__ void leave(float const (&c)[4], int partial, int tile, int tiles) const
+    {
+        at<float2>(partial)[(warp() * tiles + tile) * kWARP_SIZE + lane()] = {c[0], c[1]};
+    }
+
+    //! The warps' parts of columns 2 t and 2 t + 1 of row g, in the warps' order.
+    __device__ __forceinline__ float2 addUp(float2 sum, int partial, int tile, int tiles) const
+    {
+        auto const* const from = at<float2>(partial) + tile * kWARP_SIZE + lane();
+#pragma unroll
+        for (int i = 0; i < kWARPS; ++i)
+        {
+            float2 const part = from[i * tiles * kWARP_SIZE];
+            sum.x += part.x;
+            sum.y += part.y;
+        }
+        return sum;
+    }
+
+    //! This warp's weights of the next `count` slots.
+    template <int kMOST>
+    __device__ __forceinline__ void takeWeights(uint4 (&w)[kMOST][2], int count)
+    {
+#pragma unroll
+        for (int i = 0; i < kMOST; ++i)
+        {
+            if (i < count)
+            {
+                uint32_t const from = ring.wait(i) + warp() * 1024 + lane() * 16;
+                w[i][0] = sm90::loadShared(from);
+                w[i][1] = sm90::loadShared(from + 512);
+            }
+        }
+        ring.release(count);
+    }
+
+    //! Board `to`, word tile * tileStride + the share's first = activation(hidden times the next slots + bias).
+    __device__ __forceinline__ void multiplyHidden(int sums, int norm, int tiles, float const* biases, int to,
+                                                   int tileStride, int first, bool activated)
+    {
+        forget();
+        uint4 w[kINNER_TILES][2];
+        takeWeights(w, tiles);
+        float2 bias{};
+        if (warp() < tiles)
+        {
+            bias = __ldg(reinterpret_cast<float2 const*>(biases + warp() * kCOLUMNS) + lane() % 4);
+        }
+        uint4 x[2];
+        // What the layer before left has its use's number, and the first layer's input is the embedding.
+        bool const embeds = sums == B::kSUMS + 2 * kWIDTH / 4 && layer == 0;
+        makeHidden(x, embeds ? -1 : sums, norm % 3 == 0 ? turn() ^ 1 : turn(), norm);
+        int const share = static_cast<int>(blockIdx.x);
+        if (warp() == share / 8 && lane() % 4 == share % 4)  // the share's own columns, which the residual is
+        {
+            at<uint4>(L::kRESIDUAL)[lane() / 4] = share % 8 < 4 ? x[0] : x[1];
+        }
+#pragma unroll
+        for (int i = 0; i < kINNER_TILES; ++i)
+        {
+            if (i < tiles)
+            {
+                float c[4] = {};
+                multiply(c, x[0], w[i][0]);
+                multiply(c, x[1], w[i][1]);
+                leave(c, L::kPARTIAL, i, tiles);
+            }
+        }
+        sync();
+        if (warp() < tiles)
+        {
+            float2 sum = addUp(bias, L::kPARTIAL, warp(), tiles);
+            if (activated)
+            {
+                sum = p.gelu ? float2{gelu(sum.x), gelu(sum.y)} : float2{fmaxf(sum.x, 0.0F), fmaxf(sum.y, 0.0F)};
+            }
+            unsigned const mine = packPair<T>(sum.x, sum.y);
+            uint4 word;
+            word.x = __shfl_sync(kFULL_WARP, mine, lane() & ~3);
+            word.y = __shfl_sync(kFULL_WARP, mine, (lane() & ~3) + 1);
+            word.z = __shfl_sync(kFULL_WARP, mine, (lane() & ~3) + 2);
+            word.w = __shfl_sync(kFULL_WARP, mine, lane() | 3);
+            int const row = lane() / 4;
+            if (lane() % 4 == 0 && row < p.slots)
+            {
+                put(board(to, row) + first + warp() * tileStride, word, turn());
+            }
+        }
+    }
+
+    //! The rows' contexts of cross-attention, row g's part of them, from the parts that blocks have left.
+    __device__ __forceinline__ void mergeParts(uint4 (&x)[2])
+    {
+        forget();
+        int const g = lane() / 4;
+        int const t = lane() % 4;
+        uint4 words[3];
+        sm90::Quad const* const from =
+            board(B::kPARTS, g / p.parts) + (warp() * kMOST_PARTS + g % p.parts) * B::kPART_WORDS;
+        bool const is = g < p.slots * p.parts;
+        receive(words, turn(), [&](int i) { return is ? from + (i == 2 ? kHEAD / 8 : 4 * i + t) : nullptr; });
+        x[0] = words[0];
+        x[1] = words[1];
+        if (p.parts == 1)
+        {
+            return;
+        }
+        float const maximum = __uint_as_float(words[2].x);
+        float most = maximum;
+#pragma unroll 1
+        for (int offset = 4; offset < 4 * p.parts; offset *= 2)
+        {
+            most = fmaxf(most, __shfl_xor_sync(kFULL_WARP, most, offset));
+        }
+        float const weight = exp2Approx(maximum - most) * __uint_as_float(words[2].y);
+        float sums[17];
+        sums[16] = weight;
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+        {
+            Pack<T> const values = Pack<T>::fromBits(words[c]);
+#pragma unroll
+            for (int e = 0; e < 8; ++e)
+            {
+                sums[8 * c + e] = weight * values.values[e];
+            }
+        }
+#pragma unroll 1
+        for (int offset = 4; offset < 4 * p.parts; offset *= 2)
+        {
+#pragma unroll
+            for (int i = 0; i < 17; ++i)
+            {
+                sums[i] += __shfl_xor_sync(kFULL_WARP, sums[i], offset);
+            }
+        }
+        float const factor = is ? 1.0F / sums[16] : 0.0F;
+        int const source = min(g, p.slots - 1) * p.parts * 4 + t;
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+        {
+            Pack<T> out;
+#pragma unroll
+            for (int e = 0; e < 8; ++e)
+            {
+                out.values[e] = sums[8 * c + e] * factor;
+            }
+            uint4 const bits = out.toBits();
+            x[c].x = __shfl_sync(kFULL_WARP, bits.x, source);
+            x[c].y = __shfl_sync(kFULL_WARP, bits.y, source);
+            x[c].z = __shfl_sync(kFULL_WARP, bits.z, source);
+            x[c].w = __shfl_sync(kFULL_WARP, bits.w, source);
+        }
+    }
+
+    //! c = the rows on board `of` times the next kSLOTS slots, kWIDTH inputs each.
+    template <int kSLOTS>
+    __device__ __forceinline__ void multiplyRows(float (&c)[4], int of)
+    {
+        forget();
+        uint4 w[kSLOTS][2];
+        takeWeights(w, kSLOTS);
+        uint4 x[2 * kSLOTS];
+        sm90::Quad const* const from = board(of, lane() / 4) + warp() * 8 + lane() % 4;
+        bool const is = lane() / 4 < p.slots;
+        receive(x, turn(), [&](int i) { return is ? from + i / 2 * (kWIDTH / 8) + i % 2 * 4 : nullptr; });
+#pragma unroll
+        for (int i = 0; i < kSLOTS; ++i)
+        {
+            multiply(c, x[2 * i], w[i][0]);
+            multiply(c, x[2 * i + 1], w[i][1]);
+        }
+    }
+
+    //! The same of the parts of cross-attention's contexts.
+    __device__ __forceinline__ void multiplyParts(float (&c)[4])
+    {
+        uint4 w[1][2];
+        takeWeights(w, 1);
+        uint4 x[2];
+        mergeParts(x);
+        multiply(c, x[0], w[0][0]);
+        multiply(c, x[1], w[0][1]);
+    }
+
+    //! Board `to` = hidden + bias + the warps' c; `sum` is the bias. `isLast`: so is the board of the last sums, which
+    //! is used once a token; the other is written for its bit.
+    __device__ __forceinline__ void leaveSums(float const (&c)[4], float2 sum, int to, bool isLast)
+    {
+        forget();
+        leave(c, L::kOUT_PARTIAL, 0, 1);
+        sync();
+        if (warp() == 0)
+        {
+            float2 const own = unpackPair<T>(at<unsigned>(L::kRESIDUAL)[lane()]);
+            sum = addUp({sum.x + own.x, sum.y + own.y}, L::kOUT_PARTIAL, 0, 1);
+            float const x2 = __shfl_xor_sync(kFULL_WARP, sum.x, 1);
+            float const y2 = __shfl_xor_sync(kFULL_WARP, sum.y, 1);
+            int const row = lane() / 4;
+            if (lane() % 2 == 0 && row < p.slots)
+            {
+                uint4 const word = {__float_as_uint(sum.x), __float_as_uint(sum.y), __float_as_uint(x2),
+                                    __float_as_uint(y2)};
+                int const at = static_cast<int>(blockIdx.x) * 2 + lane() % 4 / 2;
+                put(board(to, row) + at, word, turn());
+                if (isLast)
+                {
+                    put(board(B::kLAST_SUMS, row) + at, word, tokenTurn());
+                }
+            }
+        }
+    }
+
+    // ---- attention: a row and a head are one block's, of the lines' keys a part ----
+
+    //! What the warps' softmaxes have left, of one warp: in lanes 8 q + i columns 8 i to 8 i + 7, not divided by the
+    //! total. Returns (maximum, total).
+    __device__ __forceinline__ float2 mergeWarps(float (&sums)[8]) const
+    {
+        float2 mine = {kNO_SCORE, 0.0F};
+        if (lane() < kWARPS)
+        {
+            mine = at<float2>(L::kSCALES)[lane()];
+        }
+        float const most = groupMax(mine.x);
+        float const factor = exp2Approx(mine.x - most);
+        float const total = groupSum(factor * mine.y);
+#pragma unroll
+        for (float& sum : sums)
+        {
+            sum = 0.0F;
+        }
+#pragma unroll
+        for (int i = 0; i < kWARPS; i += 4)
+        {
+            int const part = i + lane() / 8;
+            float const of = __shfl_sync(kFULL_WARP, factor, part);
+            auto const* const from = at<float4>(L::kCONTEXTS) + part * (kHEAD / 4) + lane() % 8 * 2;
+            float4 const a = from[0];
+            float4 const b = from[1];
+            sums[0] += of * a.x;
+            sums[1] += of * a.y;
+            sums[2] += of * a.z;
+            sums[3] += of * a.w;
+            sums[4] += of * b.x;
+            sums[5] += of * b.y;
+            sums[6] += of * b.z;
+            sums[7] += of * b.w;
+        }
+#pragma unroll
+        for (float& sum : sums)
+        {
+            sum += __shfl_xor_sync(kFULL_WARP, sum, 8);
+            sum += __shfl_xor_sync(kFULL_WARP, sum, 16);
+        }
+        return {most, total};
+    }
+
+    //! One warp: the context that the warps' softmaxes have left, or of a row without a line zeros, to the words from
+    //! `to` on; behind them maximum and total, if `scaled`.
+    __device__ __forceinline__ void leaveContext(sm90::Quad* to, bool is, bool scaled) const
+    {
+        Pack<T> out{};
+        float2 scale = {0.0F, 1.0F};
+        if (is)
+        {
+            float sums[8];
+            scale = mergeWarps(sums);
+            float const factor = 1.0F / scale.y;
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+            {
+                out.values[i] = sums[i] * factor;
+            }
+        }
+        if (lane() < kHEAD / 8)
+        {
+            put(to + lane(), out.toBits(), turn());
+        }
+        else if (scaled && lane() == kHEAD / 8)
+        {
+            put(to + lane(), {__float_as_uint(scale.x), __float_as_uint(scale.y), 0, 0}, turn());
+        }
+    }
+
+    __device__ __forceinline__ void attendToSelf()
+    {
+        forget();
+        using HeadKeys = Keys<T, kHEAD, kWARPS, 1>;
+        int const task = static_cast<int>(blockIdx.x);
+        int const row = task / kHEADS;
+        int const head = task % kHEADS;
+        if (row >= p.slots)
+        {
+            return;
+        }
+        bool const is = isLive(row);
+        if (is)
+        {
+            int const position = newest()[row];  // keys in the cache
+            size_t const cache = ((static_cast<size_t>(layer) * p.slots + row) * kHEADS + head) * p.capacity * kHEAD;
+            T* const keys = static_cast<T*>(p.keys) + cache;
+            T* const values = static_cast<T*>(p.values) + cache;
+            HeadKeys held;
+            held.load(keys, values, 0, position);
+            uint4 words[3];
+            sm90::Quad const* const from = board(B::kQKV, row) + head * (kHEAD / 8) + lane() % HeadKeys::kLANES;
+            receive(words, turn(), [&](int i) { return from + i * (kWIDTH / 8); });
+            Softmax<T, kHEAD> softmax;
+            softmax.begin(words[0]);
+#pragma unroll 1
+            for (int key = 0; key <= position; key += HeadKeys::kSPAN)
+            {
+                if (key > 0)
+                {
+                    held.load(keys, values, key, position);
+                }
+                insertNewest(held, key, position, &words[1], &words[2]);
+                softmax.add(held, key, position + 1);
+            }
+            softmax.finish(at<float>(L::kCONTEXTS) + warp() * kHEAD, at<float2>(L::kSCALES) + warp());
+            if (warp() == kWARPS - 1 && lane() < HeadKeys::kLANES)
+            {
+                size_t const to = static_cast<size_t>(position) * kHEAD + lane() * 8;
+                *reinterpret_cast<uint4*>(keys + to) = words[1];
+                *reinterpret_cast<uint4*>(values + to) = words[2];
+            }
+        }
+        sync();
+        if (warp() == 0)
+        {
+            leaveContext(board(B::kCONTEXTS, row) + head * (kHEAD / 8), is, false);
+        }
+    }
+
+    //! This block's part of the lines' keys: those of a row and head from first to last. False: it has none.
+    struct Part
+    {
+        int row, head, part, first, last;
+    };
+
+    __device__ __forceinline__ bool partOf(Part& mine) const
+    {
+        int const task = static_cast<int>(blockIdx.x) / p.parts;
+        mine.part = static_cast<int>(blockIdx.x) % p.parts;
+        mine.row = task / kHEADS;
+        mine.head = task % kHEADS;
+        mine.first = p.sourceLength * mine.part / p.parts;
+        mine.last = p.sourceLength * (mine.part + 1) / p.parts;
+        return mine.row < p.slots;
+    }
+
+    __device__ __forceinline__ void attendToLines()
+    {
+        forget();
+        using SlotKeys = Keys<T, kHEAD, kWARPS, L::kSLOT_KEYS / (kWARPS * 4)>;
+        static_assert(SlotKeys::kSPAN == L::kSLOT_KEYS);
+        Part mine;
+        if (!partOf(mine))
+        {
+            return;
+        }
+        bool const is = isLive(mine.row);
+        if (is)
+        {
+            uint4 query[1];
+            sm90::Quad const* const from =
+                board(B::kQUERIES, mine.row) + mine.head * (kHEAD / 8) + lane() % SlotKeys::kLANES;
+            receive(query, turn(), [&](int) { return from; });
+            Softmax<T, kHEAD> softmax;
+            softmax.begin(query[0]);
+#pragma unroll 1
+            for (int key = mine.first; key < mine.last; key += L::kSLOT_KEYS)
+            {
+                int const count = min(L::kSLOT_KEYS, mine.last - key);
+                uint32_t const keys = ring.wait(0);
+                uint32_t const values = ring.wait(1);
+                SlotKeys held;
+#pragma unroll
+                for (int pass = 0; pass < L::kSLOT_KEYS / (kWARPS * 4); ++pass)
+                {
+                    int const index = held.indexOf(0, pass);
+                    held.keys[pass] = held.values[pass] = uint4{};
+                    if (index < count)
+                    {
+                        uint32_t const offset = index * (kHEAD * 2) + lane() % SlotKeys::kLANES * 16;
+                        held.keys[pass] = sm90::loadShared(keys + offset);
+                        held.values[pass] = sm90::loadShared(values + offset);
+                    }
+                }
+                ring.release(2);
+                softmax.add(held, 0, count);
+            }
+            softmax.finish(at<float>(L::kCONTEXTS) + warp() * kHEAD, at<float2>(L::kSCALES) + warp());
+        }
+        sync();
+        if (warp() == 0)
+        {
+            leaveContext(board(B::kPARTS, mine.row) + (mine.head * kMOST_PARTS + mine.part) * B::kPART_WORDS, is, true);
+        }
+    }
+
+    __device__ __forceinline__ void decodeLayers()
+    {
+        int const share = static_cast<int>(blockIdx.x);
+#pragma unroll 1
+        for (layer = 0; layer < p.layerCount; ++layer)
+        {
+            float const* const biases = p.constants + (static_cast<size_t>(layer) * L::kSHARES + share) * kBIASES;
+#pragma unroll 1
+            for (int part = 0; part < 3; ++part)
+            {
+                // First products of: query, key, value; query; the feed-forward.
+                int const tiles = part == 0 ? 3 : part == 1 ? 1 : kINNER_TILES;
+                int const firstBias = part == 0 ? 0 : part == 1 ? 4 : 6;
+                int const to = part == 0 ? B::kQKV : part == 1 ? B::kQUERIES : B::kINNERS;
+                multiplyHidden(B::kSUMS + (part + 2) % 3 * (kWIDTH / 4), 3 * layer + part, tiles,
+                               biases + firstBias * kCOLUMNS, to, part == 0 ? kWIDTH / 8 : 1,
+                               part == 2 ? share * kINNER_TILES : share, part == 2);
+                float2 outBias{};
+                if (warp() == 0)
+                {
+                    auto const* const from = reinterpret_cast<float2 const*>(biases + (firstBias + tiles) * kCOLUMNS);
+                    outBias = __ldg(from + lane() % 4);
+                }
+                float c[4] = {};
+                if (part == 0)
+                {
+                    attendToSelf();
+                    multiplyRows<1>(c, B::kCONTEXTS);
+                }
+                else if (part == 1)
+                {
+                    attendToLines();
+                    multiplyParts(c);
+                }
+                else
+                {
+                    multiplyRows<kINNER_TILES>(c, B::kINNERS);
+                }
+                leaveSums(c, outBias, B::kSUMS + part * (kWIDTH / 4), part == 2 && layer + 1 == p.layerCount);
+            }
+        }
+    }
+
+    // ---- the lane that fetches ----
+
+    __device__ __forceinline__ void fetchWeights(int of, int first, int count, uint64_t policy)
+    {
+        if (works())
+        {
+            uint8_t const* const from =
+                p.layers +
+                ((static_cast<size_t>(of) * L::kSHARES + blockIdx.x) * kLAYER_SLOTS + first) * L::kSLOT_BYTES;
+#pragma unroll 1
+            for (int i = 0; i < count; ++i)
+            {
+                ring.fetch(from + i * L::kSLOT_BYTES, L::kSLOT_BYTES, policy);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void fetchKeys(int of, uint64_t policy)
+    {
+        Part mine;
+        if (!works() || !partOf(mine))
+        {
+            return;
+        }
+        int const line = static_cast<int volatile*>(lines())[mine.row];
+        if (line < 0)
+        {
+            return;
+        }
+        size_t const start = (static_cast<size_t>(line) * kHEADS + mine.head) * p.sourceLength;
+#pragma unroll 1
+        for (int key = mine.first; key < mine.last; key += L::kSLOT_KEYS)
+        {
+            uint32_t const bytes = min(L::kSLOT_KEYS, mine.last - key) * kHEAD * 2;
+            size_t const offset = (start + key) * kHEAD;
+            ring.fetch(static_cast<T const*>(p.crossKeys[of]) + offset, bytes, policy);
+            ring.fetch(static_cast<T const*>(p.crossValues[of]) + offset, bytes, policy);
+        }
+    }
+
+    __device__ __forceinline__ int headUnits() const
+    {
+        return (p.vocabulary + kCOLUMNS - 1) / kCOLUMNS;
+    }
+
+    __device__ __forceinline__ void produce()
+    {
+        uint64_t const policy = sm90::CachePolicies::make().drop;
+        uint32_t parity = 0;
+#pragma unroll 1
+        while (true)
+        {
+            fetchWeights(0, 0, kSLOTS_BEFORE_KEYS, policy);  // none of it depends on what is decided
+            sm90::barrierWait(decided(), parity);
+            parity ^= 1;
+            if (*static_cast<int volatile*>(allEnded()) != 0)
+            {
+                return;
+            }
+#pragma unroll 1
+            for (int of = 0; of < p.layerCount; ++of)
+            {
+                if (of > 0)
+                {
+                    fetchWeights(of, 0, kSLOTS_BEFORE_KEYS, policy);
+                }
+                fetchKeys(of, policy);
+                fetchWeights(of, kSLOTS_BEFORE_KEYS, kLAYER_SLOTS - kSLOTS_BEFORE_KEYS, policy);
+            }
+#pragma unroll 1
+            for (int unit = static_cast<int>(blockIdx.x); unit < headUnits(); unit += static_cast<int>(gridDim.x))
+            {
+                ring.fetch(p.head + static_cast<size_t>(unit) * L::kSLOT_BYTES, L::kSLOT_BYTES, policy);
+            }
+        }
+    }
+
+    // ---- the head ----
+
+    __device__ __forceinline__ sm90::Quad* choiceAt(int row, int block) const
+    {
+        return p.boards + B::kCHOICES + (token % 2 * kROWS + row) * kMOST_BLOCKS + block;
+    }
+
+    //! Every row's best token among this block's share of the vocabulary. A warp takes eight tokens, whole.
+    __device__ __forceinline__ void chooseTokens()
+    {
+        forget();
+        uint4 x[2];
+        makeHidden(x, B::kLAST_SUMS, tokenTurn(), 3 * p.layerCount);
+        int const rowAt = L::kPARTIAL + lane() / 4 * L::kPITCH + lane() % 4 * 16;
+        *at<uint4>(rowAt + warp() * 128) = x[0];
+        *at<uint4>(rowAt + warp() * 128 + 64) = x[1];
+        sync();
+        BestLogit best = {kNO_SCORE, 0, 0.0F};
+        int turn = warp();
+#pragma unroll 1
+        for (int unit = static_cast<int>(blockIdx.x); unit < headUnits(); unit += static_cast<int>(gridDim.x))
+        {
+            uint32_t const weights = ring.wait(0) + lane() * 16;
+            if (turn == 0)
+            {
+                float c[2][4] = {};  // of even and odd chunks
+#pragma unroll 4
+                for (int chunk = 0; chunk < kWIDTH / 32; chunk += 2)
+                {
+                    multiply(c[0], *at<uint4>(rowAt + chunk * 64), sm90::loadShared(weights + chunk * 512));
+                    multiply(c[1], *at<uint4>(rowAt + chunk * 64 + 64), sm90::loadShared(weights + chunk * 512 + 512));
+                }
+                int const of = unit * kCOLUMNS + lane() % 4 * 2;
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                {
+                    if (of + i < p.vocabulary)
+                    {
+                        best.take(c[0][i] + c[1][i], of + i);
+                    }
+                }
+            }
+            turn = turn == 0 ? kWARPS - 1 : turn - 1;
+            ring.release(1);
+        }
+        best.merge(best.shuffled(1));
+        best.merge(best.shuffled(2));
+        auto* const choices = at<BestLogit>(L::kCHOICES);  // [row][warp]
+        if (lane() % 4 == 0)
+        {
+            choices[lane() / 4 * kWARPS + warp()] = best;
+        }
+        sync();
+#pragma unroll 1
+        for (int row = warp(); row < p.slots; row += kWARPS)
+        {
+            BestLogit choice = choices[row * kWARPS + lane() % kWARPS];
+#pragma unroll 1
+            for (int offset = 1; offset < kWARPS; offset *= 2)
+            {
+                choice.merge(choice.shuffled(offset));
+            }
+            if (lane() == 0)
+            {
+                sm90::publish(
+                    choiceAt(row, static_cast<int>(blockIdx.x)),
+                    {__float_as_uint(choice.best) | static_cast<uint64_t>(static_cast<unsigned>(choice.token)) << 32,
+                     __float_as_uint(choice.total) | static_cast<uint64_t>(token + 1) << 32});
+            }
+        }
+    }
+
+    //! Ends the row's token, by the choices of all blocks. One warp.
+    __device__ __forceinline__ void endToken(int row)
+    {
+        forget();
+        constexpr int kMINE = kMOST_BLOCKS / kWARP_SIZE;
+        int const line = lines()[row];
+        int const position = newest()[row];
+        // The best of all first: what is added up then needs one exponential, and no order.
+        BestLogit of[kMINE];
+        unsigned missing = (1U << kMINE) - 1;
+#pragma unroll 1
+        while (missing != 0)
+        {
+#pragma unroll
+            for (int i = 0; i < kMINE; ++i)
+            {
+                int const block = i * kWARP_SIZE + lane();
+                if (block >= static_cast<int>(gridDim.x))
+                {
+                    of[i] = {kNO_SCORE, 0x7fffffff, 0.0F};
+                    missing &= ~(1U << i);
+                }
+                else if ((missing >> i & 1) != 0)
+                {
+                    sm90::Quad const word = sm90::readPublished(choiceAt(row, block));
+                    of[i] = {__uint_as_float(static_cast<unsigned>(word.low)), static_cast<int>(word.low >> 32),
+                             __uint_as_float(static_cast<unsigned>(word.high))};
+                    missing &= static_cast<int>(word.high >> 32) == token + 1 ? ~(1U << i) : ~0U;
+                }
+            }
+        }
+        float best = of[0].best;
+#pragma unroll
+        for (int i = 1; i < kMINE; ++i)
+        {
+            best = fmaxf(best, of[i].best);
+        }
+        best = groupMax(best);
+        float total = 0.0F;
+        int chosen = 0x7fffffff;
+#pragma unroll
+        for (int i = 0; i < kMINE; ++i)
+        {
+            total += of[i].total * exp2Approx((of[i].best - best) * kLOG2_E);
+            chosen = of[i].best == best ? min(chosen, of[i].token) : chosen;
+        }
+        total = groupSum(total);
+        chosen = __reduce_min_sync(kFULL_WARP, chosen);
+        bool const ends = lane() < p.ends && chosen == p.endIds[min(lane(), kMAX_END_IDS - 1)];
+        bool const ended = __any_sync(kFULL_WARP, ends) || position + 1 == p.maxNewTokens;
+        float const logProb = logProbs()[row] - logf(total);  // the chosen token's own exponent is 0
+        if (blockIdx.x == 0)
+        {
+            int* const tokens = p.tokens + static_cast<size_t>(line) * p.maxNewTokens;
+            if (lane() == 0)
+            {
+                tokens[position] = chosen;
+            }
+            if (ended)
+            {
+                for (int i = position + 1 + lane(); i < p.maxNewTokens; i += kWARP_SIZE)
+                {
+                    tokens[i] = p.padId;
+                }
+                if (lane() == 0)
+                {
+                    p.lengths[line] = position + 1;
+                    p.logProbs[line] = logProb;
+                }
+            }
+        }
+        __syncwarp();
+        if (lane() == 0)
+        {
+            lines()[row] = ended ? -1 : line;
+            newest()[row] = ended ? 0 : position + 1;
+            inputs()[row] = ended ? p.startId : chosen;
+            logProbs()[row] = ended ? 0.0F : logProb;
+        }
+    }
+
+    //! Rows without a line take the next ones, the same in every block. Then the lane that fetches may go on.
+    __device__ __forceinline__ void decide()
+    {
+        if (threadIdx.x == 0)
+        {
+            bool any = false;
+#pragma unroll 1
+            for (int row = 0; row < p.slots; ++row)
+            {
+                if (lines()[row] < 0 && *nextLine() < p.lines)
+                {
+                    lines()[row] = (*nextLine())++;
+                }
+                any = any || lines()[row] >= 0;
+            }
+            *allEnded() = !any;
+            sm90::barrierArrive(decided());
+        }
+        sync();
+        live = __ballot_sync(kFULL_WARP, lane() < kROWS && lines()[lane() % kROWS] >= 0);
+    }
+
+    //! The warps that compute.
+    __device__ __forceinline__ void compute()
+    {
+        if (threadIdx.x < kROWS)
+        {
+            lines()[threadIdx.x] = -1;
+            newest()[threadIdx.x] = 0;
+            inputs()[threadIdx.x] = p.startId;
+            logProbs()[threadIdx.x] = 0.0F;
+            *nextLine() = 0;
+        }
+        sync();
+        decide();
+#pragma unroll 1
+        for (; live != 0; ++token)
+        {
+            if (works())
+            {
+                decodeLayers();
+            }
+            chooseTokens();
+#pragma unroll 1
+            for (int row = warp(); row < p.slots; row += kWARPS)
+            {
+                if (isLive(row))
+                {
+                    endToken(row);
+                }
+            }
+            sync();
+            decide();
+        }
+        if (works())  // the next token's beginning is on its way, for nothing
+        {
+#pragma unroll 1
+            for (int i = 0; i < kSLOTS_BEFORE_KEYS; ++i)
+            {
+                ring.wait(0);
+                ring.release(1);
+            }
+        }
+    }
+};
+
+//! Decodes all lines. All blocks must run at once.
+template <typename T, int kWIDTH>
+__global__ void __launch_bounds__(Layout<kWIDTH>::kTHREADS, 1) decodeWide(__grid_constant__ WideParams const p)
+{
+    TROCR_DYNAMIC_SHARED(shared, 128);
+    using L = Layout<kWIDTH>;
+    Block<T, kWIDTH> block{p, shared, {sharedAddress(shared)}};
+    if (threadIdx.x == 0)
+    {
+        for (int slot = 0; slot < L::kRING; ++slot)
+        {
+            sm90::barrierInit(block.ring.full(slot), 1);
+            sm90::barrierInit(block.ring.empty(slot), L::kWARPS);
+        }
+        sm90::barrierInit(block.decided(), 1);
+        *block.allEnded() = 0;
+        sm90::barrierInitFence();
+    }
+    __syncthreads();
+    constexpr bool kMOVES = L::kTHREADS > 512;  // registers, of which a thread has fewer than it needs
+    if (threadIdx.x < Block<T, kWIDTH>::kCOMPUTE)
+    {
+        if constexpr (kMOVES)
+        {
+            sm90::growRegisters<112>();
+        }
+        block.compute();
+    }
+    else
+    {
+        if constexpr (kMOVES)
+        {
+            sm90::shrinkRegisters<32>();
+        }
+        if (threadIdx.x == Block<T, kWIDTH>::kCOMPUTE)
+        {
+            block.produce();
+        }
+    }
+}
+
+}  // namespace trocr::decoder::wide
