@@ -193,46 +193,47 @@ def _pack_for_chain(weights: Mapping[str, Tensor], config: Mapping) -> dict[str,
 def _pack_for_wide(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tensor]:
     """The layers as the wide decoder's blocks stream them: a share is 8 columns of the width.
 
+    Each sublayer's first product has the LayerNorm before it folded in: gamma into its weights, beta into its bias.
+
     Returns:
-        "wide_layers" uint8 [L, D / 8, bytes] and "wide_constants" float32 [L, D / 8, 88].
+        "wide_layers" T [L, 14 slots, D / 8, 8 D] and "wide_constants" float32 [L, D / 8, 200].
     """
     layers, shares = config["num_layers"], config["hidden_size"] // TILE
+    # Of what each sublayer begins with, [L, 3, D]: the embedding's or the layer before's last, and the layer's others.
+    gamma, beta = (
+        torch.cat([first[None], weights[f"norm_{name}"].flatten(0, 1)[:-1]]).unflatten(0, (layers, 3))
+        for name, first in (
+            ("gamma", weights.get("embedding_norm_gamma", torch.ones_like(weights["norm_gamma"][0, 0]))),
+            ("beta", weights.get("embedding_norm_beta", torch.zeros_like(weights["norm_beta"][0, 0]))),
+        )
+    )
 
     def tiles(weight: Tensor) -> Tensor:  # [L, out, in] -> [L, out / 8, in / 32, 8, 32]
         return weight.unflatten(2, (-1, CHUNK)).unflatten(1, (-1, TILE)).transpose(2, 3)
 
-    def product(name: str) -> Tensor:  # of tiles, those of every share
-        weight = weights[name]
-        return tiles(weight).unflatten(1, (weight.shape[1] // weight.shape[2], -1)).transpose(1, 2)
+    def of_shares(columns: Tensor) -> Tensor:  # [L, parts x D, ...] -> [L, shares, parts x 8, ...]
+        return columns.unflatten(1, (-1, shares, TILE)).transpose(1, 2).flatten(2, 3)
 
-    def output(name: str) -> Tensor:
-        return tiles(weights[name].transpose(1, 2))
-
-    def bias(name: str) -> Tensor:  # -> [L, shares, 8 columns of each part]
-        return weights[name].unflatten(1, (-1, shares, TILE)).transpose(1, 2).flatten(2)
-
-    return {
-        "wide_layers": _blobs(
-            2,
-            product("self_qkv_weight"),
-            output("self_out_weight"),
-            product("cross_query_weight"),
-            output("cross_out_weight"),
-            tiles(weights["fc1_weight"]).unflatten(1, (shares, -1)),
-            output("fc2_weight").unflatten(2, (-1, config["hidden_size"] // CHUNK)),
-        ),
-        "wide_constants": torch.cat(
-            [
-                bias("self_qkv_bias"),
-                bias("self_out_bias"),
-                bias("cross_query_bias"),
-                bias("cross_out_bias"),
-                weights["fc1_bias"].view(layers, shares, -1),
-                bias("fc2_bias"),
-            ],
-            2,
-        ).contiguous(),
-    }
+    slots, constants = [], []
+    sublayers = (("self_qkv", "self_out"), ("cross_query", "cross_out"), ("fc1", "fc2"))
+    for number, (name, output) in enumerate(sublayers):
+        weight = weights[f"{name}_weight"].float()  # [L, out, in]
+        bias = weights[f"{name}_bias"].float() + (weight @ beta[:, number].float()[..., None])[..., 0]
+        folded = (weight * gamma[:, number].float()[:, None]).to(weights[f"{name}_weight"].dtype)
+        sums = folded.float().sum(2)
+        if name == "fc1":  # a share's four tiles lie side by side, so that one word is an input of the second product
+            slots.append(tiles(folded).unflatten(1, (shares, -1)))
+            constants += [columns.view(layers, shares, -1) for columns in (bias, sums)]
+        else:
+            slots.append(tiles(folded).unflatten(1, (-1, shares)).transpose(1, 2))
+            constants += [of_shares(columns) for columns in (bias, sums)]
+        out = tiles(weights[f"{output}_weight"].transpose(1, 2))
+        slots.append(out.unflatten(2, (-1, config["hidden_size"] // CHUNK)))
+        rows = (weights[f"{output}_bias"], gamma[:, number], beta[:, number])
+        constants += [of_shares(columns.float()) for columns in rows]
+    # All shares' pieces of a slot lie side by side: all blocks fetch them at about the same time.
+    layer = torch.cat([part.flatten(3) for part in slots], 2).transpose(1, 2)
+    return {"wide_layers": layer.contiguous(), "wide_constants": torch.cat(constants, 2).contiguous()}
 
 
 def _blobs(dims: int, *parts: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ struct ChainWeights
     void const* norms;      //!< T [1 + 3 L, 2, D]: gamma and beta of the embedding and, a layer, self, cross, final
     void const* embedding;  //!< T [V, D]
     void const* positionEmbedding;  //!< T [positions, D]; row p is added to the token after p others
-    void const* wideLayers;         //!< [L, D / 8] pieces of the wide decoder, or nullptr: it is not used
-    float const* wideConstants;     //!< [L, D / 8, 88]
+    void const* wideLayers;         //!< [L, 14, D / 8] slots of the wide decoder, or nullptr: it is not used
+    float const* wideConstants;     //!< [L, D / 8, 200]
 };
 
 //! The same of the team decoder: what a block streams, in the order in which it does.

@@ -22,11 +22,13 @@ constexpr int kINNER_TILES = 4;
 constexpr int kSLOTS_BEFORE_KEYS = 3 + 1 + 1;
 constexpr int kLAYER_SLOTS = kSLOTS_BEFORE_KEYS + 1 + 2 * kINNER_TILES;
 
-//! A share's float32 biases, in the same order; the second product of the feed-forward has one tile of them.
-constexpr int kBIASES = (kSLOTS_BEFORE_KEYS + 1 + kINNER_TILES + 1) * kCOLUMNS;
+//! A share's float32 constants of a layer, for each of the three sublayers: biases of its first product's tiles, with
+//! beta in them; sums of the weights of these tiles' columns, with gamma in them; bias of its output; gamma; beta.
+constexpr int kCONSTANTS = (2 * (3 + 1 + kINNER_TILES) + 3 * 3) * kCOLUMNS;
 
-//! Copies that are on their way at most: more would queue before memory, and words between blocks behind them.
-constexpr int kIN_FLIGHT = 2;
+//! Copies that are on their way at most: in the layers words between blocks would queue behind more of them.
+constexpr int kLAYER_COPIES = 1;
+constexpr int kHEAD_COPIES = 2;
 
 //! Boards are where blocks leave what others read, in words of 16 bytes. Offsets are in words, of a row.
 template <int kWIDTH>
@@ -40,8 +42,8 @@ struct Boards
     static constexpr int kQUERIES = kCONTEXTS + kWIDTH / 8;                      //!< T [D]
     static constexpr int kPARTS = kQUERIES + kWIDTH / 8;                         //!< [H, kMOST_PARTS, kPART_WORDS]
     static constexpr int kINNERS = kPARTS + kHEADS * kMOST_PARTS * kPART_WORDS;  //!< T [4 D]
-    static constexpr int kSUMS = kINNERS + kINNER_TILES * kWIDTH / 8;  //!< float32 [3, D]: after each sublayer
-    static constexpr int kLAST_SUMS = kSUMS + 3 * kWIDTH / 4;          //!< float32 [D]: after the last layer
+    static constexpr int kSUMS = kINNERS + kINNER_TILES * kWIDTH / 8;  //!< T [3, D]: after each sublayer
+    static constexpr int kLAST_SUMS = kSUMS + 3 * kWIDTH / 8;          //!< float32 [D]: after the last layer
     static constexpr int kROW_WORDS = kLAST_SUMS + kWIDTH / 4;
 
     static constexpr int kCHOICES = kROWS * kROW_WORDS;  //!< [2, kROWS, kMOST_BLOCKS]
@@ -72,12 +74,11 @@ struct Layout
     static constexpr int kCONTEXTS = kOUT_PARTIAL + kWARPS * kROWS * kCOLUMNS * 4;
     static constexpr int kSCALES = kCONTEXTS + kWARPS * kHEAD * 4;
     static constexpr int kSTATISTICS = kSCALES + kWARPS * 8;
-    static constexpr int kRESIDUAL = kSTATISTICS + kROWS * kWARPS * 8;
-    static constexpr int kBYTES = kRESIDUAL + kROWS * kCOLUMNS * 2;
+    static constexpr int kBYTES = kSTATISTICS + kROWS * kWARPS * 8;
     static constexpr int kCHOICES = kOUT_PARTIAL;  // [row][warp] of 12 bytes
 
     static_assert(kBYTES <= 227 * 1024 && (2 * kRING + 1) * 8 <= kSTATE);
-    static_assert(kROWS * kWARPS * 12 <= kSCALES - kOUT_PARTIAL && kRESIDUAL % 16 == 0);
+    static_assert(kROWS * kWARPS * 12 <= kSCALES - kOUT_PARTIAL  && kSTATISTICS % 16 == 0);
 };
 
 }  // namespace trocr::decoder::wide

@@ -15,8 +15,8 @@ namespace trocr::decoder::wide
 
 struct WideParams
 {
-    uint8_t const* layers;                //!< [L, shares] pieces of kLAYER_SLOTS slots
-    float const* constants;               //!< [L, shares, kBIASES]
+    uint8_t const* layers;                //!< [L, kLAYER_SLOTS, shares] slots
+    float const* constants;               //!< [L, shares, kCONSTANTS]
     uint8_t const* head;                  //!< [ceil(V / 8)] slots
     void const* norms;                    //!< T [1 + 3 L, 2, D]
     void const* embedding;                //!< T [V, D]
@@ -78,12 +78,12 @@ struct Ring
         }
     }
 
-    //! For the lane that fetches: `bytes` to the next slot, once that has been read and no more than kIN_FLIGHT - 1
-    //! copies are under way.
-    __device__ __forceinline__ void fetch(void const* from, uint32_t bytes, uint64_t policy)
+    //! For the lane that fetches: `bytes` to the next slot, once that has been read and less than `most` copies are on
+    //! their way.
+    __device__ __forceinline__ void fetch(void const* from, uint32_t bytes, uint32_t most, uint64_t policy)
     {
-        bool const wraps = position < kIN_FLIGHT;
-        sm90::barrierWait(full(wraps ? position + L::kRING - kIN_FLIGHT : position - kIN_FLIGHT), parity ^ wraps);
+        bool const wraps = position < most;
+        sm90::barrierWait(full(wraps ? position + L::kRING - most : position - most), parity ^ wraps);
         sm90::barrierWait(empty(position), parity ^ 1);
         sm90::barrierArriveExpect(full(position), bytes);
         sm90::copyBulk(data(position), from, bytes, full(position), policy);
@@ -177,6 +177,9 @@ struct Block
     int token{0};      //!< number of the token under way, for all rows
     int layer{0};
     unsigned thread{threadIdx.x};
+    // Of warp 0: columns 2 t and 2 t + 1 of the share, of row g.
+    float2 own{};      //!< what the sublayer before left
+    float2 residual{}; //!< LayerNorm of it, and the bias of this sublayer's output
 
     template <typename P>
     __device__ __forceinline__ P* at(int offset) const
@@ -252,106 +255,59 @@ struct Block
         return static_cast<unsigned>(token + 1) & 1;
     }
 
-    // ---- hidden ----
+    // ---- LayerNorm ----
 
-    //! x = LayerNorm number `norm` of the sums on board `of` (-1: of the embedding), row g. A barrier is inside.
-    __device__ __forceinline__ void makeHidden(uint4 (&x)[2], int of, unsigned ofTurn, int norm)
+    //! This warp's part of row g's total and squares to shared memory. Every lane has 16 columns of its row.
+    __device__ __forceinline__ void leaveStatistics(float const (&v)[16]) const
     {
-        forget();
-        int const row = lane() / 4;
-        int const column = warp() * 64 + lane() % 4 * 8;
-        T const* const norms = static_cast<T const*>(p.norms) + norm * 2 * kWIDTH + column;
-        uint4 gammaBits[2];
-        uint4 betaBits[2];
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-        {
-            gammaBits[c] = __ldg(reinterpret_cast<uint4 const*>(norms + c * 32));
-            betaBits[c] = __ldg(reinterpret_cast<uint4 const*>(norms + kWIDTH + c * 32));
-        }
-        float v[2][8] = {};
-        if (of < 0)
-        {
-            if (row < p.slots)
-            {
-                auto const* const words =
-                    static_cast<T const*>(p.embedding) + static_cast<size_t>(inputs()[row]) * kWIDTH;
-                auto const* const places =
-                    static_cast<T const*>(p.positions) + static_cast<size_t>(newest()[row]) * kWIDTH;
-#pragma unroll
-                for (int c = 0; c < 2; ++c)
-                {
-                    auto const word = Pack<T>::fromBits(__ldg(reinterpret_cast<uint4 const*>(words + column + c * 32)));
-                    auto const place =
-                        Pack<T>::fromBits(__ldg(reinterpret_cast<uint4 const*>(places + column + c * 32)));
-#pragma unroll
-                    for (int e = 0; e < 8; ++e)
-                    {
-                        v[c][e] = word.values[e] * p.embedScale + place.values[e];
-                    }
-                }
-            }
-        }
-        else
-        {
-            uint4 bits[4];
-            auto const* const from = board(of, row) + column / 4;
-            bool const is = row < p.slots;
-            receive(bits, ofTurn, [&](int i) { return is ? from + i / 2 * 8 + i % 2 : nullptr; });
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-            {
-                v[i / 2][i % 2 * 4] = __uint_as_float(bits[i].x);
-                v[i / 2][i % 2 * 4 + 1] = __uint_as_float(bits[i].y);
-                v[i / 2][i % 2 * 4 + 2] = __uint_as_float(bits[i].z);
-                v[i / 2][i % 2 * 4 + 3] = __uint_as_float(bits[i].w);
-            }
-        }
         float total = 0.0F;
         float squares = 0.0F;
 #pragma unroll
-        for (int i = 0; i < 16; ++i)
+        for (float const value : v)
         {
-            float const value = v[i / 8][i % 8];
             total += value;
             squares += value * value;
         }
         total = groupSum<4>(total);
         squares = groupSum<4>(squares);
-        auto* const statistics = at<float2>(L::kSTATISTICS) + row * kWARPS;
         if (lane() % 4 == 0)
         {
-            statistics[warp()] = {total, squares};
+            at<float2>(L::kSTATISTICS)[lane() / 4 * kWARPS + warp()] = {total, squares};
         }
-        sync();
-        total = 0.0F;
-        squares = 0.0F;
+    }
+
+    //! Row g's mean and 1 / standard deviation, of what all warps have left.
+    __device__ __forceinline__ float2 meanAndScale() const
+    {
+        auto const* const from = at<float2>(L::kSTATISTICS) + lane() / 4 * kWARPS + lane() % 4 * (kWARPS / 4);
+        float total = 0.0F;
+        float squares = 0.0F;
 #pragma unroll
         for (int i = 0; i < kWARPS / 4; ++i)
         {
-            float2 const part = statistics[lane() % 4 * (kWARPS / 4) + i];
-            total += part.x;
-            squares += part.y;
+            total += from[i].x;
+            squares += from[i].y;
         }
-        total = groupSum<4>(total);
-        squares = groupSum<4>(squares);
-        float mean = total / kWIDTH;
-        float scale = rsqrtf(fmaxf(squares / kWIDTH - mean * mean, 0.0F) + p.epsilon);
-        bool const normed = of >= 0 || p.embeddingNorm;
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
+        float const mean = groupSum<4>(total) * (1.0F / kWIDTH);
+        float const square = groupSum<4>(squares) * (1.0F / kWIDTH);
+        return {mean, rsqrtf(fmaxf(square - mean * mean, 0.0F) + p.epsilon)};
+    }
+
+    //! Columns `column` and `column` + 1 of row g's embedding, not normalised.
+    __device__ __forceinline__ float2 embed(int column) const
+    {
+        int const row = lane() / 4;
+        if (row >= p.slots)
         {
-            Pack<T> const gamma = Pack<T>::fromBits(gammaBits[c]);
-            Pack<T> const beta = Pack<T>::fromBits(betaBits[c]);
-            Pack<T> out;
-#pragma unroll
-            for (int e = 0; e < 8; ++e)
-            {
-                float const value = v[c][e];
-                out.values[e] = normed ? (value - mean) * scale * gamma.values[e] + beta.values[e] : value;
-            }
-            x[c] = out.toBits();
+            return {};
         }
+        auto const pairOf = [&](void const* table, int at) {
+            auto const* const from = static_cast<T const*>(table) + static_cast<size_t>(at) * kWIDTH + column;
+            return unpackPair<T>(__ldg(reinterpret_cast<unsigned const*>(from)));
+        };
+        float2 const word = pairOf(p.embedding, inputs()[row]);
+        float2 const place = pairOf(p.positions, newest()[row]);
+        return {word.x * p.embedScale + place.x, word.y * p.embedScale + place.y};
     }
 
     // ---- products: rows on the left, eight outputs on the right, 64 inputs a warp ----
@@ -361,24 +317,39 @@ struct Block
         multiplyChunk<T>(c, {x, uint4{}}, w);
     }
 
-    //! This warp's part of a tile's product, to `partial` [warp][tile][row][8].
-    __device__ __forceinline__ void leave(float const (&c)[4], int partial, int tile, int tiles) const
+    //! This warp's part of a tile's product, to `partial` [warp][kTILES][row][8].
+    template <int kTILES>
+    __device__ __forceinline__ void leave(float const (&c)[4], int partial, int tile) const
     {
-        at<float2>(partial)[(warp() * tiles + tile) * kWARP_SIZE + lane()] = {c[0], c[1]};
+        at<float2>(partial)[(warp() * kTILES + tile) * kWARP_SIZE + lane()] = {c[0], c[1]};
     }
 
-    //! The warps' parts of columns 2 t and 2 t + 1 of row g, in the warps' order.
-    __device__ __forceinline__ float2 addUp(float2 sum, int partial, int tile, int tiles) const
+    //! The warps' parts of columns 2 t and 2 t + 1 of row g. Two sums, as each addition waits for the one before.
+    template <int kTILES>
+    __device__ __forceinline__ float2 addUp(int partial, int tile) const
     {
         auto const* const from = at<float2>(partial) + tile * kWARP_SIZE + lane();
+        float2 sums[2] = {};
 #pragma unroll
         for (int i = 0; i < kWARPS; ++i)
         {
-            float2 const part = from[i * tiles * kWARP_SIZE];
-            sum.x += part.x;
-            sum.y += part.y;
+            float2 const part = from[i * kTILES * kWARP_SIZE];
+            sums[i % 2].x += part.x;
+            sums[i % 2].y += part.y;
         }
-        return sum;
+        return {sums[0].x + sums[1].x, sums[0].y + sums[1].y};
+    }
+
+    //! Four lanes' pairs of columns, for the first of them a word.
+    __device__ __forceinline__ uint4 gatherWord(float2 pair) const
+    {
+        unsigned const mine = packPair<T>(pair.x, pair.y);
+        uint4 word;
+        word.x = mine;
+        word.y = __shfl_sync(kFULL_WARP, mine, lane() + 1);
+        word.z = __shfl_sync(kFULL_WARP, mine, lane() + 2);
+        word.w = __shfl_sync(kFULL_WARP, mine, lane() + 3);
+        return word;
     }
 
     //! This warp's weights of the next `count` slots.
@@ -398,26 +369,76 @@ struct Block
         ring.release(count);
     }
 
-    //! Board `to`, word tile * tileStride + the share's first = activation(hidden times the next slots + bias).
-    __device__ __forceinline__ void multiplyHidden(int sums, int norm, int tiles, float const* biases, int to,
-                                                   int tileStride, int first, bool activated)
+    //! Board `to`, word first + tile * tileStride = activation(LayerNorm(x) times the next slots + bias), where x is
+    //! what the sublayer before left on board `of`, in the first layer the embedding.
+    //!
+    //! gamma is in the weights and beta in the bias, so that x is multiplied as it is, and mean and deviation are known
+    //! when the products are: y = (x W - mean sum(W)) / deviation + bias. There is no barrier for the statistics alone.
+    __device__ __forceinline__ void multiplyHidden(int part, int of, int tiles, float const* constants, int to,
+                                                   int tileStride, int first)
     {
         forget();
         uint4 w[kINNER_TILES][2];
         takeWeights(w, tiles);
+        auto const constant = [&](int tile) {
+            return __ldg(reinterpret_cast<float2 const*>(constants + tile * kCOLUMNS) + lane() % 4);
+        };
         float2 bias{};
+        float2 columnSum{};
         if (warp() < tiles)
         {
-            bias = __ldg(reinterpret_cast<float2 const*>(biases + warp() * kCOLUMNS) + lane() % 4);
+            bias = constant(warp());
+            columnSum = constant(tiles + warp());
+        }
+        float2 outBias{};
+        float2 gamma{};
+        float2 beta{};
+        if (warp() == 0)
+        {
+            outBias = constant(2 * tiles);
+            gamma = constant(2 * tiles + 1);
+            beta = constant(2 * tiles + 2);
         }
         uint4 x[2];
-        // What the layer before left has its use's number, and the first layer's input is the embedding.
-        bool const embeds = sums == B::kSUMS + 2 * kWIDTH / 4 && layer == 0;
-        makeHidden(x, embeds ? -1 : sums, norm % 3 == 0 ? turn() ^ 1 : turn(), norm);
-        int const share = static_cast<int>(blockIdx.x);
-        if (warp() == share / 8 && lane() % 4 == share % 4)  // the share's own columns, which the residual is
+        float v[16];
+        bool const embeds = part == 0 && layer == 0;
+        int const column = warp() * 64 + lane() % 4 * 8;
+        if (embeds)
         {
-            at<uint4>(L::kRESIDUAL)[lane() / 4] = share % 8 < 4 ? x[0] : x[1];
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+            {
+                unsigned pairs[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                {
+                    float2 const pair = embed(column + c * 32 + 2 * i);
+                    pairs[i] = packPair<T>(pair.x, pair.y);
+                }
+                x[c] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+            }
+            if (warp() == 0)
+            {
+                own = embed(static_cast<int>(blockIdx.x) * kCOLUMNS + lane() % 4 * 2);
+            }
+        }
+        else
+        {
+            int const row = lane() / 4;
+            auto const* const from = board(of, row) + column / 8;
+            bool const is = row < p.slots;
+            // The last sublayer's was left in the layer before.
+            receive(x, part == 0 ? turn() ^ 1 : turn(), [&](int i) { return is ? from + i * 4 : nullptr; });
+        }
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+        {
+            Pack<T> const values = Pack<T>::fromBits(x[c]);
+#pragma unroll
+            for (int e = 0; e < 8; ++e)
+            {
+                v[c * 8 + e] = values.values[e];
+            }
         }
 #pragma unroll
         for (int i = 0; i < kINNER_TILES; ++i)
@@ -427,93 +448,31 @@ struct Block
                 float c[4] = {};
                 multiply(c, x[0], w[i][0]);
                 multiply(c, x[1], w[i][1]);
-                leave(c, L::kPARTIAL, i, tiles);
+                leave<kINNER_TILES>(c, L::kPARTIAL, i);
             }
         }
+        leaveStatistics(v);
         sync();
         if (warp() < tiles)
         {
-            float2 sum = addUp(bias, L::kPARTIAL, warp(), tiles);
-            if (activated)
+            float2 const norm = embeds && !p.embeddingNorm ? float2{0.0F, 1.0F} : meanAndScale();
+            float2 sum = addUp<kINNER_TILES>(L::kPARTIAL, warp());
+            sum = {(sum.x - norm.x * columnSum.x) * norm.y + bias.x, (sum.y - norm.x * columnSum.y) * norm.y + bias.y};
+            if (part == 2)
             {
                 sum = p.gelu ? float2{gelu(sum.x), gelu(sum.y)} : float2{fmaxf(sum.x, 0.0F), fmaxf(sum.y, 0.0F)};
             }
-            unsigned const mine = packPair<T>(sum.x, sum.y);
-            uint4 word;
-            word.x = __shfl_sync(kFULL_WARP, mine, lane() & ~3);
-            word.y = __shfl_sync(kFULL_WARP, mine, (lane() & ~3) + 1);
-            word.z = __shfl_sync(kFULL_WARP, mine, (lane() & ~3) + 2);
-            word.w = __shfl_sync(kFULL_WARP, mine, lane() | 3);
+            uint4 const word = gatherWord(sum);
             int const row = lane() / 4;
             if (lane() % 4 == 0 && row < p.slots)
             {
                 put(board(to, row) + first + warp() * tileStride, word, turn());
             }
-        }
-    }
-
-    //! The rows' contexts of cross-attention, row g's part of them, from the parts that blocks have left.
-    __device__ __forceinline__ void mergeParts(uint4 (&x)[2])
-    {
-        forget();
-        int const g = lane() / 4;
-        int const t = lane() % 4;
-        uint4 words[3];
-        sm90::Quad const* const from =
-            board(B::kPARTS, g / p.parts) + (warp() * kMOST_PARTS + g % p.parts) * B::kPART_WORDS;
-        bool const is = g < p.slots * p.parts;
-        receive(words, turn(), [&](int i) { return is ? from + (i == 2 ? kHEAD / 8 : 4 * i + t) : nullptr; });
-        x[0] = words[0];
-        x[1] = words[1];
-        if (p.parts == 1)
-        {
-            return;
-        }
-        float const maximum = __uint_as_float(words[2].x);
-        float most = maximum;
-#pragma unroll 1
-        for (int offset = 4; offset < 4 * p.parts; offset *= 2)
-        {
-            most = fmaxf(most, __shfl_xor_sync(kFULL_WARP, most, offset));
-        }
-        float const weight = exp2Approx(maximum - most) * __uint_as_float(words[2].y);
-        float sums[17];
-        sums[16] = weight;
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-        {
-            Pack<T> const values = Pack<T>::fromBits(words[c]);
-#pragma unroll
-            for (int e = 0; e < 8; ++e)
+            if (warp() == 0)
             {
-                sums[8 * c + e] = weight * values.values[e];
+                residual = {(own.x - norm.x) * norm.y * gamma.x + beta.x + outBias.x,
+                            (own.y - norm.x) * norm.y * gamma.y + beta.y + outBias.y};
             }
-        }
-#pragma unroll 1
-        for (int offset = 4; offset < 4 * p.parts; offset *= 2)
-        {
-#pragma unroll
-            for (int i = 0; i < 17; ++i)
-            {
-                sums[i] += __shfl_xor_sync(kFULL_WARP, sums[i], offset);
-            }
-        }
-        float const factor = is ? 1.0F / sums[16] : 0.0F;
-        int const source = min(g, p.slots - 1) * p.parts * 4 + t;
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-        {
-            Pack<T> out;
-#pragma unroll
-            for (int e = 0; e < 8; ++e)
-            {
-                out.values[e] = sums[8 * c + e] * factor;
-            }
-            uint4 const bits = out.toBits();
-            x[c].x = __shfl_sync(kFULL_WARP, bits.x, source);
-            x[c].y = __shfl_sync(kFULL_WARP, bits.y, source);
-            x[c].z = __shfl_sync(kFULL_WARP, bits.z, source);
-            x[c].w = __shfl_sync(kFULL_WARP, bits.w, source);
         }
     }
 
@@ -536,40 +495,75 @@ struct Block
         }
     }
 
-    //! The same of the parts of cross-attention's contexts.
+    //! The same of cross-attention's contexts, of which blocks have left parts: each part is multiplied as a row would
+    //! be, and the products are added by the parts' weights.
     __device__ __forceinline__ void multiplyParts(float (&c)[4])
     {
         uint4 w[1][2];
         takeWeights(w, 1);
-        uint4 x[2];
-        mergeParts(x);
-        multiply(c, x[0], w[0][0]);
-        multiply(c, x[1], w[0][1]);
+        int const g = lane() / 4;
+        int const t = lane() % 4;
+        uint4 words[3];
+        sm90::Quad const* const from =
+            board(B::kPARTS, g / p.parts) + (warp() * kMOST_PARTS + g % p.parts) * B::kPART_WORDS;
+        bool const is = g < p.slots * p.parts;
+        receive(words, turn(), [&](int i) { return is ? from + (i == 2 ? kHEAD / 8 : 4 * i + t) : nullptr; });
+        multiply(c, words[0], w[0][0]);
+        multiply(c, words[1], w[0][1]);
+        if (p.parts == 1)
+        {
+            return;
+        }
+        float const maximum = __uint_as_float(words[2].x);
+        float most = maximum;
+#pragma unroll 1
+        for (int offset = 4; offset < 4 * p.parts; offset *= 2)
+        {
+            most = fmaxf(most, __shfl_xor_sync(kFULL_WARP, most, offset));
+        }
+        float weight = exp2Approx(maximum - most) * __uint_as_float(words[2].y);
+        c[0] *= weight;
+        c[1] *= weight;
+#pragma unroll 1
+        for (int offset = 4; offset < 4 * p.parts; offset *= 2)
+        {
+            weight += __shfl_xor_sync(kFULL_WARP, weight, offset);
+            c[0] += __shfl_xor_sync(kFULL_WARP, c[0], offset);
+            c[1] += __shfl_xor_sync(kFULL_WARP, c[1], offset);
+        }
+        float const factor = is ? __fdividef(1.0F, weight) : 0.0F;
+        int const source = min(g, p.slots - 1) * p.parts * 4 + t;
+        c[0] = __shfl_sync(kFULL_WARP, c[0] * factor, source);
+        c[1] = __shfl_sync(kFULL_WARP, c[1] * factor, source);
     }
 
-    //! Board `to` = hidden + bias + the warps' c; `sum` is the bias. `isLast`: so is the board of the last sums, which
-    //! is used once a token; the other is written for its bit.
-    __device__ __forceinline__ void leaveSums(float const (&c)[4], float2 sum, int to, bool isLast)
+    //! Board `to` = the residual + the warps' c. `isLast`: so is the board of the last sums, of float32, which is used
+    //! once a token; the other is written for its bit.
+    __device__ __forceinline__ void leaveSums(float const (&c)[4], int to, bool isLast)
     {
         forget();
-        leave(c, L::kOUT_PARTIAL, 0, 1);
+        leave<1>(c, L::kOUT_PARTIAL, 0);
         sync();
         if (warp() == 0)
         {
-            float2 const own = unpackPair<T>(at<unsigned>(L::kRESIDUAL)[lane()]);
-            sum = addUp({sum.x + own.x, sum.y + own.y}, L::kOUT_PARTIAL, 0, 1);
-            float const x2 = __shfl_xor_sync(kFULL_WARP, sum.x, 1);
-            float const y2 = __shfl_xor_sync(kFULL_WARP, sum.y, 1);
+            own = addUp<1>(L::kOUT_PARTIAL, 0);
+            own = {own.x + residual.x, own.y + residual.y};
+            uint4 const word = gatherWord(own);
             int const row = lane() / 4;
-            if (lane() % 2 == 0 && row < p.slots)
+            int const share = static_cast<int>(blockIdx.x);
+            if (lane() % 4 == 0 && row < p.slots)
             {
-                uint4 const word = {__float_as_uint(sum.x), __float_as_uint(sum.y), __float_as_uint(x2),
-                                    __float_as_uint(y2)};
-                int const at = static_cast<int>(blockIdx.x) * 2 + lane() % 4 / 2;
-                put(board(to, row) + at, word, turn());
-                if (isLast)
+                put(board(to, row) + share, word, turn());
+            }
+            if (isLast)
+            {
+                float const x2 = __shfl_xor_sync(kFULL_WARP, own.x, 1);
+                float const y2 = __shfl_xor_sync(kFULL_WARP, own.y, 1);
+                if (lane() % 2 == 0 && row < p.slots)
                 {
-                    put(board(B::kLAST_SUMS, row) + at, word, tokenTurn());
+                    put(board(B::kLAST_SUMS, row) + share * 2 + lane() % 4 / 2,
+                        {__float_as_uint(own.x), __float_as_uint(own.y), __float_as_uint(x2), __float_as_uint(y2)},
+                        tokenTurn());
                 }
             }
         }
@@ -581,41 +575,50 @@ struct Block
     //! total. Returns (maximum, total).
     __device__ __forceinline__ float2 mergeWarps(float (&sums)[8]) const
     {
-        float2 mine = {kNO_SCORE, 0.0F};
-        if (lane() < kWARPS)
+        constexpr int kEACH = kWARPS / 4;  // warps' results that a lane adds up
+        float2 scales[kEACH];
+        float most = kNO_SCORE;
+#pragma unroll
+        for (int i = 0; i < kEACH; ++i)
         {
-            mine = at<float2>(L::kSCALES)[lane()];
+            scales[i] = at<float2>(L::kSCALES)[4 * i + lane() / 8];
+            most = fmaxf(most, scales[i].x);
         }
-        float const most = groupMax(mine.x);
-        float const factor = exp2Approx(mine.x - most);
-        float const total = groupSum(factor * mine.y);
+        most = fmaxf(most, __shfl_xor_sync(kFULL_WARP, most, 8));
+        most = fmaxf(most, __shfl_xor_sync(kFULL_WARP, most, 16));
+        float total = 0.0F;
 #pragma unroll
         for (float& sum : sums)
         {
             sum = 0.0F;
         }
 #pragma unroll
-        for (int i = 0; i < kWARPS; i += 4)
+        for (int i = 0; i < kEACH; ++i)
         {
-            int const part = i + lane() / 8;
-            float const of = __shfl_sync(kFULL_WARP, factor, part);
-            auto const* const from = at<float4>(L::kCONTEXTS) + part * (kHEAD / 4) + lane() % 8 * 2;
+            float const factor = exp2Approx(scales[i].x - most);
+            total += factor * scales[i].y;
+            auto const* const from =
+                at<float4>(L::kCONTEXTS) + (4 * i + lane() / 8) * (kHEAD / 4) + lane() % 8 * 2;
             float4 const a = from[0];
             float4 const b = from[1];
-            sums[0] += of * a.x;
-            sums[1] += of * a.y;
-            sums[2] += of * a.z;
-            sums[3] += of * a.w;
-            sums[4] += of * b.x;
-            sums[5] += of * b.y;
-            sums[6] += of * b.z;
-            sums[7] += of * b.w;
+            sums[0] += factor * a.x;
+            sums[1] += factor * a.y;
+            sums[2] += factor * a.z;
+            sums[3] += factor * a.w;
+            sums[4] += factor * b.x;
+            sums[5] += factor * b.y;
+            sums[6] += factor * b.z;
+            sums[7] += factor * b.w;
         }
 #pragma unroll
-        for (float& sum : sums)
+        for (int offset = 8; offset <= 16; offset *= 2)
         {
-            sum += __shfl_xor_sync(kFULL_WARP, sum, 8);
-            sum += __shfl_xor_sync(kFULL_WARP, sum, 16);
+            total += __shfl_xor_sync(kFULL_WARP, total, offset);
+#pragma unroll
+            for (float& sum : sums)
+            {
+                sum += __shfl_xor_sync(kFULL_WARP, sum, offset);
+            }
         }
         return {most, total};
     }
@@ -630,7 +633,7 @@ struct Block
         {
             float sums[8];
             scale = mergeWarps(sums);
-            float const factor = 1.0F / scale.y;
+            float const factor = __fdividef(1.0F, scale.y);
 #pragma unroll
             for (int i = 0; i < 8; ++i)
             {
@@ -770,23 +773,16 @@ struct Block
 #pragma unroll 1
         for (layer = 0; layer < p.layerCount; ++layer)
         {
-            float const* const biases = p.constants + (static_cast<size_t>(layer) * L::kSHARES + share) * kBIASES;
+            float const* constants = p.constants + (static_cast<size_t>(layer) * L::kSHARES + share) * kCONSTANTS;
 #pragma unroll 1
             for (int part = 0; part < 3; ++part)
             {
                 // First products of: query, key, value; query; the feed-forward.
                 int const tiles = part == 0 ? 3 : part == 1 ? 1 : kINNER_TILES;
-                int const firstBias = part == 0 ? 0 : part == 1 ? 4 : 6;
                 int const to = part == 0 ? B::kQKV : part == 1 ? B::kQUERIES : B::kINNERS;
-                multiplyHidden(B::kSUMS + (part + 2) % 3 * (kWIDTH / 4), 3 * layer + part, tiles,
-                               biases + firstBias * kCOLUMNS, to, part == 0 ? kWIDTH / 8 : 1,
-                               part == 2 ? share * kINNER_TILES : share, part == 2);
-                float2 outBias{};
-                if (warp() == 0)
-                {
-                    auto const* const from = reinterpret_cast<float2 const*>(biases + (firstBias + tiles) * kCOLUMNS);
-                    outBias = __ldg(from + lane() % 4);
-                }
+                multiplyHidden(part, B::kSUMS + (part + 2) % 3 * (kWIDTH / 8), tiles, constants, to,
+                               part == 0 ? kWIDTH / 8 : 1, part == 2 ? share * kINNER_TILES : share);
+                constants += (2 * tiles + 3) * kCOLUMNS;
                 float c[4] = {};
                 if (part == 0)
                 {
@@ -802,7 +798,7 @@ struct Block
                 {
                     multiplyRows<kINNER_TILES>(c, B::kINNERS);
                 }
-                leaveSums(c, outBias, B::kSUMS + part * (kWIDTH / 4), part == 2 && layer + 1 == p.layerCount);
+                leaveSums(c, B::kSUMS + part * (kWIDTH / 8), part == 2 && layer + 1 == p.layerCount);
             }
         }
     }
@@ -813,13 +809,13 @@ struct Block
     {
         if (works())
         {
-            uint8_t const* const from =
-                p.layers +
-                ((static_cast<size_t>(of) * L::kSHARES + blockIdx.x) * kLAYER_SLOTS + first) * L::kSLOT_BYTES;
+            // All blocks' pieces of a slot lie side by side, as all fetch them at about the same time.
+            constexpr size_t kALL = static_cast<size_t>(L::kSHARES) * L::kSLOT_BYTES;
+            uint8_t const* from = p.layers + (of * kLAYER_SLOTS + first) * kALL + blockIdx.x * L::kSLOT_BYTES;
 #pragma unroll 1
-            for (int i = 0; i < count; ++i)
+            for (int i = 0; i < count; ++i, from += kALL)
             {
-                ring.fetch(from + i * L::kSLOT_BYTES, L::kSLOT_BYTES, policy);
+                ring.fetch(from, L::kSLOT_BYTES, kLAYER_COPIES, policy);
             }
         }
     }
@@ -842,8 +838,8 @@ struct Block
         {
             uint32_t const bytes = min(L::kSLOT_KEYS, mine.last - key) * kHEAD * 2;
             size_t const offset = (start + key) * kHEAD;
-            ring.fetch(static_cast<T const*>(p.crossKeys[of]) + offset, bytes, policy);
-            ring.fetch(static_cast<T const*>(p.crossValues[of]) + offset, bytes, policy);
+            ring.fetch(static_cast<T const*>(p.crossKeys[of]) + offset, bytes, kLAYER_COPIES, policy);
+            ring.fetch(static_cast<T const*>(p.crossValues[of]) + offset, bytes, kLAYER_COPIES, policy);
         }
     }
 
@@ -879,7 +875,7 @@ struct Block
 #pragma unroll 1
             for (int unit = static_cast<int>(blockIdx.x); unit < headUnits(); unit += static_cast<int>(gridDim.x))
             {
-                ring.fetch(p.head + static_cast<size_t>(unit) * L::kSLOT_BYTES, L::kSLOT_BYTES, policy);
+                ring.fetch(p.head + static_cast<size_t>(unit) * L::kSLOT_BYTES, L::kSLOT_BYTES, kHEAD_COPIES, policy);
             }
         }
     }
@@ -891,15 +887,49 @@ struct Block
         return p.boards + B::kCHOICES + (token % 2 * kROWS + row) * kMOST_BLOCKS + block;
     }
 
+    //! The last LayerNorm of row g, chunks of 32 columns 64 bytes apart in shared memory from `to` on.
+    __device__ __forceinline__ void makeLast(int to)
+    {
+        int const column = warp() * 64 + lane() % 4 * 8;
+        T const* const norms = static_cast<T const*>(p.norms) + 3 * p.layerCount * 2 * kWIDTH + column;
+        int const row = lane() / 4;
+        uint4 bits[4];
+        auto const* const from = board(B::kLAST_SUMS, row) + column / 4;
+        bool const is = row < p.slots;
+        receive(bits, tokenTurn(), [&](int i) { return is ? from + i / 2 * 8 + i % 2 : nullptr; });
+        float v[16];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+        {
+            v[4 * i] = __uint_as_float(bits[i].x);
+            v[4 * i + 1] = __uint_as_float(bits[i].y);
+            v[4 * i + 2] = __uint_as_float(bits[i].z);
+            v[4 * i + 3] = __uint_as_float(bits[i].w);
+        }
+        leaveStatistics(v);
+        sync();
+        float2 const norm = meanAndScale();
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+        {
+            auto const gamma = Pack<T>::fromBits(__ldg(reinterpret_cast<uint4 const*>(norms + c * 32)));
+            auto const beta = Pack<T>::fromBits(__ldg(reinterpret_cast<uint4 const*>(norms + kWIDTH + c * 32)));
+            Pack<T> out;
+#pragma unroll
+            for (int e = 0; e < 8; ++e)
+            {
+                out.values[e] = (v[c * 8 + e] - norm.x) * norm.y * gamma.values[e] + beta.values[e];
+            }
+            *at<uint4>(to + c * 64) = out.toBits();
+        }
+    }
+
     //! Every row's best token among this block's share of the vocabulary. A warp takes eight tokens, whole.
     __device__ __forceinline__ void chooseTokens()
     {
         forget();
-        uint4 x[2];
-        makeHidden(x, B::kLAST_SUMS, tokenTurn(), 3 * p.layerCount);
         int const rowAt = L::kPARTIAL + lane() / 4 * L::kPITCH + lane() % 4 * 16;
-        *at<uint4>(rowAt + warp() * 128) = x[0];
-        *at<uint4>(rowAt + warp() * 128 + 64) = x[1];
+        makeLast(rowAt + warp() * 128);
         sync();
         BestLogit best = {kNO_SCORE, 0, 0.0F};
         int turn = warp();
@@ -1040,20 +1070,28 @@ struct Block
     //! Rows without a line take the next ones, the same in every block. Then the lane that fetches may go on.
     __device__ __forceinline__ void decide()
     {
-        if (threadIdx.x == 0)
+        if (warp() == 0)
         {
-            bool any = false;
-#pragma unroll 1
-            for (int row = 0; row < p.slots; ++row)
+            int const next = *nextLine();
+            int line = lane() < p.slots ? lines()[lane()] : 0;
+            unsigned const idle = __ballot_sync(kFULL_WARP, line < 0);
+            int const mine = next + __popc(idle & ((1U << lane()) - 1));
+            if (line < 0 && mine < p.lines)
             {
-                if (lines()[row] < 0 && *nextLine() < p.lines)
-                {
-                    lines()[row] = (*nextLine())++;
-                }
-                any = any || lines()[row] >= 0;
+                line = mine;
+                lines()[lane()] = mine;
             }
-            *allEnded() = !any;
-            sm90::barrierArrive(decided());
+            bool const any = __any_sync(kFULL_WARP, lane() < p.slots && line >= 0);
+            if (lane() == 0)
+            {
+                *nextLine() = min(next + __popc(idle), p.lines);
+                *allEnded() = !any;
+            }
+            __syncwarp();
+            if (lane() == 0)
+            {
+                sm90::barrierArrive(decided());
+            }
         }
         sync();
         live = __ballot_sync(kFULL_WARP, lane() < kROWS && lines()[lane() % kROWS] >= 0);

@@ -299,6 +299,16 @@ inline int __reduce_min_sync(unsigned /*mask*/, int value)
     return least;
 }
 
+inline float __fdividef(float a, float b)
+{
+    return a / b;
+}
+
+inline int __popc(unsigned bits)
+{
+    return __builtin_popcount(bits);
+}
+
 inline int __ffs(int bits)
 {
     return __builtin_ffs(bits);
