@@ -25,6 +25,7 @@ constexpr int kLAYER_SLOTS = kSLOTS_BEFORE_KEYS + 1 + 2 * kINNER_TILES;
 //! A share's float32 constants of a layer, for each of the three sublayers: biases of its first product's tiles, with
 //! beta in them; sums of the weights of these tiles' columns, with gamma in them; bias of its output; gamma; beta.
 constexpr int kCONSTANTS = (2 * (3 + 1 + kINNER_TILES) + 3 * 3) * kCOLUMNS;
+constexpr int kCONSTANTS_BYTES = kCONSTANTS * 4;
 
 //! Copies that are on their way at most: in the layers words between blocks would queue behind more of them.
 constexpr int kLAYER_COPIES = 1;
@@ -64,7 +65,7 @@ struct Layout
     static constexpr int kPITCH =
         kWIDTH * 2 + 64;  //!< of rows: eight lanes that read 16 bytes of two meet no bank twice
 
-    static constexpr int kBARRIERS = 0;  // full, empty, decided
+    static constexpr int kBARRIERS = 0;  // full, empty, decided, constants
     static constexpr int kSTATE = 512;
     static constexpr int kSLOTS = 1024;
     static constexpr int kPARTIAL = kSLOTS + kRING * kSLOT_BYTES;  // of the products of hidden states; the head's rows
@@ -74,10 +75,12 @@ struct Layout
     static constexpr int kCONTEXTS = kOUT_PARTIAL + kWARPS * kROWS * kCOLUMNS * 4;
     static constexpr int kSCALES = kCONTEXTS + kWARPS * kHEAD * 4;
     static constexpr int kSTATISTICS = kSCALES + kWARPS * 8;
-    static constexpr int kBYTES = kSTATISTICS + kROWS * kWARPS * 8;
+    static constexpr int kOWN = kSTATISTICS + kROWS * kWARPS * 8;
+    static constexpr int kCONSTANTS_AT = kOWN + 2 * 32 * 8;
+    static constexpr int kBYTES = kCONSTANTS_AT + 2 * kCONSTANTS_BYTES;
     static constexpr int kCHOICES = kOUT_PARTIAL;  // [row][warp] of 12 bytes
 
-    static_assert(kBYTES <= 227 * 1024 && (2 * kRING + 1) * 8 <= kSTATE);
+    static_assert(kBYTES <= 227 * 1024 && (2 * kRING + 3) * 8 <= kSTATE);
     static_assert(kROWS * kWARPS * 12 <= kSCALES - kOUT_PARTIAL  && kSTATISTICS % 16 == 0);
 };
 

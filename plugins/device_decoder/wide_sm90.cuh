@@ -122,40 +122,35 @@ __device__ __forceinline__ void put(sm90::Quad* to, uint4 word, unsigned turn)
 }
 
 //! Reads words until all are those of the use; `at(i)` is where word i lies, nullptr: it is not waited for, and zero.
+//! The warp stays together: lanes that went on as soon as they have theirs would go separate ways for long.
 template <int kCOUNT, typename At>
 __device__ __forceinline__ void receive(uint4 (&words)[kCOUNT], unsigned turn, At const& at)
 {
-    bool waits = true;
-    unsigned missing = (1U << kCOUNT) - 1;
+    unsigned missing = 0;
 #pragma unroll
     for (int i = 0; i < kCOUNT; ++i)
     {
         words[i] = uint4{};
+        missing |= at(i) != nullptr ? 1U << i : 0U;
     }
 #pragma unroll 1
-    while (waits)
+    while (__any_sync(kFULL_WARP, missing != 0))
     {
 #pragma unroll
         for (int i = 0; i < kCOUNT; ++i)
         {
-            sm90::Quad const* const from = at(i);
-            if ((missing >> i & 1) != 0 && from != nullptr)
+            if ((missing >> i & 1) != 0)
             {
-                sm90::Quad const word = sm90::readPublished(from);
+                sm90::Quad const word = sm90::readPublished(at(i));
                 words[i] = {static_cast<unsigned>(word.low), static_cast<unsigned>(word.low >> 32),
                             static_cast<unsigned>(word.high), static_cast<unsigned>(word.high >> 32)};
             }
         }
-        waits = false;
 #pragma unroll
         for (int i = 0; i < kCOUNT; ++i)
         {
-            if ((words[i].x & 1) == turn || at(i) == nullptr)
-            {
-                missing &= ~(1U << i);
-            }
+            missing &= (words[i].x & 1) == turn ? ~(1U << i) : ~0U;
         }
-        waits = missing != 0;
     }
 }
 
@@ -175,11 +170,8 @@ struct Block
     Ring<L> ring;
     unsigned live{0};  //!< rows that have a line, a bit each
     int token{0};      //!< number of the token under way, for all rows
-    int layer{0};
+    unsigned use{0};   //!< layers that have been decoded, of all tokens: boards have been used so often
     unsigned thread{threadIdx.x};
-    // Of warp 0: columns 2 t and 2 t + 1 of the share, of row g.
-    float2 own{};      //!< what the sublayer before left
-    float2 residual{}; //!< LayerNorm of it, and the bias of this sublayer's output
 
     template <typename P>
     __device__ __forceinline__ P* at(int offset) const
@@ -205,6 +197,20 @@ struct Block
     __device__ __forceinline__ uint32_t decided() const
     {
         return ring.full(2 * L::kRING);
+    }
+    //! Of warp 0, columns 2 t and 2 t + 1 of the share, of row g: what the sublayer before left.
+    __device__ __forceinline__ float2& own() const
+    {
+        return at<float2>(L::kOWN)[lane()];
+    }
+    //! LayerNorm of it, and the bias of this sublayer's output.
+    __device__ __forceinline__ float2& residual() const
+    {
+        return at<float2>(L::kOWN)[kWARP_SIZE + lane()];
+    }
+    __device__ __forceinline__ uint32_t constantsFull(int buffer) const
+    {
+        return decided() + 8 + buffer * 8;
     }
     __device__ __forceinline__ static bool works()
     {
@@ -248,7 +254,11 @@ struct Block
     //! Of the boards that are used once a layer.
     __device__ __forceinline__ unsigned turn() const
     {
-        return static_cast<unsigned>(token * p.layerCount + layer + 1) & 1;
+        return (use + 1) & 1;
+    }
+    __device__ __forceinline__ int layer() const
+    {
+        return static_cast<int>(use) - token * p.layerCount;
     }
     __device__ __forceinline__ unsigned tokenTurn() const
     {
@@ -374,34 +384,15 @@ struct Block
     //!
     //! gamma is in the weights and beta in the bias, so that x is multiplied as it is, and mean and deviation are known
     //! when the products are: y = (x W - mean sum(W)) / deviation + bias. There is no barrier for the statistics alone.
-    __device__ __forceinline__ void multiplyHidden(int part, int of, int tiles, float const* constants, int to,
-                                                   int tileStride, int first)
+    __device__ __forceinline__ void multiplyHidden(int part, int of, int tiles, int constants, int to, int tileStride,
+                                                   int first)
     {
         forget();
         uint4 w[kINNER_TILES][2];
         takeWeights(w, tiles);
-        auto const constant = [&](int tile) {
-            return __ldg(reinterpret_cast<float2 const*>(constants + tile * kCOLUMNS) + lane() % 4);
-        };
-        float2 bias{};
-        float2 columnSum{};
-        if (warp() < tiles)
-        {
-            bias = constant(warp());
-            columnSum = constant(tiles + warp());
-        }
-        float2 outBias{};
-        float2 gamma{};
-        float2 beta{};
-        if (warp() == 0)
-        {
-            outBias = constant(2 * tiles);
-            gamma = constant(2 * tiles + 1);
-            beta = constant(2 * tiles + 2);
-        }
         uint4 x[2];
         float v[16];
-        bool const embeds = part == 0 && layer == 0;
+        bool const embeds = part == 0 && layer() == 0;
         int const column = warp() * 64 + lane() % 4 * 8;
         if (embeds)
         {
@@ -419,7 +410,7 @@ struct Block
             }
             if (warp() == 0)
             {
-                own = embed(static_cast<int>(blockIdx.x) * kCOLUMNS + lane() % 4 * 2);
+                own() = embed(static_cast<int>(blockIdx.x) * kCOLUMNS + lane() % 4 * 2);
             }
         }
         else
@@ -455,6 +446,11 @@ struct Block
         sync();
         if (warp() < tiles)
         {
+            auto const constant = [&](int tile) {
+                return at<float2>(constants + tile * kCOLUMNS * static_cast<int>(sizeof(float)))[lane() % 4];
+            };
+            float2 const bias = constant(warp());
+            float2 const columnSum = constant(tiles + warp());
             float2 const norm = embeds && !p.embeddingNorm ? float2{0.0F, 1.0F} : meanAndScale();
             float2 sum = addUp<kINNER_TILES>(L::kPARTIAL, warp());
             sum = {(sum.x - norm.x * columnSum.x) * norm.y + bias.x, (sum.y - norm.x * columnSum.y) * norm.y + bias.y};
@@ -470,8 +466,12 @@ struct Block
             }
             if (warp() == 0)
             {
-                residual = {(own.x - norm.x) * norm.y * gamma.x + beta.x + outBias.x,
-                            (own.y - norm.x) * norm.y * gamma.y + beta.y + outBias.y};
+                float2 const outBias = constant(2 * tiles);
+                float2 const gamma = constant(2 * tiles + 1);
+                float2 const beta = constant(2 * tiles + 2);
+                float2 const raw = own();
+                residual() = {(raw.x - norm.x) * norm.y * gamma.x + beta.x + outBias.x,
+                              (raw.y - norm.x) * norm.y * gamma.y + beta.y + outBias.y};
             }
         }
     }
@@ -546,23 +546,25 @@ struct Block
         sync();
         if (warp() == 0)
         {
-            own = addUp<1>(L::kOUT_PARTIAL, 0);
-            own = {own.x + residual.x, own.y + residual.y};
-            uint4 const word = gatherWord(own);
+            float2 const rest = residual();
+            float2 sum = addUp<1>(L::kOUT_PARTIAL, 0);
+            sum = {sum.x + rest.x, sum.y + rest.y};
+            uint4 const word = gatherWord(sum);
             int const row = lane() / 4;
             int const share = static_cast<int>(blockIdx.x);
             if (lane() % 4 == 0 && row < p.slots)
             {
                 put(board(to, row) + share, word, turn());
             }
+            own() = sum;
             if (isLast)
             {
-                float const x2 = __shfl_xor_sync(kFULL_WARP, own.x, 1);
-                float const y2 = __shfl_xor_sync(kFULL_WARP, own.y, 1);
+                float const x2 = __shfl_xor_sync(kFULL_WARP, sum.x, 1);
+                float const y2 = __shfl_xor_sync(kFULL_WARP, sum.y, 1);
                 if (lane() % 2 == 0 && row < p.slots)
                 {
                     put(board(B::kLAST_SUMS, row) + share * 2 + lane() % 4 / 2,
-                        {__float_as_uint(own.x), __float_as_uint(own.y), __float_as_uint(x2), __float_as_uint(y2)},
+                        {__float_as_uint(sum.x), __float_as_uint(sum.y), __float_as_uint(x2), __float_as_uint(y2)},
                         tokenTurn());
                 }
             }
@@ -665,7 +667,7 @@ struct Block
         if (is)
         {
             int const position = newest()[row];  // keys in the cache
-            size_t const cache = ((static_cast<size_t>(layer) * p.slots + row) * kHEADS + head) * p.capacity * kHEAD;
+            size_t const cache = ((static_cast<size_t>(layer()) * p.slots + row) * kHEADS + head) * p.capacity * kHEAD;
             T* const keys = static_cast<T*>(p.keys) + cache;
             T* const values = static_cast<T*>(p.values) + cache;
             HeadKeys held;
@@ -771,9 +773,10 @@ struct Block
     {
         int const share = static_cast<int>(blockIdx.x);
 #pragma unroll 1
-        for (layer = 0; layer < p.layerCount; ++layer)
+        for (; layer() < p.layerCount; ++use)
         {
-            float const* constants = p.constants + (static_cast<size_t>(layer) * L::kSHARES + share) * kCONSTANTS;
+            sm90::barrierWait(constantsFull(use % 2), use / 2 % 2);
+            int constants = L::kCONSTANTS_AT + static_cast<int>(use % 2) * kCONSTANTS_BYTES;
 #pragma unroll 1
             for (int part = 0; part < 3; ++part)
             {
@@ -782,7 +785,7 @@ struct Block
                 int const to = part == 0 ? B::kQKV : part == 1 ? B::kQUERIES : B::kINNERS;
                 multiplyHidden(part, B::kSUMS + (part + 2) % 3 * (kWIDTH / 8), tiles, constants, to,
                                part == 0 ? kWIDTH / 8 : 1, part == 2 ? share * kINNER_TILES : share);
-                constants += (2 * tiles + 3) * kCOLUMNS;
+                constants += (2 * tiles + 3) * kCOLUMNS * static_cast<int>(sizeof(float));
                 float c[4] = {};
                 if (part == 0)
                 {
@@ -798,7 +801,7 @@ struct Block
                 {
                     multiplyRows<kINNER_TILES>(c, B::kINNERS);
                 }
-                leaveSums(c, B::kSUMS + part * (kWIDTH / 8), part == 2 && layer + 1 == p.layerCount);
+                leaveSums(c, B::kSUMS + part * (kWIDTH / 8), part == 2 && layer() + 1 == p.layerCount);
             }
         }
     }
@@ -817,6 +820,19 @@ struct Block
             {
                 ring.fetch(from, L::kSLOT_BYTES, kLAYER_COPIES, policy);
             }
+        }
+    }
+
+    //! The constants of layer `of`, the stream's `use`th. Its weights' first slot has been fetched, so all warps have
+    //! begun the layer before: nobody needs what is in the buffer.
+    __device__ __forceinline__ void fetchConstants(int of, unsigned use, uint64_t policy)
+    {
+        if (works())
+        {
+            size_t const from = (static_cast<size_t>(of) * L::kSHARES + blockIdx.x) * kCONSTANTS;
+            sm90::barrierArriveExpect(constantsFull(use % 2), kCONSTANTS_BYTES);
+            sm90::copyBulk(ring.base + L::kCONSTANTS_AT + use % 2 * kCONSTANTS_BYTES, p.constants + from,
+                           kCONSTANTS_BYTES, constantsFull(use % 2), policy);
         }
     }
 
@@ -852,10 +868,12 @@ struct Block
     {
         uint64_t const policy = sm90::CachePolicies::make().drop;
         uint32_t parity = 0;
+        unsigned use = 0;
 #pragma unroll 1
         while (true)
         {
             fetchWeights(0, 0, kSLOTS_BEFORE_KEYS, policy);  // none of it depends on what is decided
+            fetchConstants(0, use++, policy);
             sm90::barrierWait(decided(), parity);
             parity ^= 1;
             if (*static_cast<int volatile*>(allEnded()) != 0)
@@ -868,6 +886,7 @@ struct Block
                 if (of > 0)
                 {
                     fetchWeights(of, 0, kSLOTS_BEFORE_KEYS, policy);
+                    fetchConstants(of, use++, policy);
                 }
                 fetchKeys(of, policy);
                 fetchWeights(of, kSLOTS_BEFORE_KEYS, kLAYER_SLOTS - kSLOTS_BEFORE_KEYS, policy);
@@ -940,7 +959,7 @@ struct Block
             if (turn == 0)
             {
                 float c[2][4] = {};  // of even and odd chunks
-#pragma unroll 4
+#pragma unroll 2
                 for (int chunk = 0; chunk < kWIDTH / 32; chunk += 2)
                 {
                     multiply(c[0], *at<uint4>(rowAt + chunk * 64), sm90::loadShared(weights + chunk * 512));
@@ -997,7 +1016,7 @@ struct Block
         BestLogit of[kMINE];
         unsigned missing = (1U << kMINE) - 1;
 #pragma unroll 1
-        while (missing != 0)
+        while (__any_sync(kFULL_WARP, missing != 0))
         {
 #pragma unroll
             for (int i = 0; i < kMINE; ++i)
@@ -1137,6 +1156,7 @@ struct Block
                 ring.wait(0);
                 ring.release(1);
             }
+            sm90::barrierWait(constantsFull(use % 2), use / 2 % 2);
         }
     }
 };
@@ -1156,6 +1176,8 @@ __global__ void __launch_bounds__(Layout<kWIDTH>::kTHREADS, 1) decodeWide(__grid
             sm90::barrierInit(block.ring.empty(slot), L::kWARPS);
         }
         sm90::barrierInit(block.decided(), 1);
+        sm90::barrierInit(block.constantsFull(0), 1);
+        sm90::barrierInit(block.constantsFull(1), 1);
         *block.allEnded() = 0;
         sm90::barrierInitFence();
     }
