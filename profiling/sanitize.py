@@ -352,7 +352,7 @@ def image_resize(ops) -> None:
         torch.cuda.synchronize()
 
 
-def device_decoder(ops, name: str = "small", states: bool = False, beams: int = 1) -> None:
+def device_decoder(ops, name: str = "small", states: bool = False, beams: int = 1, slots: int = 3) -> None:
     import torch
 
     from profiling.device_decoder import DECODERS, random_cross, random_states, random_weights
@@ -363,23 +363,29 @@ def device_decoder(ops, name: str = "small", states: bool = False, beams: int = 
     config = DECODERS[name] | small
     # Made on the host: on the device another kernel would write them.
     weights = {key: value.cuda() for key, value in random_weights(config, torch.float16, "cpu").items()}
-    decoder = DeviceDecoder(ops.kernels, weights, config, 3 if beams == 1 else 5 * beams, 32)
-    outputs = decoder.outputs(5, 4)
+    lines = slots + 2
+    decoder = DeviceDecoder(ops.kernels, weights, config, slots if beams == 1 else lines * beams, 32)
+    outputs = decoder.outputs(lines, 4)
     if states:
-        attended = _on_gpu(random_states(config, 5, torch.float16, "cpu"))
+        attended = _on_gpu(random_states(config, lines, torch.float16, "cpu"))
     else:
-        cross = random_cross(config, 5, torch.float16, "cpu")
+        cross = random_cross(config, lines, torch.float16, "cpu")
         attended = tuple(list(map(_on_gpu, tensors)) for tensors in cross)
     if beams == 1:
-        decoder.run(attended, outputs, 3)
+        decoder.run(attended, outputs, slots)
     else:
         decoder.search_beams(attended, outputs, SearchSettings(beams, no_repeat_ngram_size=2))
     torch.cuda.synchronize()
 
 
 def device_decoder_wide(ops) -> None:
-    """The same with heads of 64 elements."""
+    """The same with heads of 64 elements, few rows: the persistent kernel."""
     device_decoder(ops, "base")
+
+
+def device_decoder_chain(ops) -> None:
+    """More rows than that takes: the chain of kernels."""
+    device_decoder(ops, "base", slots=9)
 
 
 def device_decoder_states(ops) -> None:
@@ -412,6 +418,7 @@ KERNELS: dict[str, Callable] = {
         image_resize,
         device_decoder,
         device_decoder_wide,
+        device_decoder_chain,
         device_decoder_states,
         beam_search,
         beam_search_wide,

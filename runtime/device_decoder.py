@@ -193,13 +193,14 @@ def _pack_for_chain(weights: Mapping[str, Tensor], config: Mapping) -> dict[str,
 def _pack_for_wide(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tensor]:
     """The layers as the wide decoder's blocks stream them: a share is 8 columns of the width.
 
-    Each sublayer's first product has the LayerNorm before it folded in: gamma into its weights, beta into its bias.
+    Each sublayer's first product has the LayerNorm before it folded in: gamma in its weights, beta in its
+    bias.
 
     Returns:
         "wide_layers" T [L, 14 slots, D / 8, 8 D] and "wide_constants" float32 [L, D / 8, 200].
     """
     layers, shares = config["num_layers"], config["hidden_size"] // TILE
-    # Of what each sublayer begins with, [L, 3, D]: the embedding's or the layer before's last, and the layer's others.
+    # Of what each sublayer begins with, [L, 3, D]: the embedding's or the layer before's last, and two more.
     gamma, beta = (
         torch.cat([first[None], weights[f"norm_{name}"].flatten(0, 1)[:-1]]).unflatten(0, (layers, 3))
         for name, first in (
@@ -221,7 +222,7 @@ def _pack_for_wide(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, 
         bias = weights[f"{name}_bias"].float() + (weight @ beta[:, number].float()[..., None])[..., 0]
         folded = (weight * gamma[:, number].float()[:, None]).to(weights[f"{name}_weight"].dtype)
         sums = folded.float().sum(2)
-        if name == "fc1":  # a share's four tiles lie side by side, so that one word is an input of the second product
+        if name == "fc1":  # a share's four tiles lie side by side, as inputs of the second product
             slots.append(tiles(folded).unflatten(1, (shares, -1)))
             constants += [columns.view(layers, shares, -1) for columns in (bias, sums)]
         else:

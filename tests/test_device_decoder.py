@@ -7,6 +7,7 @@ from itertools import product as cartesian
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from profiling.device_decoder import (
     DECODERS,
@@ -46,6 +47,7 @@ CASES = {
         "encoder_size": 384,
     },
     "large": BASE | {"encoder_size": 1024, "vocab_size": 1009},
+    "chain": BASE | {"ffn_size": 2048, "vocab_size": 1009},  # of a size that the wide decoder does not take
 }
 STATES = (
     "base",
@@ -98,8 +100,8 @@ def test_tokens_are_the_best(hopper, name, lines, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lines", (1, 5, 40))
-@pytest.mark.parametrize("name", ("no-embedding-norm", "relu", "odd", "wide-heads"))
+@pytest.mark.parametrize("lines", (1, 3, 5, 40))
+@pytest.mark.parametrize("name", ("no-embedding-norm", "relu", "odd", "wide-heads", "chain"))
 def test_other_decoders(hopper, name, lines):
     outputs, cross, config, _ = search(hopper, name, torch.float16, lines, 7)
     assert_right(name, torch.float16, outputs, cross, config)
@@ -160,7 +162,9 @@ def ended(hopper, name: str, lines: int, steps: int, states: bool = False):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("slots", (1, 2, 7, 16, 37))
-@pytest.mark.parametrize(("name", "states"), (("bundled", False), ("relu", False), ("relu", True)))
+@pytest.mark.parametrize(
+    ("name", "states"), (("bundled", False), ("relu", False), ("chain", False), ("relu", True))
+)
 def test_finished_rows_take_the_next_line(hopper, name, states, slots):
     lines, steps = 37, 10
     expected, cross, config = ended(hopper, name, lines, steps, states)
@@ -202,11 +206,12 @@ def test_without_an_end_every_line_has_its_full_length(hopper):
 
 
 @pytest.mark.gpu
-def test_repeats_are_equal_on_any_stream(hopper):
-    outputs, cross, _, decoder = search(hopper, "small", torch.float16, 24, 9)
+@pytest.mark.parametrize(("name", "lines", "repeats"), (("small", 24, 3), ("base", 1, 30), ("base", 8, 30)))
+def test_repeats_are_equal_on_any_stream(hopper, name, lines, repeats):
+    outputs, cross, _, decoder = search(hopper, name, torch.float16, lines, 9)
     first = [tensor.clone() for tensor in outputs]
     stream = torch.cuda.Stream()
-    for _ in range(3):
+    for _ in range(repeats):
         for tensor in outputs:
             tensor.fill_(-1)
         stream.wait_stream(torch.cuda.current_stream())
@@ -340,6 +345,29 @@ def test_a_piece_of_the_chain_is_what_its_block_reads():
     first = halves[: 32 * width].view(width // 32, 32, 32)
     assert torch.equal(first.transpose(0, 1).flatten(1), weights["fc1_weight"][1, 64:96])
     assert torch.equal(halves[32 * width :].view(width, 32), weights["fc2_weight"][1, 64:96].T)
+
+
+def test_a_share_of_the_wide_decoder_has_the_norm_folded_in():
+    """Share 5's part of the query of cross-attention in layer 1, from what the sublayer before left."""
+    config = settings("base", torch.float16) | {"vocab_size": 51}
+    weights = random_weights(config, torch.float16, "cpu")
+    blobs = pack_blobs(weights, config)
+    assert blobs["wide_layers"].shape == (config["num_layers"], 14, 128, 8 * 1024)
+    assert blobs["wide_constants"].shape == (config["num_layers"], 128, 200)
+
+    weight = blobs["wide_layers"][1, 4, 5].view(32, 8, 32).transpose(0, 1).flatten(1).float()
+    # Those of self-attention come before: three tiles' biases, three tiles' sums, output's bias, gamma, beta.
+    bias, sums, output_bias, gamma, beta = blobs["wide_constants"][1, 5, 72:112].view(5, 8)
+    of_norm = [weights[f"norm_{name}"][1, 0].float() for name in ("gamma", "beta")]
+    columns = slice(40, 48)
+    left = 3 * torch.randn(7, 1024) + 0.5
+    hidden = F.layer_norm(left, [1024], *of_norm, config["epsilon"])
+    expected = hidden @ weights["cross_query_weight"][1, columns].float().T
+    expected += weights["cross_query_bias"][1, columns]
+    mean, deviation = left.mean(1, keepdim=True), left.std(1, unbiased=False, keepdim=True)
+    assert torch.allclose((left @ weight.T - mean * sums) / deviation + bias, expected, rtol=0, atol=5e-3)
+    assert torch.equal(output_bias, weights["cross_out_bias"][1, columns].float())
+    assert torch.equal(torch.stack([gamma, beta]), torch.stack(of_norm)[:, columns])
 
 
 def test_a_heads_weights_of_the_states_are_what_its_blocks_read():

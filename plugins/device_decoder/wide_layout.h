@@ -28,8 +28,10 @@ constexpr int kCONSTANTS = (2 * (3 + 1 + kINNER_TILES) + 3 * 3) * kCOLUMNS;
 constexpr int kCONSTANTS_BYTES = kCONSTANTS * 4;
 
 //! Copies that are on their way at most: in the layers words between blocks would queue behind more of them.
-constexpr int kLAYER_COPIES = 1;
-constexpr int kHEAD_COPIES = 2;
+constexpr uint32_t kLAYER_COPIES = 1;
+constexpr uint32_t kHURRIED_COPIES = 3;  //!< where kSCARCE slots or less are there to be read
+constexpr uint32_t kHEAD_COPIES = 2;
+constexpr uint32_t kSCARCE = 1;
 
 //! Boards are where blocks leave what others read, in words of 16 bytes. Offsets are in words, of a row.
 template <int kWIDTH>
@@ -43,8 +45,8 @@ struct Boards
     static constexpr int kQUERIES = kCONTEXTS + kWIDTH / 8;                      //!< T [D]
     static constexpr int kPARTS = kQUERIES + kWIDTH / 8;                         //!< [H, kMOST_PARTS, kPART_WORDS]
     static constexpr int kINNERS = kPARTS + kHEADS * kMOST_PARTS * kPART_WORDS;  //!< T [4 D]
-    static constexpr int kSUMS = kINNERS + kINNER_TILES * kWIDTH / 8;  //!< T [3, D]: after each sublayer
-    static constexpr int kLAST_SUMS = kSUMS + 3 * kWIDTH / 8;          //!< float32 [D]: after the last layer
+    static constexpr int kSUMS = kINNERS + kINNER_TILES * kWIDTH / 8;            //!< T [3, D]: after each sublayer
+    static constexpr int kLAST_SUMS = kSUMS + 3 * kWIDTH / 8;                    //!< float32 [D]: after the last layer
     static constexpr int kROW_WORDS = kLAST_SUMS + kWIDTH / 4;
 
     static constexpr int kCHOICES = kROWS * kROW_WORDS;  //!< [2, kROWS, kMOST_BLOCKS]
@@ -81,7 +83,7 @@ struct Layout
     static constexpr int kCHOICES = kOUT_PARTIAL;  // [row][warp] of 12 bytes
 
     static_assert(kBYTES <= 227 * 1024 && (2 * kRING + 3) * 8 <= kSTATE);
-    static_assert(kROWS * kWARPS * 12 <= kSCALES - kOUT_PARTIAL  && kSTATISTICS % 16 == 0);
+    static_assert(kROWS * kWARPS * 12 <= kSCALES - kOUT_PARTIAL && kSTATISTICS % 16 == 0);
 };
 
 }  // namespace trocr::decoder::wide

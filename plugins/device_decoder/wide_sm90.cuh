@@ -78,6 +78,14 @@ struct Ring
         }
     }
 
+    //! For the lane that fetches: whether kSCARCE slots at most have been fetched and not read.
+    __device__ __forceinline__ bool isScarce() const
+    {
+        bool const wraps = position + L::kRING - 1 - kSCARCE >= L::kRING;
+        uint32_t const at = position + L::kRING - 1 - kSCARCE - (wraps ? L::kRING : 0);
+        return sm90::barrierTest(empty(at), parity ^ wraps ^ 1);
+    }
+
     //! For the lane that fetches: `bytes` to the next slot, once that has been read and less than `most` copies are on
     //! their way.
     __device__ __forceinline__ void fetch(void const* from, uint32_t bytes, uint32_t most, uint64_t policy)
@@ -168,9 +176,8 @@ struct Block
     WideParams const& p;
     uint8_t* shared;
     Ring<L> ring;
-    unsigned live{0};  //!< rows that have a line, a bit each
-    int token{0};      //!< number of the token under way, for all rows
-    unsigned use{0};   //!< layers that have been decoded, of all tokens: boards have been used so often
+    int token{0};     //!< number of the token under way, for all rows
+    unsigned use{0};  //!< layers that have been decoded, of all tokens: boards have been used so often
     unsigned thread{threadIdx.x};
 
     template <typename P>
@@ -244,7 +251,7 @@ struct Block
     }
     __device__ __forceinline__ bool isLive(int row) const
     {
-        return (live >> row & 1) != 0;
+        return lines()[row] >= 0;
     }
 
     __device__ __forceinline__ sm90::Quad* board(int of, int row) const
@@ -311,7 +318,8 @@ struct Block
         {
             return {};
         }
-        auto const pairOf = [&](void const* table, int at) {
+        auto const pairOf = [&](void const* table, int at)
+        {
             auto const* const from = static_cast<T const*>(table) + static_cast<size_t>(at) * kWIDTH + column;
             return unpackPair<T>(__ldg(reinterpret_cast<unsigned const*>(from)));
         };
@@ -446,9 +454,8 @@ struct Block
         sync();
         if (warp() < tiles)
         {
-            auto const constant = [&](int tile) {
-                return at<float2>(constants + tile * kCOLUMNS * static_cast<int>(sizeof(float)))[lane() % 4];
-            };
+            auto const constant = [&](int tile)
+            { return at<float2>(constants + tile * kCOLUMNS * static_cast<int>(sizeof(float)))[lane() % 4]; };
             float2 const bias = constant(warp());
             float2 const columnSum = constant(tiles + warp());
             float2 const norm = embeds && !p.embeddingNorm ? float2{0.0F, 1.0F} : meanAndScale();
@@ -599,8 +606,7 @@ struct Block
         {
             float const factor = exp2Approx(scales[i].x - most);
             total += factor * scales[i].y;
-            auto const* const from =
-                at<float4>(L::kCONTEXTS) + (4 * i + lane() / 8) * (kHEAD / 4) + lane() % 8 * 2;
+            auto const* const from = at<float4>(L::kCONTEXTS) + (4 * i + lane() / 8) * (kHEAD / 4) + lane() % 8 * 2;
             float4 const a = from[0];
             float4 const b = from[1];
             sums[0] += factor * a.x;
@@ -808,6 +814,11 @@ struct Block
 
     // ---- the lane that fetches ----
 
+    __device__ __forceinline__ uint32_t layerCopies() const
+    {
+        return ring.isScarce() ? kHURRIED_COPIES : kLAYER_COPIES;
+    }
+
     __device__ __forceinline__ void fetchWeights(int of, int first, int count, uint64_t policy)
     {
         if (works())
@@ -818,7 +829,7 @@ struct Block
 #pragma unroll 1
             for (int i = 0; i < count; ++i, from += kALL)
             {
-                ring.fetch(from, L::kSLOT_BYTES, kLAYER_COPIES, policy);
+                ring.fetch(from, L::kSLOT_BYTES, layerCopies(), policy);
             }
         }
     }
@@ -854,8 +865,8 @@ struct Block
         {
             uint32_t const bytes = min(L::kSLOT_KEYS, mine.last - key) * kHEAD * 2;
             size_t const offset = (start + key) * kHEAD;
-            ring.fetch(static_cast<T const*>(p.crossKeys[of]) + offset, bytes, kLAYER_COPIES, policy);
-            ring.fetch(static_cast<T const*>(p.crossValues[of]) + offset, bytes, kLAYER_COPIES, policy);
+            ring.fetch(static_cast<T const*>(p.crossKeys[of]) + offset, bytes, layerCopies(), policy);
+            ring.fetch(static_cast<T const*>(p.crossValues[of]) + offset, bytes, layerCopies(), policy);
         }
     }
 
@@ -1113,7 +1124,6 @@ struct Block
             }
         }
         sync();
-        live = __ballot_sync(kFULL_WARP, lane() < kROWS && lines()[lane() % kROWS] >= 0);
     }
 
     //! The warps that compute.
@@ -1130,7 +1140,7 @@ struct Block
         sync();
         decide();
 #pragma unroll 1
-        for (; live != 0; ++token)
+        for (; *allEnded() == 0; ++token)
         {
             if (works())
             {
