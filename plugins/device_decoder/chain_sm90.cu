@@ -211,7 +211,7 @@ ChainDecoder::ChainDecoder(DeviceDecoderConfig config, ChainWeights weights, int
     }
     if (mStatus == cudaSuccess && mWeights.wideLayers != nullptr && wide::isServed(mConfig))
     {
-        mWide = wide::makeWideSearch(mConfig, mWeights, maxSlots, capacity);
+        mWide = wide::makeWideSearch(mConfig, mWeights, capacity);
         mStatus = mWide->status();
     }
 }

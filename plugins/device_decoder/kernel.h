@@ -244,7 +244,7 @@ public:
 bool isServed(DeviceDecoderConfig const& config);
 
 std::unique_ptr<WideSearch> makeWideSearch(DeviceDecoderConfig const& config, ChainWeights const& weights,
-                                           int32_t maxSlots, int32_t capacity);
+                                           int32_t capacity);
 
 }  // namespace decoder::wide
 

@@ -17,11 +17,10 @@ class Search : public WideSearch
     using L = Layout<kWIDTH>;
 
 public:
-    Search(DeviceDecoderConfig config, ChainWeights weights, int32_t maxSlots, int32_t capacity)
+    Search(DeviceDecoderConfig config, ChainWeights weights, int32_t capacity)
         : mConfig(std::move(config)), mWeights(weights), mCapacity(capacity)
     {
-        size_t const slots = std::min(maxSlots, kROWS);
-        size_t const cache = mConfig.layers * slots * kWIDTH * capacity * 2;
+        size_t const cache = static_cast<size_t>(mConfig.layers) * kROWS * kWIDTH * capacity * 2;
         mKeys = align256(Boards<kWIDTH>::kWORDS * sizeof(sm90::Quad));
         mValues = mKeys + align256(cache);
         mStatus = cudaMalloc(reinterpret_cast<void**>(&mWorkspace), mValues + align256(cache));
@@ -72,7 +71,8 @@ public:
         params.layerCount = mConfig.layers;
         params.lines = request.lines;
         params.slots = request.slots;
-        params.parts = request.slots > 4 ? 1 : request.slots > 2 ? 2 : request.slots > 1 ? 4 : kMOST_PARTS;
+        params.rowMask = request.slots > 4 ? 7 : request.slots > 2 ? 3 : request.slots > 1 ? 1 : 0;
+        params.parts = kROWS / (params.rowMask + 1);
         params.capacity = mCapacity;
         params.maxNewTokens = request.maxNewTokens;
         params.sourceLength = mConfig.sourceLength;
@@ -131,13 +131,13 @@ bool isServed(DeviceDecoderConfig const& config)
 }
 
 std::unique_ptr<WideSearch> makeWideSearch(DeviceDecoderConfig const& config, ChainWeights const& weights,
-                                           int32_t maxSlots, int32_t capacity)
+                                           int32_t capacity)
 {
     if (config.width == 256)
     {
-        return std::make_unique<Search<256>>(config, weights, maxSlots, capacity);
+        return std::make_unique<Search<256>>(config, weights, capacity);
     }
-    return std::make_unique<Search<1024>>(config, weights, maxSlots, capacity);
+    return std::make_unique<Search<1024>>(config, weights, capacity);
 }
 
 }  // namespace trocr::decoder::wide

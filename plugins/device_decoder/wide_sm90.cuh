@@ -23,7 +23,7 @@ struct WideParams
     void const* positions;                //!< T [positions, D]
     void const* crossKeys[kMOST_LAYERS];  //!< T [lines, H, S, 64]
     void const* crossValues[kMOST_LAYERS];
-    void* keys;          //!< T [L, slots, H, capacity, 64]
+    void* keys;          //!< T [L, kROWS, H, capacity, 64]
     void* values;        //!< likewise
     sm90::Quad* boards;  //!< zeros when the kernel starts
     int* tokens;         //!< [lines, maxNewTokens]
@@ -32,7 +32,8 @@ struct WideParams
     int layerCount;
     int lines;
     int slots;
-    int parts;  //!< of a row's and head's keys, each a block's; a power of two
+    int rowMask;  //!< least power of two that is not below slots, less one
+    int parts;    //!< kROWS / (rowMask + 1): of a row's and head's keys, each a block's; and copies of a row
     int capacity;
     int maxNewTokens;
     int sourceLength;
@@ -171,7 +172,9 @@ struct Block
     static constexpr int kHEADS = B::kHEADS;
     static constexpr int kCOMPUTE = kWARPS * kWARP_SIZE;
     // A lane is (g, t) = (lane / 4, lane % 4). As a row's it has row g, and of its warp's 64 inputs 8 t to 8 t + 7 of
-    // both chunks of 32.
+    // both chunks of 32. There are always eight rows: few slots have copies, rows g of the same g & rowMask, which are
+    // computed alike, each for an eighth, a quarter or half of the blocks, that read no other's words. All blocks ask
+    // for the same words at the same time, and what lies in one place would be asked for by 128 of them.
 
     WideParams const& p;
     uint8_t* shared;
@@ -249,9 +252,22 @@ struct Block
     {
         return nextLine() + 1;
     }
+    __device__ __forceinline__ int slotOf(int row) const
+    {
+        return row & p.rowMask;
+    }
+    __device__ __forceinline__ bool isRow(int row) const
+    {
+        return slotOf(row) < p.slots;
+    }
+    //! The copy of the row that this block reads.
+    __device__ __forceinline__ int copyOf(int row) const
+    {
+        return slotOf(row) | (static_cast<int>(blockIdx.x) * (p.rowMask + 1) & (kROWS - 1));
+    }
     __device__ __forceinline__ bool isLive(int row) const
     {
-        return lines()[row] >= 0;
+        return lines()[slotOf(row)] >= 0;
     }
 
     __device__ __forceinline__ sm90::Quad* board(int of, int row) const
@@ -313,8 +329,8 @@ struct Block
     //! Columns `column` and `column` + 1 of row g's embedding, not normalised.
     __device__ __forceinline__ float2 embed(int column) const
     {
-        int const row = lane() / 4;
-        if (row >= p.slots)
+        int const slot = slotOf(lane() / 4);
+        if (slot >= p.slots)
         {
             return {};
         }
@@ -323,8 +339,8 @@ struct Block
             auto const* const from = static_cast<T const*>(table) + static_cast<size_t>(at) * kWIDTH + column;
             return unpackPair<T>(__ldg(reinterpret_cast<unsigned const*>(from)));
         };
-        float2 const word = pairOf(p.embedding, inputs()[row]);
-        float2 const place = pairOf(p.positions, newest()[row]);
+        float2 const word = pairOf(p.embedding, inputs()[slot]);
+        float2 const place = pairOf(p.positions, newest()[slot]);
         return {word.x * p.embedScale + place.x, word.y * p.embedScale + place.y};
     }
 
@@ -333,6 +349,13 @@ struct Block
     static __device__ __forceinline__ void multiply(float (&c)[4], uint4 const& x, uint4 const& w)
     {
         multiplyChunk<T>(c, {x, uint4{}}, w);
+    }
+
+    //! Of two chains of products, neither of which waits for the other.
+    static __device__ __forceinline__ void addTo(float (&c)[4], float const (&other)[4])
+    {
+        c[0] += other[0];
+        c[1] += other[1];
     }
 
     //! This warp's part of a tile's product, to `partial` [warp][kTILES][row][8].
@@ -424,8 +447,8 @@ struct Block
         else
         {
             int const row = lane() / 4;
-            auto const* const from = board(of, row) + column / 8;
-            bool const is = row < p.slots;
+            auto const* const from = board(of, copyOf(row)) + column / 8;
+            bool const is = isRow(row);
             // The last sublayer's was left in the layer before.
             receive(x, part == 0 ? turn() ^ 1 : turn(), [&](int i) { return is ? from + i * 4 : nullptr; });
         }
@@ -444,10 +467,11 @@ struct Block
         {
             if (i < tiles)
             {
-                float c[4] = {};
-                multiply(c, x[0], w[i][0]);
-                multiply(c, x[1], w[i][1]);
-                leave<kINNER_TILES>(c, L::kPARTIAL, i);
+                float c[2][4] = {};
+                multiply(c[0], x[0], w[i][0]);
+                multiply(c[1], x[1], w[i][1]);
+                addTo(c[0], c[1]);
+                leave<kINNER_TILES>(c[0], L::kPARTIAL, i);
             }
         }
         leaveStatistics(v);
@@ -467,7 +491,7 @@ struct Block
             }
             uint4 const word = gatherWord(sum);
             int const row = lane() / 4;
-            if (lane() % 4 == 0 && row < p.slots)
+            if (lane() % 4 == 0 && isRow(row))
             {
                 put(board(to, row) + first + warp() * tileStride, word, turn());
             }
@@ -491,15 +515,17 @@ struct Block
         uint4 w[kSLOTS][2];
         takeWeights(w, kSLOTS);
         uint4 x[2 * kSLOTS];
-        sm90::Quad const* const from = board(of, lane() / 4) + warp() * 8 + lane() % 4;
-        bool const is = lane() / 4 < p.slots;
+        sm90::Quad const* const from = board(of, copyOf(lane() / 4)) + warp() * 8 + lane() % 4;
+        bool const is = isRow(lane() / 4);
         receive(x, turn(), [&](int i) { return is ? from + i / 2 * (kWIDTH / 8) + i % 2 * 4 : nullptr; });
+        float other[4] = {};
 #pragma unroll
         for (int i = 0; i < kSLOTS; ++i)
         {
             multiply(c, x[2 * i], w[i][0]);
-            multiply(c, x[2 * i + 1], w[i][1]);
+            multiply(other, x[2 * i + 1], w[i][1]);
         }
+        addTo(c, other);
     }
 
     //! The same of cross-attention's contexts, of which blocks have left parts: each part is multiplied as a row would
@@ -515,8 +541,10 @@ struct Block
             board(B::kPARTS, g / p.parts) + (warp() * kMOST_PARTS + g % p.parts) * B::kPART_WORDS;
         bool const is = g < p.slots * p.parts;
         receive(words, turn(), [&](int i) { return is ? from + (i == 2 ? kHEAD / 8 : 4 * i + t) : nullptr; });
+        float other[4] = {};
         multiply(c, words[0], w[0][0]);
-        multiply(c, words[1], w[0][1]);
+        multiply(other, words[1], w[0][1]);
+        addTo(c, other);
         if (p.parts == 1)
         {
             return;
@@ -539,7 +567,7 @@ struct Block
             c[1] += __shfl_xor_sync(kFULL_WARP, c[1], offset);
         }
         float const factor = is ? __fdividef(1.0F, weight) : 0.0F;
-        int const source = min(g, p.slots - 1) * p.parts * 4 + t;
+        int const source = min(slotOf(g), p.slots - 1) * p.parts * 4 + t;
         c[0] = __shfl_sync(kFULL_WARP, c[0] * factor, source);
         c[1] = __shfl_sync(kFULL_WARP, c[1] * factor, source);
     }
@@ -559,7 +587,7 @@ struct Block
             uint4 const word = gatherWord(sum);
             int const row = lane() / 4;
             int const share = static_cast<int>(blockIdx.x);
-            if (lane() % 4 == 0 && row < p.slots)
+            if (lane() % 4 == 0 && isRow(row))
             {
                 put(board(to, row) + share, word, turn());
             }
@@ -568,7 +596,7 @@ struct Block
             {
                 float const x2 = __shfl_xor_sync(kFULL_WARP, sum.x, 1);
                 float const y2 = __shfl_xor_sync(kFULL_WARP, sum.y, 1);
-                if (lane() % 2 == 0 && row < p.slots)
+                if (lane() % 2 == 0 && isRow(row))
                 {
                     put(board(B::kLAST_SUMS, row) + share * 2 + lane() % 4 / 2,
                         {__float_as_uint(sum.x), __float_as_uint(sum.y), __float_as_uint(x2), __float_as_uint(y2)},
@@ -665,15 +693,15 @@ struct Block
         int const task = static_cast<int>(blockIdx.x);
         int const row = task / kHEADS;
         int const head = task % kHEADS;
-        if (row >= p.slots)
+        if (!isRow(row))
         {
             return;
         }
         bool const is = isLive(row);
         if (is)
         {
-            int const position = newest()[row];  // keys in the cache
-            size_t const cache = ((static_cast<size_t>(layer()) * p.slots + row) * kHEADS + head) * p.capacity * kHEAD;
+            int const position = newest()[slotOf(row)];  // keys in the cache
+            size_t const cache = ((static_cast<size_t>(layer()) * kROWS + row) * kHEADS + head) * p.capacity * kHEAD;
             T* const keys = static_cast<T*>(p.keys) + cache;
             T* const values = static_cast<T*>(p.values) + cache;
             HeadKeys held;
@@ -740,7 +768,7 @@ struct Block
         {
             uint4 query[1];
             sm90::Quad const* const from =
-                board(B::kQUERIES, mine.row) + mine.head * (kHEAD / 8) + lane() % SlotKeys::kLANES;
+                board(B::kQUERIES, copyOf(mine.row)) + mine.head * (kHEAD / 8) + lane() % SlotKeys::kLANES;
             receive(query, turn(), [&](int) { return from; });
             Softmax<T, kHEAD> softmax;
             softmax.begin(query[0]);
@@ -924,8 +952,8 @@ struct Block
         T const* const norms = static_cast<T const*>(p.norms) + 3 * p.layerCount * 2 * kWIDTH + column;
         int const row = lane() / 4;
         uint4 bits[4];
-        auto const* const from = board(B::kLAST_SUMS, row) + column / 4;
-        bool const is = row < p.slots;
+        auto const* const from = board(B::kLAST_SUMS, copyOf(row)) + column / 4;
+        bool const is = isRow(row);
         receive(bits, tokenTurn(), [&](int i) { return is ? from + i / 2 * 8 + i % 2 : nullptr; });
         float v[16];
 #pragma unroll
