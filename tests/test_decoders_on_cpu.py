@@ -133,6 +133,21 @@ def test_finished_rows_take_the_next_line(cpu_kernels, name, slots, states):
     assert_right(outputs, attended, config, weights)
 
 
+@pytest.mark.parametrize("name", ("team", "chain", "wide", "wide relu"))
+def test_a_line_does_not_depend_on_its_neighbours(cpu_kernels, name):
+    """In another order, so that most start at another token: the same bits."""
+    lines, steps, slots = 8, 5, 5
+    free, attended, _, _ = search(cpu_kernels, name, lines, steps)
+    ends = free[0][::3, 1:3].unique().tolist()
+    expected, _, _, _ = search(cpu_kernels, name, lines, steps, slots, attended=attended, eos_ids=ends)
+    order = torch.arange(lines).flip(0)
+    shuffled = tuple([part[order].contiguous() for part in parts] for parts in attended)
+    found, _, _, _ = search(cpu_kernels, name, lines, steps, slots, attended=shuffled, eos_ids=ends)
+    assert expected[2].min() < steps
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted[order])
+
+
 @pytest.mark.parametrize(
     ("name", "images", "states", "settings"),
     (

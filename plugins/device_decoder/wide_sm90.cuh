@@ -131,6 +131,7 @@ __device__ __forceinline__ void put(sm90::Quad* to, uint4 word, unsigned turn)
 }
 
 //! Reads words until all are those of the use; `at(i)` is where word i lies, nullptr: it is not waited for, and zero.
+//! The use's bit is cleared: which use it is depends on other rows' lines, and a row's result must not.
 //! The warp stays together: lanes that went on as soon as they have theirs would go separate ways for long.
 template <int kCOUNT, typename At>
 __device__ __forceinline__ void receive(uint4 (&words)[kCOUNT], unsigned turn, At const& at)
@@ -160,6 +161,11 @@ __device__ __forceinline__ void receive(uint4 (&words)[kCOUNT], unsigned turn, A
         {
             missing &= (words[i].x & 1) == turn ? ~(1U << i) : ~0U;
         }
+    }
+#pragma unroll
+    for (uint4& word : words)
+    {
+        word.x &= ~1U;
     }
 }
 
@@ -1140,6 +1146,7 @@ struct Block
                 lines()[lane()] = mine;
             }
             bool const any = __any_sync(kFULL_WARP, lane() < p.slots && line >= 0);
+            __syncwarp();
             if (lane() == 0)
             {
                 *nextLine() = min(next + __popc(idle), p.lines);
