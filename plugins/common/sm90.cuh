@@ -71,22 +71,6 @@ __device__ __forceinline__ void barrierWait(uint32_t barrier, uint32_t parity)
         : "memory");
 }
 
-//! Whether barrierWait would return at once.
-__device__ __forceinline__ bool barrierTest(uint32_t barrier, uint32_t parity)
-{
-    unsigned done;
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    return done != 0;
-}
-
 // ---- block cluster and dependent launch ----
 
 __device__ __forceinline__ uint32_t clusterRank()

@@ -29,9 +29,7 @@ constexpr int kCONSTANTS_BYTES = kCONSTANTS * 4;
 
 //! Copies that are on their way at most: in the layers words between blocks would queue behind more of them.
 constexpr uint32_t kLAYER_COPIES = 1;
-constexpr uint32_t kHURRIED_COPIES = 3;  //!< where kSCARCE slots or less are there to be read
 constexpr uint32_t kHEAD_COPIES = 2;
-constexpr uint32_t kSCARCE = 1;
 
 //! Boards are where blocks leave what others read, in words of 16 bytes. Offsets are in words, of a row.
 template <int kWIDTH>

@@ -79,14 +79,6 @@ struct Ring
         }
     }
 
-    //! For the lane that fetches: whether kSCARCE slots at most have been fetched and not read.
-    __device__ __forceinline__ bool isScarce() const
-    {
-        bool const wraps = position + L::kRING - 1 - kSCARCE >= L::kRING;
-        uint32_t const at = position + L::kRING - 1 - kSCARCE - (wraps ? L::kRING : 0);
-        return sm90::barrierTest(empty(at), parity ^ wraps ^ 1);
-    }
-
     //! For the lane that fetches: `bytes` to the next slot, once that has been read and less than `most` copies are on
     //! their way.
     __device__ __forceinline__ void fetch(void const* from, uint32_t bytes, uint32_t most, uint64_t policy)
@@ -848,11 +840,6 @@ struct Block
 
     // ---- the lane that fetches ----
 
-    __device__ __forceinline__ uint32_t layerCopies() const
-    {
-        return ring.isScarce() ? kHURRIED_COPIES : kLAYER_COPIES;
-    }
-
     __device__ __forceinline__ void fetchWeights(int of, int first, int count, uint64_t policy)
     {
         if (works())
@@ -863,7 +850,7 @@ struct Block
 #pragma unroll 1
             for (int i = 0; i < count; ++i, from += kALL)
             {
-                ring.fetch(from, L::kSLOT_BYTES, layerCopies(), policy);
+                ring.fetch(from, L::kSLOT_BYTES, kLAYER_COPIES, policy);
             }
         }
     }
@@ -899,8 +886,8 @@ struct Block
         {
             uint32_t const bytes = min(L::kSLOT_KEYS, mine.last - key) * kHEAD * 2;
             size_t const offset = (start + key) * kHEAD;
-            ring.fetch(static_cast<T const*>(p.crossKeys[of]) + offset, bytes, layerCopies(), policy);
-            ring.fetch(static_cast<T const*>(p.crossValues[of]) + offset, bytes, layerCopies(), policy);
+            ring.fetch(static_cast<T const*>(p.crossKeys[of]) + offset, bytes, kLAYER_COPIES, policy);
+            ring.fetch(static_cast<T const*>(p.crossValues[of]) + offset, bytes, kLAYER_COPIES, policy);
         }
     }
 

@@ -68,11 +68,6 @@ inline void barrierWait(uint32_t barrier, uint32_t parity)
     cpu_cuda::waitWhile(barrierAt(barrier).parity, static_cast<uint8_t>(parity));
 }
 
-inline bool barrierTest(uint32_t barrier, uint32_t parity)
-{
-    return barrierAt(barrier).parity != static_cast<uint8_t>(parity);
-}
-
 inline void waitForCluster(uint32_t barrier, uint32_t parity)
 {
     barrierWait(barrier, parity);
