@@ -293,7 +293,7 @@ def overview(results: Path) -> str:
     gpus = dict.fromkeys(records[0].gpu for records in found)
     rows = []
     for records in found:
-        model = records[0].model + (f" on {records[0].gpu}" if len(gpus) > 1 else "")
+        model = records[0].model + (f" on {records[0].gpu.removeprefix('NVIDIA ')}" if len(gpus) > 1 else "")
         of_page = [record for record in records if record.part == "page"]
         best = {
             name: min((record.page_s * 1e3 for record in of_page if record.variant == name), default=None)
