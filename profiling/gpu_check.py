@@ -109,6 +109,7 @@ def _once_a_gpu(out: Path) -> list[Stage]:
 def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     """What the check has no time for: more batches and tokens, more peers, fp8, errors tensor by tensor."""
     peers = _bench(name, scratch / "compile.json", "encoder", "compile,onnxruntime")
+    compiled = _bench(name, scratch / "compiled.json", SEARCHED[1:], "compile", "1,16")
     batches = _bench(name, scratch / "batches.json", SEARCHED, "stock,fused,torch", "2,4,32,128")
     tokens = _bench(name, scratch / "tokens.json", SEARCHED[1:], "stock,fused,torch", "1,16")
     beams = _bench(name, scratch / "beams.json", SEARCHED[1:], "stock,fused", "1,16")
@@ -127,6 +128,7 @@ def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
         Stage("plugins", ["bash", "-c", BUILD], 30),
         _module("engines", _engines(name, PRECISION, SWEEP_PROFILE), 30),
         _module("compile", peers, 30),
+        _module("compiled search", compiled, 60),
         _module("batches", batches, 30),
         _module("tokens", [*tokens, "--tokens", "5,10,40,60"], 30),
         _module("beams", [*beams, "--num-beams", "4"], 30),

@@ -24,7 +24,7 @@ Variants:
                     the GPU and the checkpoint
     fused_steps     the same engines, the decoder's a step at a time
     stock_naive     TensorRT from PyTorch's own export of the encoder (profiling/peers.py)
-    torch, compile  Hugging Face's model; its encoder under torch.compile
+    torch, compile  Hugging Face's model; the same under torch.compile, with a cache of fixed size
     onnxruntime     the fused graphs on a CPU; on a GPU machine the stock graphs on the CUDA provider
     tensorrt_rtx    the stock graphs as engines of TensorRT-RTX; in a process without TensorRT, so ask for
     it alone
@@ -377,6 +377,8 @@ def _measure_session(folder: Path, provider: str, pixels: np.ndarray) -> Measure
 class TorchVariant:
     """Hugging Face's model and `generate`, with its cache and its fastest attention (sdpa in the encoder)."""
 
+    cache: str | None = None  # what `generate` calls cache_implementation
+
     def __init__(self, spec: ModelSpec, precision: str):
         self.spec, self.precision = spec, precision
         self.model = load_model(spec, DTYPES[precision]).to(DEVICE)
@@ -387,14 +389,11 @@ class TorchVariant:
         pass
 
     def encoder(self, pixels: torch.Tensor) -> Measurement:
-        return self._encoder(self.model.encoder, pixels)
-
-    def _encoder(self, encoder: torch.nn.Module, pixels: torch.Tensor) -> Measurement:
         pixels = self.normalise(pixels)
         hidden: list[torch.Tensor] = []
 
         def run() -> None:
-            hidden[:] = [encoder(pixel_values=pixels).last_hidden_state]
+            hidden[:] = [self.model.encoder(pixel_values=pixels).last_hidden_state]
 
         times = measure(run)
         return Measurement(times, hidden[0].clone())
@@ -427,6 +426,8 @@ class TorchVariant:
         """Token ids [B, tokens], padded after the end of text; without `stop` there is none."""
         least = 0 if stop else tokens
         settings = {"num_beams": num_beams, "do_sample": False, "use_cache": True}
+        if self.cache:
+            settings["cache_implementation"] = self.cache
         ids = self.model.generate(**inputs, **settings, min_new_tokens=least, max_new_tokens=tokens)[:, 1:]
         padding = self.model.generation_config.pad_token_id
         return torch.nn.functional.pad(ids, (0, tokens - ids.shape[1]), value=padding)
@@ -458,19 +459,38 @@ class GeneratePage:
 
 
 class CompileVariant(TorchVariant):
-    """The encoder under torch.compile, mode reduce-overhead, every batch size compiled for itself.
+    """Under torch.compile, every batch size compiled for itself, the encoder in mode reduce-overhead.
 
-    `generate` would stay as it is.
+    `generate` stays as it is, but calls compiled forwards. Its cache has a fixed size, else the decoder's would
+    be compiled anew for every token.
     """
 
+    cache = "static"
+
+    def __init__(self, spec: ModelSpec, precision: str):
+        super().__init__(spec, precision)
+        self._encode, self._decode = self.model.encoder.forward, self.model.decoder.forward
+
     def check(self, case: Case) -> None:
-        if case.part != "encoder":
-            raise Unavailable("measured for the encoder only")
+        if case.part == "page" or case.num_beams > 1:
+            raise Unavailable("measured for batches of one size and greedy search only")
 
     def encoder(self, pixels: torch.Tensor) -> Measurement:
+        self._compile()
+        return super().encoder(pixels)
+
+    def decoder(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
+        self._compile()
+        return super().decoder(pixels, tokens, num_beams)
+
+    def end_to_end(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
+        self._compile()
+        return super().end_to_end(pixels, tokens, num_beams)
+
+    def _compile(self) -> None:
         torch.compiler.reset()  # else a second batch size is taken for a dynamic one
-        compiled = torch.compile(self.model.encoder, mode="reduce-overhead", dynamic=False)
-        return self._encoder(compiled, pixels)
+        self.model.encoder.forward = torch.compile(self._encode, mode="reduce-overhead", dynamic=False)
+        self.model.decoder.forward = torch.compile(self._decode, dynamic=False)
 
 
 class Reference:

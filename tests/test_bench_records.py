@@ -181,7 +181,7 @@ def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("profiling.gpu_check.current_gpu", lambda: None)
     plan = {stage.name: stage for stage in sweep(BUNDLED, "bundled", tmp_path, tmp_path)}
-    of_all = ["plugins", "engines", "compile", "batches", "tokens", "beams", "tensorrt_rtx"]
+    of_all = ["plugins", "engines", "compile", "compiled search", "batches", "tokens", "beams", "tensorrt_rtx"]
     of_all += ["fp8 engines", "fp8"]
     of_trained_weights = ["torch's page", "mixed page", "timeline"]
     of_trained_weights += ["engines of all precisions", "accuracy", "tensors"]
@@ -340,6 +340,14 @@ def test_a_peer_that_fails_does_not_stop_the_bench(checkpoint, tmp_path: Path, m
     monkeypatch.setattr("runtime.bench.TorchVariant.encoder", broken)
     with pytest.raises(RuntimeError, match="cannot compile"):
         bench([*options, "--variants", "torch"])
+
+
+def test_compiled_steps_choose_the_same_tokens(checkpoint, tmp_path: Path):
+    """`generate` with a cache of fixed size and a compiled decoder, at two batch sizes."""
+    options = ["decoder", "--model", str(checkpoint("small")), "--batch", "1,2", "--precision", "fp32"]
+    file = tmp_path / "decoder.json"
+    assert bench([*options, "--tokens", "3", "--variants", "compile", "--json", str(file)]) == 0
+    assert [(entry.batch, entry.same_tokens) for entry in read(file)] == [(1, 1.0), (2, 1.0)]
 
 
 def test_bench_measures_tensorrt_rtx_alone(capsys):
