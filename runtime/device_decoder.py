@@ -27,8 +27,8 @@ def pack_blobs(weights: Mapping[str, Tensor], config: Mapping) -> dict[str, Tens
         config: as `decoder_weights.decoder_config` makes it.
 
     Returns:
-        For heads of 32 what the team decoder takes, else what the chain takes
-        (plugins/device_decoder/README.md).
+        For heads of 32 what the team decoder takes, else what the chain takes, and with it the wide decoder
+        where that serves (plugins/device_decoder/README.md).
     """
     if config["hidden_size"] == 32 * config["num_heads"]:
         return _pack_for_teams(weights, config)
@@ -121,7 +121,8 @@ def _pack_for_chain(weights: Mapping[str, Tensor], config: Mapping) -> dict[str,
         "feed_forward_bias" float32 [L, D], "head" T [ceil(V / 8), D / 32, 8, 32], "norms" T [1 + 3 L, 2, D],
         "embedding" T [V, D], "position_embedding" T [positions, D]; and where there are weights of
         cross-attention's keys and values, "cross_keys" T [L, H, 8, d / 32, E / 64, 8, 32], "cross_values"
-        T [L, H, C, E / 32, 8, 32], "cross_value_bias" float32 [L, D]. See plugins/device_decoder/README.md.
+        T [L, H, C, E / 32, 8, 32], "cross_value_bias" float32 [L, D]; and what `_pack_for_wide` makes, where
+        there is a wide decoder for these sizes. See plugins/device_decoder/README.md.
     """
     layers, width, heads = config["num_layers"], config["hidden_size"], config["num_heads"]
     size = width // heads

@@ -37,7 +37,7 @@ struct DeviceDecoderConfig
     int32_t sourceLength;  //!< S, encoder states a line
     int32_t encoderWidth;  //!< E, of these states; 0: they are not attended to themselves
     int32_t positions;     //!< rows of the position embedding
-    bool gelu;             //!< activation: GELU (exact), else ReLU
+    bool gelu;             //!< activation: GELU (of the error function), else ReLU
     bool embeddingNorm;    //!< LayerNorm after the embedding
     float embedScale;      //!< the token embedding is multiplied by it
     float epsilon;         //!< of every LayerNorm
@@ -62,7 +62,7 @@ struct ChainWeights
     void const* norms;      //!< T [1 + 3 L, 2, D]: gamma and beta of the embedding and, a layer, self, cross, final
     void const* embedding;  //!< T [V, D]
     void const* positionEmbedding;  //!< T [positions, D]; row p is added to the token after p others
-    void const* wideLayers;         //!< [L, 14, D / 8] slots of the wide decoder, or nullptr: it is not used
+    void const* wideLayers;         //!< T [L, 14, D / 8, 8 D] of the wide decoder, or nullptr: it is not used
     float const* wideConstants;     //!< [L, D / 8, 200]
 };
 
@@ -230,7 +230,7 @@ private:
 namespace decoder::wide
 {
 
-//! Greedy searches of up to eight rows by keys and values, in one persistent kernel.
+//! Greedy searches of up to eight rows by keys and values, in one persistent kernel. Check `status()` before use.
 class WideSearch
 {
 public:
@@ -249,7 +249,8 @@ std::unique_ptr<WideSearch> makeWideSearch(DeviceDecoderConfig const& config, Ch
 }  // namespace decoder::wide
 
 //! A CUDA graph whose WHILE node repeats a chain of fused kernels. A request that differs in any member from earlier
-//! ones is captured first (about a millisecond); the last few graphs are kept.
+//! ones is captured first (about a millisecond); the last few graphs are kept. With `wideLayers`, requests that the
+//! wide decoder takes go to that.
 std::unique_ptr<DeviceDecoder> makeChainDecoder(DeviceDecoderConfig config, ChainWeights const& weights,
                                                 int32_t maxSlots, int32_t capacity);
 

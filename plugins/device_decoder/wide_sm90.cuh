@@ -18,7 +18,7 @@ struct WideParams
     uint8_t const* layers;                //!< [L, kLAYER_SLOTS, shares] slots
     float const* constants;               //!< [L, shares, kCONSTANTS]
     uint8_t const* head;                  //!< [ceil(V / 8)] slots
-    void const* norms;                    //!< T [1 + 3 L, 2, D]
+    void const* norms;                    //!< T [1 + 3 L, 2, D], of which the last is read
     void const* embedding;                //!< T [V, D]
     void const* positions;                //!< T [positions, D]
     void const* crossKeys[kMOST_LAYERS];  //!< T [lines, H, S, 64]
@@ -202,9 +202,14 @@ struct Block
     {
         sm90::syncSome<1, kCOMPUTE>();
     }
+    // Barriers behind the ring's.
     __device__ __forceinline__ uint32_t decided() const
     {
         return ring.full(2 * L::kRING);
+    }
+    __device__ __forceinline__ uint32_t constantsFull(int buffer) const
+    {
+        return decided() + 8 + buffer * 8;
     }
     //! Of warp 0, columns 2 t and 2 t + 1 of the share, of row g: what the sublayer before left.
     __device__ __forceinline__ float2& own() const
@@ -215,10 +220,6 @@ struct Block
     __device__ __forceinline__ float2& residual() const
     {
         return at<float2>(L::kOWN)[kWARP_SIZE + lane()];
-    }
-    __device__ __forceinline__ uint32_t constantsFull(int buffer) const
-    {
-        return decided() + 8 + buffer * 8;
     }
     __device__ __forceinline__ static bool works()
     {
