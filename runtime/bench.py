@@ -461,8 +461,8 @@ class GeneratePage:
 class CompileVariant(TorchVariant):
     """Under torch.compile, every batch size compiled for itself, the encoder in mode reduce-overhead.
 
-    `generate` stays as it is, but calls compiled forwards. Its cache has a fixed size, else the decoder's would
-    be compiled anew for every token.
+    `generate` stays as it is, but calls compiled forwards. Its cache has a fixed size, else the decoder's
+    would be compiled anew for every token.
     """
 
     cache = "static"

@@ -181,8 +181,8 @@ def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("profiling.gpu_check.current_gpu", lambda: None)
     plan = {stage.name: stage for stage in sweep(BUNDLED, "bundled", tmp_path, tmp_path)}
-    of_all = ["plugins", "engines", "compile", "compiled search", "batches", "tokens", "beams", "tensorrt_rtx"]
-    of_all += ["fp8 engines", "fp8"]
+    of_all = ["plugins", "engines", "compile", "compiled search", "batches", "tokens", "beams"]
+    of_all += ["tensorrt_rtx", "fp8 engines", "fp8"]
     of_trained_weights = ["torch's page", "mixed page", "timeline"]
     of_trained_weights += ["engines of all precisions", "accuracy", "tensors"]
     once_a_gpu = ["kernels", "device decoder"]
