@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/device.cuh"
 #include "common/fp8.cuh"
 #include "linear/kernel.h"
 
@@ -169,23 +170,6 @@ __device__ __forceinline__ float2 unpack(uint32_t v, __half)
 __device__ __forceinline__ float2 unpack(uint32_t v, __nv_bfloat16)
 {
     return __bfloat1622float2(reinterpret_cast<__nv_bfloat162 const&>(v));
-}
-
-//! x Phi(x) = max(x, 0) - |x| Phi(-|x|), with log2 Phi(-t) a polynomial of degree 5 in t: eight instructions. Fitted
-//! (weighted minimax on [0, 6.5]) so that the result is within 0.21 half-ulps of float16, subnormals included;
-//! beyond 6.5 the polynomial keeps falling, and the second term is below 3e-9. tests/test_linear.py checks the figures.
-__device__ __forceinline__ float gelu(float x)
-{
-    float const t = fabsf(x);
-    float p = -0.00030645227525383234F;
-    p = fmaf(p, t, 0.0056864055804908276F);
-    p = fmaf(p, t, -0.04774897173047066F);
-    p = fmaf(p, t, -0.4648023247718811F);
-    p = fmaf(p, t, -1.1488468647003174F);
-    p = fmaf(p, t, -1.0001472234725952F);
-    float tail;  // Phi(-t)
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(tail) : "f"(p));
-    return fmaf(-t, tail, fmaxf(x, 0.0F));
 }
 
 //! max(x, bound), NaN if x is.
