@@ -119,6 +119,15 @@ inline cudaLaunchAttribute dependentLaunch()
     return attribute;
 }
 
+//! The launch attribute by which all blocks run at once, or none does.
+inline cudaLaunchAttribute cooperativeLaunch()
+{
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    return attribute;
+}
+
 //! Clusters of a kernel that the device holds at once: fewer than its multiprocessors would make, where the groups they
 //! come in are no multiples of the cluster; 0 where that cannot be told.
 template <typename KERNEL>

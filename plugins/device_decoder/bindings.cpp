@@ -86,20 +86,20 @@ std::unique_ptr<DeviceDecoder> makeDeviceDecoder(py::dict const& config, py::dic
             return makeTeamDecoder(parsed, packed, maxSlots, capacity);
         }
         auto const forStates = [&](char const* name) { return statesToo ? pointer(name) : nullptr; };
-        ChainWeights const packed{
-            pointer("self"),
-            pointer("cross"),
-            pointer("feed_forward"),
-            static_cast<float const*>(pointer("feed_forward_bias")),
-            forStates("cross_keys"),
-            forStates("cross_values"),
-            static_cast<float const*>(forStates("cross_value_bias")),
-            pointer("head"),
-            pointer("norms"),
-            pointer("embedding"),
-            pointer("position_embedding"),
-            weights.contains("wide_layers") ? pointer("wide_layers") : nullptr,
-            weights.contains("wide_layers") ? static_cast<float const*>(pointer("wide_constants")) : nullptr};
+        auto const forWide = [&](char const* name) { return weights.contains(name) ? pointer(name) : nullptr; };
+        ChainWeights const packed{pointer("self"),
+                                  pointer("cross"),
+                                  pointer("feed_forward"),
+                                  static_cast<float const*>(pointer("feed_forward_bias")),
+                                  forStates("cross_keys"),
+                                  forStates("cross_values"),
+                                  static_cast<float const*>(forStates("cross_value_bias")),
+                                  pointer("head"),
+                                  pointer("norms"),
+                                  pointer("embedding"),
+                                  pointer("position_embedding"),
+                                  forWide("wide_layers"),
+                                  static_cast<float const*>(forWide("wide_constants"))};
         return makeChainDecoder(parsed, packed, maxSlots, capacity);
     };
     std::unique_ptr<DeviceDecoder> decoder = make();

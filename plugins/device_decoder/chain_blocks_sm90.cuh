@@ -696,6 +696,29 @@ struct BestLogit
     }
 };
 
+//! The best of what a warp's lanes hold, each kCOUNT; total is of all. The best first: what is added up then needs one
+//! exponential, and no order.
+template <int kCOUNT>
+__device__ __forceinline__ BestLogit bestOfWarp(BestLogit const (&of)[kCOUNT])
+{
+    BestLogit found = {of[0].best, 0x7fffffff, 0.0F};
+#pragma unroll
+    for (int i = 1; i < kCOUNT; ++i)
+    {
+        found.best = fmaxf(found.best, of[i].best);
+    }
+    found.best = groupMax(found.best);
+#pragma unroll
+    for (int i = 0; i < kCOUNT; ++i)
+    {
+        found.total += of[i].total * exp2Approx((of[i].best - found.best) * kLOG2_E);
+        found.token = of[i].best == found.best ? min(found.token, of[i].token) : found.token;
+    }
+    found.total = groupSum(found.total);
+    found.token = __reduce_min_sync(kFULL_WARP, found.token);
+    return found;
+}
+
 // ---- constants ----
 
 //! The block's constants, on their way into shared memory since before the kernel before has ended: first the norm,

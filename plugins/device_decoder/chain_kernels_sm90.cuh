@@ -751,31 +751,20 @@ __global__ void __launch_bounds__(kTHREADS) next(NextParams p)
         int const lane = threadIdx.x;
         int2 const words = sm90::loadEarly(reinterpret_cast<int2 const*>(p.state.rows + row));
         RowState const state{words.x, words.y};
-        // The best of all first: what is added up then needs one exponential, and no order.
-        float4 found[kCHOOSERS_A_LANE];
-        float best = kNO_SCORE;
+        BestLogit of[kCHOOSERS_A_LANE];
 #pragma unroll
         for (int i = 0; i < kCHOOSERS_A_LANE; ++i)
         {
             int const chooser = i * kWARP_SIZE + lane;
-            found[i] = {kNO_SCORE, 0.0F, 0.0F, 0.0F};
+            of[i] = {kNO_SCORE, 0, 0.0F};
             if (chooser < p.choosers)
             {
-                found[i] = __ldcg(p.choices + static_cast<size_t>(chooser) * p.rows + row);
+                float4 const choice = __ldcg(p.choices + static_cast<size_t>(chooser) * p.rows + row);
+                of[i] = {choice.x, __float_as_int(choice.y), choice.z};
             }
-            best = fmaxf(best, found[i].x);
         }
-        best = groupMax(best);
-        float total = 0.0F;
-        int token = 0x7fffffff;
-#pragma unroll
-        for (int i = 0; i < kCHOOSERS_A_LANE; ++i)
-        {
-            total += found[i].z * exp2Approx((found[i].x - best) * kLOG2_E);
-            token = found[i].x == best ? min(token, __float_as_int(found[i].y)) : token;
-        }
-        total = groupSum(total);
-        token = __reduce_min_sync(kFULL_WARP, token);
+        BestLogit const found = bestOfWarp(of);
+        int const token = found.token;
 
         bool const ends = lane < p.ends && token == p.endIds[min(lane, kMAX_END_IDS - 1)];
         bool const ended = __any_sync(kFULL_WARP, ends) || state.position + 1 == p.maxNewTokens;
@@ -787,7 +776,7 @@ __global__ void __launch_bounds__(kTHREADS) next(NextParams p)
             if (state.line >= 0)
             {
                 p.tokens[static_cast<size_t>(state.line) * p.maxNewTokens + state.position] = token;
-                atomicAdd(p.logProbs + state.line, -logf(total));  // the chosen token's own exponent is 0
+                atomicAdd(p.logProbs + state.line, -logf(found.total));  // the chosen token's own exponent is 0
                 if (ended)
                 {
                     p.lengths[state.line] = state.position + 1;

@@ -92,6 +92,21 @@ struct SearchRequest
     int32_t* lengths;                      //!< [lines]: tokens, the end of text included
 };
 
+//! What every kernel that ends texts is told of them, by the names that its parameters have for it.
+template <typename Params>
+void setTexts(Params& params, SearchRequest const& request, DeviceDecoderConfig const& config)
+{
+    params.tokens = request.tokens;
+    params.logProbs = request.logProbs;
+    params.lengths = request.lengths;
+    params.lines = request.lines;
+    params.maxNewTokens = request.maxNewTokens;
+    params.startId = config.startId;
+    params.padId = config.padId;
+    std::copy(config.endIds.begin(), config.endIds.end(), params.endIds);
+    params.ends = request.stops ? static_cast<int>(config.endIds.size()) : 0;
+}
+
 //! A beam search of one batch.
 struct BeamRequest
 {

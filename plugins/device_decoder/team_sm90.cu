@@ -74,13 +74,7 @@ public:
         }
         int const slots = std::min(request.slots, mostRows());
         TeamParams params = paramsOf(slots, request.crossKeys, request.crossValues);
-        params.tokens = request.tokens;
-        params.logProbs = request.logProbs;
-        params.lengths = request.lengths;
-        params.lines = request.lines;
-        params.maxNewTokens = request.maxNewTokens;
-        std::copy(mConfig.endIds.begin(), mConfig.endIds.end(), params.endIds);
-        params.ends = request.stops ? static_cast<int>(mConfig.endIds.size()) : 0;
+        setTexts(params, request, mConfig);
         return launch(params, false, stream);
     }
 
@@ -153,15 +147,11 @@ private:
 
     struct Launch
     {
-        cudaLaunchAttribute attributes[2]{};
+        cudaLaunchAttribute attributes[2] = {clusterOf(kTEAM_BLOCKS), cooperativeLaunch()};
         cudaLaunchConfig_t config{};
 
         Launch(int sharedBytes, int clusters, cudaStream_t stream)
         {
-            attributes[0] = clusterOf(kTEAM_BLOCKS);
-            // All blocks run at once, or none does.
-            attributes[1].id = cudaLaunchAttributeCooperative;
-            attributes[1].val.cooperative = 1;
             config.gridDim = dim3(clusters * kTEAM_BLOCKS);
             config.blockDim = dim3(kTEAM_THREADS);
             config.dynamicSmemBytes = sharedBytes;

@@ -65,22 +65,14 @@ public:
         params.keys = mWorkspace + mKeys;
         params.values = mWorkspace + mValues;
         params.boards = reinterpret_cast<sm90::Quad*>(mWorkspace);
-        params.tokens = request.tokens;
-        params.logProbs = request.logProbs;
-        params.lengths = request.lengths;
+        setTexts(params, request, mConfig);
         params.layerCount = mConfig.layers;
-        params.lines = request.lines;
         params.slots = request.slots;
         params.rowMask = request.slots > 4 ? 7 : request.slots > 2 ? 3 : request.slots > 1 ? 1 : 0;
         params.parts = kROWS / (params.rowMask + 1);
         params.capacity = mCapacity;
-        params.maxNewTokens = request.maxNewTokens;
         params.sourceLength = mConfig.sourceLength;
         params.vocabulary = mConfig.vocabulary;
-        params.startId = mConfig.startId;
-        params.padId = mConfig.padId;
-        std::copy(mConfig.endIds.begin(), mConfig.endIds.end(), params.endIds);
-        params.ends = request.stops ? static_cast<int>(mConfig.endIds.size()) : 0;
         params.embedScale = mConfig.embedScale;
         params.epsilon = mConfig.epsilon;
         params.gelu = mConfig.gelu;
@@ -92,9 +84,7 @@ public:
         {
             return status;
         }
-        cudaLaunchAttribute attribute{};
-        attribute.id = cudaLaunchAttributeCooperative;  // all blocks run at once, or none does
-        attribute.val.cooperative = 1;
+        cudaLaunchAttribute attribute = cooperativeLaunch();
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(mBlocks);
         config.blockDim = dim3(L::kTHREADS);

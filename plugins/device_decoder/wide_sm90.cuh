@@ -1045,7 +1045,6 @@ struct Block
         constexpr int kMINE = kMOST_BLOCKS / kWARP_SIZE;
         int const line = lines()[row];
         int const position = newest()[row];
-        // The best of all first: what is added up then needs one exponential, and no order.
         BestLogit of[kMINE];
         unsigned missing = (1U << kMINE) - 1;
 #pragma unroll 1
@@ -1069,26 +1068,11 @@ struct Block
                 }
             }
         }
-        float best = of[0].best;
-#pragma unroll
-        for (int i = 1; i < kMINE; ++i)
-        {
-            best = fmaxf(best, of[i].best);
-        }
-        best = groupMax(best);
-        float total = 0.0F;
-        int chosen = 0x7fffffff;
-#pragma unroll
-        for (int i = 0; i < kMINE; ++i)
-        {
-            total += of[i].total * exp2Approx((of[i].best - best) * kLOG2_E);
-            chosen = of[i].best == best ? min(chosen, of[i].token) : chosen;
-        }
-        total = groupSum(total);
-        chosen = __reduce_min_sync(kFULL_WARP, chosen);
+        BestLogit const found = bestOfWarp(of);
+        int const chosen = found.token;
         bool const ends = lane() < p.ends && chosen == p.endIds[min(lane(), kMAX_END_IDS - 1)];
         bool const ended = __any_sync(kFULL_WARP, ends) || position + 1 == p.maxNewTokens;
-        float const logProb = logProbs()[row] - logf(total);  // the chosen token's own exponent is 0
+        float const logProb = logProbs()[row] - logf(found.total);  // the chosen token's own exponent is 0
         if (blockIdx.x == 0)
         {
             int* const tokens = p.tokens + static_cast<size_t>(line) * p.maxNewTokens;

@@ -193,7 +193,6 @@ inline void publish(ulonglong2* to, uint64_t first, uint64_t second)
     cpu_cuda::later([=]() { to->y = second; });
 }
 
-//! It may arrive later than what the thread does next.
 inline void publish(Quad* to, Quad const& value)
 {
     cpu_cuda::later([=]() { *to = value; });
