@@ -43,7 +43,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ import onnxruntime as ort
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AttentionInterface, AutoImageProcessor, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput
 
 from build import PRECISIONS, BuildError, build, default_folder
@@ -82,7 +83,7 @@ from runtime.engine import Engine, capture
 from runtime.generation import Decoder, GreedySearch
 from runtime.images import load_image
 from runtime.recognizer import Recognizer
-from runtime.search import GenerationError, SearchSettings
+from runtime.search import GenerationError, SearchRequest, SearchSettings
 from runtime.tensorrt_loader import TensorRTError
 
 ON_GPU = torch.cuda.is_available()
@@ -96,6 +97,7 @@ PEERS = {"compile", "onnxruntime", "stock_naive", "tensorrt_rtx"}  # others' fai
 FP8_VARIANTS = ({"fused", "fused_steps", "onnxruntime"}, {"fused", "fused_steps"})
 TENSORRT = {"stock", "stock_naive", "fused", "fused_steps"}  # variants that load it
 PROFILE = (1, 16, 64)  # minimum, optimum and maximum batch of engines that are built here
+UNMASKED = "sdpa_unmasked"  # attention of the compiled encoder
 REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
 WARMUPS = 3
 MIN_REPEATS, MAX_REPEATS, SECONDS = 10, 100, 0.5  # of one measurement
@@ -200,20 +202,20 @@ class BackendVariant:
                 raise Unavailable(f"{self.folder} is built for {what} up to {limit}{beams}")
 
     def decoder(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
-        settings = SearchSettings(num_beams)
-        if self._searches_whole(pixels, tokens, settings):
+        request = SearchRequest(tokens, SearchSettings(num_beams))
+        if self._searches_whole(pixels, request):
             encoding = self.backend.encode(pixels)
-            times = measure(lambda: self.backend.search(encoding, tokens, settings, stop=False))
-            return Measurement(times, self.backend.search(encoding, tokens, settings).tokens.long())
+            times = measure(lambda: self.backend.search(encoding, replace(request, stops=False)))
+            return Measurement(times, self.backend.search(encoding, request).tokens.long())
         search, start, steps = self._search(pixels, tokens, num_beams)
         times = measure(steps, start, self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
 
     def end_to_end(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
         pixels = pixels.to(self.backend.device)
-        settings = SearchSettings(num_beams)
-        if self._searches_whole(pixels, tokens, settings):
-            return self._whole_search(pixels, tokens, settings)
+        request = SearchRequest(tokens, SearchSettings(num_beams))
+        if self._searches_whole(pixels, request):
+            return self._whole_search(pixels, request)
         search, start, steps = self._search(pixels, tokens, num_beams)
 
         def run() -> None:
@@ -224,21 +226,22 @@ class BackendVariant:
         times = measure(run, device=self.backend.device)
         return Measurement(times, search.output_ids[:, 1:])
 
-    def _searches_whole(self, pixels: torch.Tensor, tokens: int, settings: SearchSettings) -> bool:
-        if not self.backend.searches(settings):
+    def _searches_whole(self, pixels: torch.Tensor, request: SearchRequest) -> bool:
+        if not self.backend.searches(request.settings):
             return False
-        return self.backend.search(self.backend.encode(pixels), tokens, settings, stop=False) is not None
+        return self.backend.search(self.backend.encode(pixels), request) is not None
 
-    def _whole_search(self, pixels: torch.Tensor, tokens: int, settings: SearchSettings) -> Measurement:
+    def _whole_search(self, pixels: torch.Tensor, request: SearchRequest) -> Measurement:
         """Encoding, and the backend's search as a whole; the tokens are those of a search that stops."""
 
-        def run(stop: bool = False) -> torch.Tensor:
-            found = self.backend.search(self.backend.encode(pixels), tokens, settings, stop).tokens
+        def run(request: SearchRequest) -> torch.Tensor:
+            found = self.backend.search(self.backend.encode(pixels, request), request).on_host().tokens
             found.tolist()
             return found
 
-        times = measure(run, device=self.backend.device)
-        return Measurement(times, run(stop=True).long())
+        to_the_end = replace(request, stops=False)
+        times = measure(lambda: run(to_the_end), device=self.backend.device)
+        return Measurement(times, run(request).long())
 
     def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int, overlap: bool) -> Measurement:
         recognizer = Recognizer(self.folder, backend=self.backend.name, batch_size=batch, num_beams=num_beams)
@@ -458,17 +461,26 @@ class GeneratePage:
         return texts
 
 
+def _unmasked_attention(module, query, key, value, attention_mask, **settings):
+    return sdpa_attention_forward(module, query, key, value, None, **settings)
+
+
 class CompileVariant(TorchVariant):
     """Under torch.compile, every batch size compiled for itself, the encoder in mode reduce-overhead.
 
     `generate` stays as it is, but calls compiled forwards. Its cache has a fixed size, else the decoder's
     would be compiled anew for every token.
+
+    The encoder's attention gets no mask. While it is traced, Hugging Face gives it one that masks nothing;
+    with a mask PyTorch has no flash attention, and for odd lengths none but products in float32.
     """
 
     cache = "static"
 
     def __init__(self, spec: ModelSpec, precision: str):
         super().__init__(spec, precision)
+        AttentionInterface.register(UNMASKED, _unmasked_attention)
+        self.model.encoder.set_attn_implementation(UNMASKED)
         self._encode, self._decode = self.model.encoder.forward, self.model.decoder.forward
 
     def check(self, case: Case) -> None:
