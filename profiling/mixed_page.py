@@ -38,7 +38,7 @@ from runtime.backends.base import BackendError
 from runtime.backends.tensorrt_backend import DEVICE_SLOTS, TensorRTBackend
 from runtime.bench import measure
 from runtime.images import load_image
-from runtime.search import GREEDY
+from runtime.search import SearchRequest
 
 MOST_TOKENS = 64
 
@@ -62,14 +62,14 @@ def compare(backend: TensorRTBackend, pixels: torch.Tensor) -> dict[str, Any]:
     Raises BackendError where the backend does not search so many lines at once.
     """
     encoding = backend.encode(pixels)
-    found = backend.search(encoding, MOST_TOKENS, GREEDY)
+    found = backend.search(encoding, SearchRequest(MOST_TOKENS))
     if found is None:
         raise BackendError(f"the device decoder does not take {len(pixels)} lines here")
     lengths = found.lengths.tolist()
-    times = measure(lambda: backend.search(encoding, MOST_TOKENS, GREEDY))
+    times = measure(lambda: backend.search(encoding, SearchRequest(MOST_TOKENS)))
     steps = round(statistics.mean(lengths))
     full = backend.encode(pixels[:DEVICE_SLOTS])
-    full_times = measure(lambda: backend.search(full, steps, GREEDY, stop=False))
+    full_times = measure(lambda: backend.search(full, SearchRequest(steps, stops=False)))
     rows = min(DEVICE_SLOTS, len(pixels))
     search, without_idle = (statistics.median(t) for t in (times, full_times))
     without_idle *= sum(lengths) / (rows * steps)

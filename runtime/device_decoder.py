@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.backends.base import SearchResult
 from runtime.search import SearchSettings, length_penalties
 
 CHUNK = 32  # inputs of a product that a lane of the kernel reads at once, times four lanes
@@ -289,8 +290,12 @@ class DeviceDecoder:
 
     def outputs(self, lines: int, max_new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens int32 [lines, max_new_tokens], log_probs float32 [lines] and lengths int32 [lines]."""
-        tokens = torch.empty(lines, max_new_tokens, dtype=torch.int32, device=self._device)
-        return tokens, torch.empty_like(tokens[:, 0], dtype=torch.float32), torch.empty_like(tokens[:, 0])
+        result = SearchResult.empty(lines, max_new_tokens, self._device)
+        return result.tokens, result.log_probs, result.lengths
+
+    def runs_as_a_kernel(self, slots: int, states: bool) -> bool:
+        """Whether `run` enqueues nothing but a kernel, so that it may become part of a CUDA graph."""
+        return self._decoder.runs_as_a_kernel(min(slots, self.max_slots), states)
 
     def run(
         self,

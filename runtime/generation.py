@@ -14,6 +14,7 @@ from runtime.search import (
     Generation,
     GenerationError,
     Search,
+    SearchRequest,
     SearchSettings,
     ban_repeated_ngrams,
     make_generation,
@@ -142,17 +143,23 @@ class Decoder:
         self.backend = backend
         self.max_new_tokens = max_new_tokens
         self.settings = settings
+        self._request = SearchRequest(max_new_tokens, settings)
         self._searches: dict[int, Search] = {}
 
     def __call__(self, pixel_values: torch.Tensor) -> Generation:
         """Recognise pixel_values [B, 3, height, width], as `Backend.encode` takes them."""
-        return self.decode(self.backend.encode(pixel_values), len(pixel_values))
+        return self.decode(self.encode(pixel_values, alone=True), len(pixel_values))
+
+    def encode(self, pixel_values: torch.Tensor, alone: bool) -> Encoding:
+        """Encode a batch for `decode`; `alone`: nothing else is encoded before it is decoded."""
+        return self.backend.encode(pixel_values, self._request if alone else None)
 
     @torch.inference_mode()
     def decode(self, encoding: Encoding, images: int) -> Generation:
         """Recognise what `Backend.encode` made of so many images."""
-        found = self.backend.search(encoding, self.max_new_tokens, self.settings)
+        found = self.backend.search(encoding, self._request)
         if found is not None:
+            found = found.on_host()
             return make_generation(found.tokens, found.lengths, found.log_probs / found.lengths)
         search = self.search(images)
         search.state = self.backend.begin(encoding, self.settings.num_beams)

@@ -23,6 +23,7 @@ COLOURS = {
     "cross_kv": "purple",
     "decode step": "orange",
     "search": "orange",
+    "encode and search": "orange",
     "detokenise": "red",
 }
 

@@ -189,7 +189,7 @@ class Recognizer:
                 at_hand = len(encoded) <= ahead and read and all(future.done() for future in read[0])
                 if read and (not encoded or at_hand):
                     batch = [item for future in read.popleft() for item in future.result()]
-                    encoded.append(self._encode(batch))
+                    encoded.append(self._encode(batch, alone=not (more or read or encoded)))
                 elif encoded:
                     yield from self._decode(encoded.popleft())
                 else:
@@ -227,8 +227,11 @@ class Recognizer:
             return _Prepared(path, error=str(error))
         return _Prepared(path, pixels, None, 1e3 * (time.perf_counter() - begin), width / height)
 
-    def _encode(self, batch: list[_Prepared]) -> _Encoded:
-        """Hand a batch to the encoder; on a GPU nothing waits for it."""
+    def _encode(self, batch: list[_Prepared], alone: bool) -> _Encoded:
+        """Hand a batch to the encoder; on a GPU nothing waits for it.
+
+        `alone`: there is no other batch to be encoded while this one is decoded.
+        """
         begin = time.perf_counter()
         # Longest first: where a search's rows take further lines, those that begin last should end soon.
         order = [place for place, item in enumerate(batch) if item.error is None]
@@ -239,7 +242,7 @@ class Recognizer:
         # quarter of the bytes, and normalising takes most of the processor's time on a CPU.
         images = [batch[place].pixels for place in order]
         pixels = self._resize(images) if self._resize else torch.stack(images)
-        return _Encoded(batch, order, self.backend.encode(pixels), begin)
+        return _Encoded(batch, order, self._decoder.encode(pixels, alone), begin)
 
     def _decode(self, encoded: _Encoded) -> Iterator[Result]:
         """The results of a batch, in its order."""

@@ -59,6 +59,20 @@ GREEDY = SearchSettings()
 
 
 @dataclass(frozen=True)
+class SearchRequest:
+    """A search of a batch as a whole.
+
+    Attributes:
+        max_new_tokens: the most tokens a line.
+        stops: False for texts of exactly max_new_tokens, whatever ends them: for measurements.
+    """
+
+    max_new_tokens: int
+    settings: SearchSettings = GREEDY
+    stops: bool = True
+
+
+@dataclass(frozen=True)
 class Generation:
     """What a search found for a batch.
 

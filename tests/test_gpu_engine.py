@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from build import build
+from graph_surgery.architectures import ARCHITECTURES, write_random_checkpoint
 from graph_surgery.checkpoint import load_spec
 from runtime.backends.base import BackendError
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
@@ -19,6 +20,7 @@ from runtime.engine import Engine, EngineError
 from runtime.generation import Decoder
 from runtime.manifest import FILE_NAME, Manifest
 from runtime.search import GenerationError, SearchSettings
+from tests.checkpoints import DECODER, ENCODER, SMALL_DECODER
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,6 +28,7 @@ pytestmark = [
 ]
 TIMING_CACHE = Path("engines/timing.cache").resolve()  # shared with other builds: an engine takes a minute
 TOKENS = 8
+WIDE = {"d_model": 256, "decoder_attention_heads": 4, "decoder_ffn_dim": 1024}  # what the wide decoder serves
 FOLDERS = ("none", "fused")
 
 
@@ -240,6 +243,35 @@ def test_beam_search_as_a_whole(checkpoint, tmp_path):
     by_step = Decoder(steps, TOKENS, settings)
     expected = [by_step(images[i : i + 1]).token_ids[0] for i in range(len(images))]
     assert sum(map(list.__eq__, found.token_ids, expected)) >= 10
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="the device decoder needs compute capability 9.0",
+)
+@pytest.mark.parametrize("architecture", ["small", "base"])
+def test_encoding_and_search_in_one_graph(architecture: str, tmp_path):
+    """As one after the other, to the bit: on both sets of buffers, replayed, and between other encodings."""
+    sizes = SMALL_DECODER if architecture == "small" else DECODER | WIDE
+    encoder, decoder = ARCHITECTURES[architecture]
+    model = write_random_checkpoint(encoder | ENCODER, decoder | sizes, tmp_path / "model", torch.float32, 0)
+    folder = build(str(model), "fused", "fp16", (1, 2, 4), tmp_path / "engines", timing_cache=TIMING_CACHE)
+    backend = TensorRTBackend(folder)
+    decode = Decoder(backend, TOKENS)
+    batches = [pixels(backend, n).roll(i) for i, n in enumerate((3, 1, 3, 4, 1, 3, 3))]
+    apart = [decode.decode(decode.encode(images, alone=False), len(images)) for images in batches]
+    for _ in range(3):
+        for images, expected in zip(batches, apart, strict=True):
+            encoding = decode.encode(images, alone=True)
+            assert encoding.found is not None
+            assert decode.decode(encoding, len(images)) == expected
+    earlier = decode.encode(batches[0], alone=False)
+    assert decode(batches[1]) == apart[1]
+    assert decode.decode(earlier, 3) == apart[0]
+    both = [decode.encode(images, alone=True) for images in batches[1:3]]
+    assert [decode.decode(encoding, encoding.images) for encoding in both] == apart[1:3]
+    other = Decoder(backend, TOKENS - 2)
+    assert other.decode(both[1], 3).token_ids == [ids[: TOKENS - 2] for ids in apart[2].token_ids]
 
 
 def test_batch_above_the_profile(engines):

@@ -19,6 +19,7 @@ from runtime import images
 from runtime.generation import Generation
 from runtime.images import ImageError, load_image, load_pixels
 from runtime.recognizer import Recognizer
+from runtime.search import SearchRequest
 from tests.conftest import BUNDLED_MODEL
 
 SAMPLES = BUNDLED_MODEL.parent.parent / "samples"
@@ -388,13 +389,13 @@ def record_inputs(
     inputs: list[torch.Tensor] = []
     encode_batch, encode_pixels = recognizer._encode, recognizer.backend.encode
 
-    def recording(pixel_values: torch.Tensor):
+    def recording(pixel_values: torch.Tensor, then: SearchRequest | None = None):
         inputs.extend(recognizer.backend.normalization(pixel_values.cpu()))
         return encode_pixels(pixel_values) if encode else None
 
-    def in_order(batch: list):
+    def in_order(batch: list, alone: bool):
         first = len(inputs)
-        encoded = encode_batch(batch)
+        encoded = encode_batch(batch, alone)
         found = dict(zip(encoded.order, inputs[first:], strict=True))  # they come widest first
         inputs[first:] = [found[place] for place in sorted(found)]
         return encoded

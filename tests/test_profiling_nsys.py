@@ -32,8 +32,8 @@ def test_a_real_recording():
     recording = read_nsys(RECORDED)
     assert recording.source == "nsys 2023.4.4.54"
     found = {(row.name, row.batch): row for row in rows(recording, "trocr")}
-    # "search" is the CUDA decoder's.
-    assert {name.partition(" [")[0] for name, _ in found} == set(COLOURS) - {"search"}
+    # The others are the CUDA decoder's.
+    assert {name.partition(" [")[0] for name, _ in found} == set(COLOURS) - {"search", "encode and search"}
     assert found["preprocess [1]", 1].count == 3
     assert found["encoder [2, 3, 384, 384]", 2].count == 1
     # start, encoder and cross_kv of the same batch: one within the other

@@ -18,6 +18,7 @@ from runtime.generation import GenerationError
 from runtime.gpu import current_gpu
 from runtime.manifest import ManifestError
 from runtime.recognizer import Recognizer, Result
+from runtime.search import SearchRequest
 from tests.conftest import BUNDLED_MODEL
 
 SAMPLES = BUNDLED_MODEL.parent.parent / "samples"
@@ -160,6 +161,25 @@ def test_encoding_ahead(graphs: Graphs, monkeypatch: pytest.MonkeyPatch):
     assert sorted(calls) == ["begin"] * 3 + ["encode"] * 3
     assert calls.index("begin", calls.index("begin") + 1) > 2  # the second begins after a third is encoded
     assert [(r.path, r.text, r.token_ids) for r in ahead] == [(r.path, r.text, r.token_ids) for r in expected]
+
+
+def test_a_batch_alone_says_what_is_searched(graphs: Graphs, monkeypatch: pytest.MonkeyPatch):
+    """So that a backend can launch both at once; not where the next batch is encoded meanwhile."""
+    recognizer = Recognizer(graphs(BUNDLED_MODEL, "all"), backend="onnxruntime", batch_size=2)
+    encode, requests = recognizer.backend.encode, []
+
+    def recording(pixel_values: torch.Tensor, then: SearchRequest | None = None):
+        requests.append(then)
+        return encode(pixel_values, then)
+
+    monkeypatch.setattr(recognizer.backend, "encode", recording)
+    request = SearchRequest(recognizer.spec.max_new_tokens)
+    recognizer.recognize(LINES[0])
+    recognizer.recognize(LINES[:2])
+    assert requests == [request, request]
+    requests.clear()
+    recognizer.recognize(LINES[:3])
+    assert requests == [None, request]
 
 
 def test_beam_search(graphs: Graphs):

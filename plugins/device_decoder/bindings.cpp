@@ -242,6 +242,8 @@ void bindDeviceDecoder(py::module_& module)
             "+ max_new_tokens]: a hypothesis of so many tokens is worth its log-probability divided by it. An image "
             "ends with its last complete hypothesis, if it stops_early, else when no running one is better, taken as "
             "if it had all tokens, if one hopes_long. The rest as in run.")
+        .def("runs_as_a_kernel", &DeviceDecoder::runsAsAKernel, "slots"_a, "states"_a,
+             "Whether `run` may be captured into a CUDA graph.")
         .def_property_readonly("most_rows", &DeviceDecoder::mostRows, "Rows of a beam search.");
     module.def(
         "beam_search_obstacle",

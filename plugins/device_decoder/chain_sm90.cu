@@ -148,6 +148,11 @@ public:
 
     cudaError_t run(SearchRequest const& request, cudaStream_t stream) override;
 
+    bool runsAsAKernel(int32_t slots, bool states) const override
+    {
+        return mWide != nullptr && mWide->takes(slots, states);
+    }
+
     int32_t mostRows() const override
     {
         return mMaxSlots;
@@ -573,7 +578,7 @@ cudaError_t ChainDecoder::run(SearchRequest const& request, cudaStream_t stream)
     {
         return cudaErrorInvalidValue;
     }
-    if (mWide != nullptr && mWide->takes(request))
+    if (runsAsAKernel(request.slots, request.states != nullptr))
     {
         return mWide->run(request, stream);
     }

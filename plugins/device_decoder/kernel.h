@@ -167,6 +167,10 @@ public:
     //! Enqueues the search on `stream`; returns at once.
     virtual cudaError_t run(SearchRequest const& request, cudaStream_t stream) = 0;
 
+    //! Whether `run` enqueues no more than a kernel and what clears memory for it, which a stream that is captured can
+    //! take; a graph with a WHILE node is launched.
+    virtual bool runsAsAKernel(int32_t slots, bool states) const = 0;
+
     //! Enqueues a beam search: a graph of steps, see WhileGraphs.
     cudaError_t search(BeamRequest const& request, cudaStream_t stream);
 
@@ -251,7 +255,7 @@ class WideSearch
 public:
     virtual ~WideSearch() = default;
     virtual cudaError_t status() const = 0;
-    virtual bool takes(SearchRequest const& request) const = 0;
+    virtual bool takes(int32_t slots, bool states) const = 0;
     virtual cudaError_t run(SearchRequest const& request, cudaStream_t stream) = 0;
 };
 

@@ -78,6 +78,11 @@ public:
         return launch(params, false, stream);
     }
 
+    bool runsAsAKernel(int32_t /*slots*/, bool /*states*/) const override
+    {
+        return true;
+    }
+
     int32_t mostRows() const override
     {
         return std::min({mMaxSlots, kMAX_SLOTS, mClusters * kMAX_ROWS});

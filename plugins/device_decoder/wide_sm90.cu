@@ -46,9 +46,9 @@ public:
         return mStatus;
     }
 
-    bool takes(SearchRequest const& request) const override
+    bool takes(int32_t slots, bool states) const override
     {
-        return request.states == nullptr && request.slots <= kROWS && mBlocks >= L::kSHARES;
+        return !states && slots <= kROWS && mBlocks >= L::kSHARES;
     }
 
     cudaError_t run(SearchRequest const& request, cudaStream_t stream) override

@@ -15,7 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from graph_surgery.checkpoint import ModelSpec, Normalization
-    from runtime.search import SearchSettings
+    from runtime.search import SearchRequest, SearchSettings
 
 Encoding = Any
 """Images that are encoded: what the decoder's cross-attention reads. Each backend has its own kind."""
@@ -35,17 +35,38 @@ def image_rows(images: torch.Tensor, beams: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What `Backend.search` found, on `Backend.device`.
+    """What `Backend.search` found, in one memory, which one copy brings to the host.
 
     Attributes:
+        memory: int32 [B * (max_new_tokens + 2)]: what follows, one behind the other.
         tokens: int32 [B, max_new_tokens], without the start token, padded after the end of text.
         log_probs: float32 [B], summed over a row's tokens.
         lengths: int32 [B], a row's tokens, end of text included.
     """
 
-    tokens: torch.Tensor
-    log_probs: torch.Tensor
-    lengths: torch.Tensor
+    memory: torch.Tensor
+    images: int
+
+    @classmethod
+    def empty(cls, images: int, max_new_tokens: int, device: torch.device, pinned=False) -> SearchResult:
+        size = images * (max_new_tokens + 2)
+        return cls(torch.empty(size, dtype=torch.int32, device=device, pin_memory=pinned), images)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return self.memory[: -2 * self.images].view(self.images, -1)
+
+    @property
+    def log_probs(self) -> torch.Tensor:
+        return self.memory[-2 * self.images : -self.images].view(torch.float32)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return self.memory[-self.images :]
+
+    def on_host(self) -> SearchResult:
+        """This, on the host; waits for the search where it is not there already."""
+        return SearchResult(self.memory.cpu(), self.images)
 
 
 def normalised(pixel_values: torch.Tensor, normalization: Normalization) -> torch.Tensor:
@@ -101,17 +122,19 @@ class Backend(ABC):
         return self.begin(self.encode(pixel_values), beams)
 
     @abstractmethod
-    def encode(self, pixel_values: torch.Tensor) -> Encoding:
+    def encode(self, pixel_values: torch.Tensor, then: SearchRequest | None = None) -> Encoding:
         """Encode a batch.
 
         Args:
             pixel_values: uint8 [B, 3, height, width], scaled but not normalised, on any device. The backend
                 normalises where its graph wants that; then it also takes floats, as normalised already.
+            then: the `search` that comes next, before anything else is encoded: a backend may launch both at
+                once.
 
         Returns:
-            What `begin` takes. It is valid until `encodings` more were made. The decoding of one that it
-            displaces must have been read by the host before; otherwise nothing is synchronised, and a CUDA
-            backend may work on a stream of its own.
+            What `begin` and `search` take. It is valid until `encodings` more were made. The decoding of one
+            that it displaces must have been read by the host before; otherwise nothing is synchronised, and a
+            CUDA backend may work on a stream of its own.
         """
 
     @abstractmethod
@@ -163,12 +186,10 @@ class Backend(ABC):
         """Whether the backend has such searches as a whole, and `search` is faster than step by step."""
         return False
 
-    def search(
-        self, encoding: Encoding, max_new_tokens: int, settings: SearchSettings, stop: bool = True
-    ) -> SearchResult | None:
+    def search(self, encoding: Encoding, request: SearchRequest) -> SearchResult | None:
         """A search as a whole, where the backend has it for these settings and so many images; else None.
 
-        `stop`: False for texts of exactly max_new_tokens, whatever ends them: for measurements.
+        What it finds is valid until the next search.
         """
         return None
 

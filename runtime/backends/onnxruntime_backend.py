@@ -13,6 +13,7 @@ from tqdm import tqdm
 from graph_surgery.checkpoint import ModelSpec, load_normalization
 from runtime.backends.base import Backend, BackendError, check_bytes, image_rows, normalised
 from runtime.ranges import stage, staged
+from runtime.search import SearchRequest
 
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
@@ -65,7 +66,9 @@ class OnnxRuntimeBackend(Backend):
         self._beams_share_images = cross.shape[0] == "images"
 
     @staged("encode")
-    def encode(self, pixel_values: torch.Tensor) -> dict[str, ort.OrtValue]:
+    def encode(
+        self, pixel_values: torch.Tensor, then: SearchRequest | None = None
+    ) -> dict[str, ort.OrtValue]:
         pixels = self.encoder_input(pixel_values)
         with stage("encoder", pixels.shape):
             (states,) = self._encoder.run_with_ort_values(None, {"pixel_values": _value(pixels)})

@@ -10,6 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from graph_surgery.checkpoint import DTYPES, ModelSpec, load_model, load_normalization
 from runtime.backends.base import Backend, image_rows, normalised
 from runtime.ranges import staged
+from runtime.search import SearchRequest
 
 
 @dataclass
@@ -39,7 +40,7 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     @staged("encoder")
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode(self, pixel_values: torch.Tensor, then: SearchRequest | None = None) -> torch.Tensor:
         pixel_values = normalised(pixel_values.to(self.device), self.normalization).to(self.model.dtype)
         states = self.model.encoder(pixel_values=pixel_values).last_hidden_state
         if hasattr(self.model, "enc_to_dec_proj"):
