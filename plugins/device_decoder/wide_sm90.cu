@@ -14,12 +14,14 @@ namespace
 template <int kWIDTH>
 class Search : public WideSearch
 {
+    using L = Layout<kWIDTH>;
+
 public:
     Search(DeviceDecoderConfig config, ChainWeights weights, int32_t capacity)
         : mConfig(std::move(config)), mWeights(weights), mCapacity(capacity)
     {
-        size_t const cache = static_cast<size_t>(mConfig.layers) * kMOST_ROWS * kWIDTH * capacity * 2;
-        mKeys = align256(Boards<kWIDTH, kMOST_ROWS>::kWORDS * sizeof(sm90::Quad));
+        size_t const cache = static_cast<size_t>(mConfig.layers) * kROWS * kWIDTH * capacity * 2;
+        mKeys = align256(Boards<kWIDTH>::kWORDS * sizeof(sm90::Quad));
         mValues = mKeys + align256(cache);
         mStatus = cudaMalloc(reinterpret_cast<void**>(&mWorkspace), mValues + align256(cache));
         if (mStatus == cudaSuccess)
@@ -27,13 +29,10 @@ public:
             mStatus = deviceAttribute(cudaDevAttrMultiProcessorCount, mBlocks);
             mBlocks = std::min(mBlocks, kMOST_BLOCKS);
         }
-        for (Kernel const& kernel : {kernelOf<1>(), kernelOf<2>()})
+        if (mStatus == cudaSuccess)
         {
-            if (mStatus == cudaSuccess)
-            {
-                mStatus = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel.function),
-                                               cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.sharedBytes);
-            }
+            mStatus = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel()),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBYTES);
         }
     }
 
@@ -49,7 +48,7 @@ public:
 
     bool takes(int32_t slots, bool states) const override
     {
-        return !states && slots <= kMOST_ROWS && mBlocks >= kWIDTH / kCOLUMNS;
+        return !states && slots <= kROWS && mBlocks >= L::kSHARES;
     }
 
     cudaError_t run(SearchRequest const& request, cudaStream_t stream) override
@@ -69,12 +68,8 @@ public:
         setTexts(params, request, mConfig);
         params.layerCount = mConfig.layers;
         params.slots = request.slots;
-        params.rowMask = request.slots > kHALF ? 15
-                         : request.slots > 4   ? 7
-                         : request.slots > 2   ? 3
-                         : request.slots > 1   ? 1
-                                               : 0;
-        params.parts = std::max(kHALF / (params.rowMask + 1), 1);
+        params.rowMask = request.slots > 4 ? 7 : request.slots > 2 ? 3 : request.slots > 1 ? 1 : 0;
+        params.parts = kROWS / (params.rowMask + 1);
         params.capacity = mCapacity;
         params.sourceLength = mConfig.sourceLength;
         params.vocabulary = mConfig.vocabulary;
@@ -83,9 +78,8 @@ public:
         params.gelu = mConfig.gelu;
         params.embeddingNorm = mConfig.embeddingNorm;
 
-        Kernel const kernel = request.slots > kHALF ? kernelOf<2>() : kernelOf<1>();
         // No use of a board has been made.
-        cudaError_t const status = cudaMemsetAsync(mWorkspace, 0, kernel.boardBytes, stream);
+        cudaError_t const status = cudaMemsetAsync(mWorkspace, 0, mKeys, stream);
         if (status != cudaSuccess)
         {
             return status;
@@ -93,30 +87,20 @@ public:
         cudaLaunchAttribute attribute = cooperativeLaunch();
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(mBlocks);
-        config.blockDim = dim3(kernel.threads);
-        config.dynamicSmemBytes = kernel.sharedBytes;
+        config.blockDim = dim3(L::kTHREADS);
+        config.dynamicSmemBytes = L::kBYTES;
         config.stream = stream;
         config.attrs = &attribute;
         config.numAttrs = 1;
-        return cudaLaunchKernelEx(&config, kernel.function, params);
+        return cudaLaunchKernelEx(&config, kernel(), params);
     }
 
 private:
-    struct Kernel
-    {
-        void (*function)(WideParams);
-        int threads, sharedBytes;
-        size_t boardBytes;
-    };
+    using Kernel = void (*)(WideParams);
 
-    //! For up to eight rows, or for more.
-    template <int kHALVES>
-    Kernel kernelOf() const
+    Kernel kernel() const
     {
-        using L = Layout<kWIDTH, kHALVES>;
-        bool const half = mConfig.dataType == DataType::kHALF;
-        return {half ? decodeWide<__half, kWIDTH, kHALVES> : decodeWide<__nv_bfloat16, kWIDTH, kHALVES>, L::kTHREADS,
-                L::kBYTES, Boards<kWIDTH, L::kROWS>::kWORDS * sizeof(sm90::Quad)};
+        return mConfig.dataType == DataType::kHALF ? decodeWide<__half, kWIDTH> : decodeWide<__nv_bfloat16, kWIDTH>;
     }
 
     DeviceDecoderConfig mConfig;
