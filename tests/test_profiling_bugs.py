@@ -8,7 +8,7 @@ import pytest
 from profiling.records import ROOT
 
 BUGS = ROOT / "docs" / "bugs"
-ANYWHERE = ("function-outputs", "sdpa-export", "sinusoidal-positions", "symbolic-reshape")
+ANYWHERE = ("function-outputs", "mask-of-ones", "sdpa-export", "sinusoidal-positions", "symbolic-reshape")
 
 
 @pytest.mark.slow
