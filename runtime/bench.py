@@ -56,7 +56,7 @@ import onnxruntime as ort
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoImageProcessor, AutoTokenizer
+from transformers import AttentionInterface, AutoImageProcessor, AutoTokenizer, CompileConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -97,6 +97,7 @@ PEERS = {"compile", "onnxruntime", "stock_naive", "tensorrt_rtx"}  # others' fai
 FP8_VARIANTS = ({"fused", "fused_steps", "onnxruntime"}, {"fused", "fused_steps"})
 TENSORRT = {"stock", "stock_naive", "fused", "fused_steps"}  # variants that load it
 PROFILE = (1, 16, 64)  # minimum, optimum and maximum batch of engines that are built here
+COMPILE_MODE = "reduce-overhead"
 UNMASKED = "sdpa_unmasked"  # attention of the compiled encoder
 REFERENCE_ROWS = 8  # of a batch are held against PyTorch in float32
 WARMUPS = 3
@@ -380,10 +381,9 @@ def _measure_session(folder: Path, provider: str, pixels: np.ndarray) -> Measure
 class TorchVariant:
     """Hugging Face's model and `generate`, with its cache and its fastest attention (sdpa in the encoder)."""
 
-    cache: str | None = None  # what `generate` calls cache_implementation
-
     def __init__(self, spec: ModelSpec, precision: str):
         self.spec, self.precision = spec, precision
+        self.settings: dict[str, Any] = {}  # of `generate`
         self.model = load_model(spec, DTYPES[precision]).to(DEVICE)
         self.model.encoder.set_attn_implementation("sdpa")
         self.normalization = load_normalization(spec)
@@ -428,9 +428,7 @@ class TorchVariant:
     def generate(self, tokens: int, num_beams: int = 1, stop: bool = True, **inputs) -> torch.Tensor:
         """Token ids [B, tokens], padded after the end of text; without `stop` there is none."""
         least = 0 if stop else tokens
-        settings = {"num_beams": num_beams, "do_sample": False, "use_cache": True}
-        if self.cache:
-            settings["cache_implementation"] = self.cache
+        settings = {"num_beams": num_beams, "do_sample": False, "use_cache": True, **self.settings}
         ids = self.model.generate(**inputs, **settings, min_new_tokens=least, max_new_tokens=tokens)[:, 1:]
         padding = self.model.generation_config.pad_token_id
         return torch.nn.functional.pad(ids, (0, tokens - ids.shape[1]), value=padding)
@@ -466,22 +464,22 @@ def _unmasked_attention(module, query, key, value, attention_mask, **settings):
 
 
 class CompileVariant(TorchVariant):
-    """Under torch.compile, every batch size compiled for itself, the encoder in mode reduce-overhead.
+    """Under torch.compile in mode reduce-overhead, every batch size compiled for itself.
 
-    `generate` stays as it is, but calls compiled forwards. Its cache has a fixed size, else the decoder's
-    would be compiled anew for every token.
+    The encoder by us, decode steps by `generate`, which does that on a GPU where its cache has a fixed size.
 
     The encoder's attention gets no mask. While it is traced, Hugging Face gives it one that masks nothing;
     with a mask PyTorch has no flash attention, and for odd lengths none but products in float32.
     """
 
-    cache = "static"
-
     def __init__(self, spec: ModelSpec, precision: str):
         super().__init__(spec, precision)
         AttentionInterface.register(UNMASKED, _unmasked_attention)
         self.model.encoder.set_attn_implementation(UNMASKED)
-        self._encode, self._decode = self.model.encoder.forward, self.model.decoder.forward
+        self._encode = self.model.encoder.forward
+        compilation = CompileConfig(mode=COMPILE_MODE, dynamic=False)
+        compilation._compile_all_devices = True  # on a CPU too
+        self.settings = {"cache_implementation": "static", "compile_config": compilation}
 
     def check(self, case: Case) -> None:
         if case.part == "page" or case.num_beams > 1:
@@ -501,8 +499,8 @@ class CompileVariant(TorchVariant):
 
     def _compile(self) -> None:
         torch.compiler.reset()  # else a second batch size is taken for a dynamic one
-        self.model.encoder.forward = torch.compile(self._encode, mode="reduce-overhead", dynamic=False)
-        self.model.decoder.forward = torch.compile(self._decode, dynamic=False)
+        self.model.encoder.forward = torch.compile(self._encode, mode=COMPILE_MODE, dynamic=False)
+        self.model.__dict__.pop("_compiled_call", None)  # what `generate` has compiled, for another size
 
 
 class Reference:

@@ -346,12 +346,21 @@ def test_a_peer_that_fails_does_not_stop_the_bench(checkpoint, tmp_path: Path, m
         bench([*options, "--variants", "torch"])
 
 
-def test_compiled_steps_choose_the_same_tokens(checkpoint, tmp_path: Path):
-    """`generate` with a cache of fixed size and a compiled decoder, at two batch sizes."""
+def test_compiled_steps_choose_the_same_tokens(checkpoint, tmp_path: Path, monkeypatch):
+    """The encoder's and `generate`'s steps, compiled anew for each of two batch sizes."""
+    compiled, compile_ = [], torch.compile
+
+    def counting(function, **settings):
+        compiled.append(function.__self__)
+        return compile_(function, **settings)
+
+    monkeypatch.setattr(torch, "compile", counting)
     options = ["decoder", "--model", str(checkpoint("small")), "--batch", "1,2", "--precision", "fp32"]
     file = tmp_path / "decoder.json"
     assert bench([*options, "--tokens", "3", "--variants", "compile", "--json", str(file)]) == 0
     assert [(entry.batch, entry.same_tokens) for entry in read(file)] == [(1, 1.0), (2, 1.0)]
+    encoder, model = compiled[:2]
+    assert encoder is model.encoder and compiled == [encoder, model] * 2
 
 
 def test_the_compiled_encoder_attends_without_a_mask(checkpoint):
