@@ -113,6 +113,22 @@ def test_the_chain_by_states(cpu_kernels, name, lines):
     assert_right(*search(cpu_kernels, name, lines, 3, slots=min(lines, 64), states=True, dtype=dtype))
 
 
+@pytest.mark.parametrize(
+    ("name", "lines"), (("team", 1), ("team", 9), ("relu", 3), ("wide", 1), ("wide", 3), ("wide relu", 8))
+)
+def test_warps_at_their_own_pace(cpu_kernels, name, lines):
+    """Some fall behind others of their block, and blocks behind blocks: the same bits."""
+    expected, attended, config, weights = search(cpu_kernels, name, lines, 4)
+    assert_right(expected, attended, config, weights)
+    cpu_kernels.slow_warps(100)
+    try:
+        found, _, _, _ = search(cpu_kernels, name, lines, 4, attended=attended)
+    finally:
+        cpu_kernels.slow_warps(1)
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("name", ("team", "relu", "wide"))
 def test_a_text_longer_than_what_its_warps_hold(cpu_kernels, name):
     assert_right(*search(cpu_kernels, name, 1, 66, num_layers=1, source_length=8))

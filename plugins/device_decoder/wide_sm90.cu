@@ -86,7 +86,9 @@ public:
         }
         cudaLaunchAttribute attribute = cooperativeLaunch();
         cudaLaunchConfig_t config{};
-        config.gridDim = dim3(mBlocks);
+        // Blocks with neither layers nor a share of the head would not wait for their lane that fetches: it could miss
+        // the last token.
+        config.gridDim = dim3(std::min(mBlocks, std::max(L::kSHARES, ceilDiv(mConfig.vocabulary, kCOLUMNS))));
         config.blockDim = dim3(L::kTHREADS);
         config.dynamicSmemBytes = L::kBYTES;
         config.stream = stream;

@@ -35,6 +35,9 @@ constexpr int kMULTIPROCESSORS = 34;
 constexpr int kCLUSTERS = 2;  //!< at once
 constexpr size_t kSHARED_BYTES = 227 * 1024;
 
+//! Rounds that slow warps, an eighth of all and other ones every now and then, take for what others do in one; at most.
+extern unsigned slowestWarp;
+
 struct Cluster;
 
 //! Threads that wait until so many have come.

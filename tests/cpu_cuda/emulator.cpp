@@ -36,11 +36,13 @@ namespace cpu_cuda
 
 Thread* running;
 dim3 gridSize;
+unsigned slowestWarp = 1;
 
 namespace
 {
 
 constexpr size_t kSTACK_BYTES = 64 * 1024;
+constexpr int kROUNDS_OF_PACE = 512;   // until other warps are slow
 constexpr int kMOST_ROUNDS = 1000000;  // of a launch: a search that waits for what never comes
 
 void* scheduler;  // its stack
@@ -122,17 +124,33 @@ void runTogether(std::vector<Cluster>& clusters, unsigned threads)
             }
         }
     }
+    std::vector<unsigned> paces((all.size() + kLANES - 1) / kLANES, 1);
     bool goesOn = true;
     for (int round = 0; goesOn; ++round)
     {
         goesOn = false;
-        for (Thread& thread : all)
+        bool waits = false;
+        for (size_t i = 0; i < all.size(); ++i)
         {
+            Thread& thread = all[i];
+            if (i % kLANES == 0 && slowestWarp > 1)
+            {
+                unsigned& pace = paces[i / kLANES];
+                if (round % kROUNDS_OF_PACE == 0)
+                {
+                    pace = randomNumber() % 8 == 0 ? 1 + randomNumber() % slowestWarp : 1;
+                }
+                waits = randomNumber() % pace != 0;
+            }
             if (thread.ended || failed)
             {
                 continue;
             }
             goesOn = true;
+            if (waits)
+            {
+                continue;
+            }
             if (thread.watched != nullptr && *thread.watched == thread.seen)
             {
                 continue;
