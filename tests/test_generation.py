@@ -13,7 +13,7 @@ from transformers import VisionEncoderDecoderModel
 
 from build import build
 from graph_surgery.checkpoint import ModelSpec, Normalization, load_model, load_spec
-from runtime.backends.base import Backend, BackendError
+from runtime.backends.base import Backend, BackendError, SearchResult
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.torch_backend import TorchBackend
 from runtime.generation import (
@@ -182,3 +182,16 @@ def test_bf16_graphs_do_not_run_on_onnx_runtime(checkpoint: Callable[[str], Path
     folder = build(str(spec.source), "none", "bf16", out=tmp_path / "bf16", onnx_only=True)
     with pytest.raises(BackendError, match=r"encoder.onnx: .*bfloat16.*; build it in fp32"):
         OnnxRuntimeBackend(folder, spec, NEW_TOKENS)
+
+
+def test_a_search_result_is_one_memory():
+    """Its parts are views, of any number of images; the host's copy has all of them."""
+    result = SearchResult.empty(3, 5, torch.device("cpu"))
+    assert result.memory.shape == (3 * (5 + 2),)
+    result.tokens.copy_(torch.arange(15).view(3, 5))
+    result.log_probs.copy_(torch.tensor([-0.5, -1.25, -0.0]))
+    result.lengths.copy_(torch.tensor([5, 1, 2]))
+    copied = SearchResult(result.memory.clone(), 3).on_host()
+    assert copied.tokens.tolist() == torch.arange(15).view(3, 5).tolist()
+    assert copied.log_probs.tolist() == [-0.5, -1.25, -0.0]
+    assert copied.lengths.tolist() == [5, 1, 2]
