@@ -35,6 +35,8 @@ DEVICE_LINES = 128
 # rows. For more it attends to the encoder's states, or, where it cannot, leaves them to the step engine.
 DEVICE_MOST_WIDE = 8
 
+# The most images that are encoded and searched in one launch: it saves 60 us, of more images less than 1 %.
+MOST_IN_ONE_LAUNCH = 16
 MOST_BEAMS = 16  # of the kernel reorder_cache
 
 
@@ -275,6 +277,7 @@ class TensorRTBackend(Backend):
         """Whether encoding and the search are launched together."""
         return (
             self.cuda_graphs
+            and images <= MOST_IN_ONE_LAUNCH
             and self.searches(request.settings)
             and self._device_search.takes(images)
             and self._device_search.runs_as_a_kernel(images, request.settings)
