@@ -223,7 +223,7 @@ class BoundEngine:
             raise EngineError(f"{self.engine.path}: TensorRT cannot enqueue the engine (its log is above)")
 
 
-def capture(run: Callable[[], None], pool=None) -> torch.cuda.CUDAGraph:
+def capture(run: Callable[[], object], pool=None) -> torch.cuda.CUDAGraph:
     """Record `run` as a CUDA graph, without executing it.
 
     TensorRT wants one enqueue with the same shapes before a capture: the caller has run it once.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,8 @@ class SearchResult:
     """What `Backend.search` found, in one memory, which one copy brings to the host.
 
     Attributes:
-        memory: int32 [B * (max_new_tokens + 2)]: what follows, one behind the other.
+        memory: int32 [B * (max_new_tokens + 2)]: tokens, log_probs and lengths, one behind the other.
+        images: B.
         tokens: int32 [B, max_new_tokens], without the start token, padded after the end of text.
         log_probs: float32 [B], summed over a row's tokens.
         lengths: int32 [B], a row's tokens, end of text included.
@@ -52,15 +54,15 @@ class SearchResult:
         size = images * (max_new_tokens + 2)
         return cls(torch.empty(size, dtype=torch.int32, device=device, pin_memory=pinned), images)
 
-    @property
+    @cached_property
     def tokens(self) -> torch.Tensor:
         return self.memory[: -2 * self.images].view(self.images, -1)
 
-    @property
+    @cached_property
     def log_probs(self) -> torch.Tensor:
         return self.memory[-2 * self.images : -self.images].view(torch.float32)
 
-    @property
+    @cached_property
     def lengths(self) -> torch.Tensor:
         return self.memory[-self.images :]
 

@@ -296,15 +296,16 @@ class TensorRTBackend(Backend):
         found = self._on_host(batch, slot, request)
         encoding = Encoding(batch, slot, torch.cuda.Event(), keys, found, request)
 
-        def run() -> None:
-            self._enqueue(_engines(keys), rows, slot)
+        def run() -> list[BoundEngine]:
+            bound = self._enqueue(_engines(keys), rows, slot)
             result = self._search(batch, slot, request)
             found.memory.copy_(result.memory, non_blocking=True)
+            return bound
 
         # Pixels and the engines' scratch memory are those of what the other stream encodes.
         torch.cuda.current_stream().wait_stream(self._encoder_stream)
         self._pixels[:batch].copy_(self.encoder_input(pixel_values))
-        self._replay(("encode and search", batch, slot, request), run, _engines(keys), rows, slot)
+        self._replay(("encode and search", batch, slot, request), run, self._encode_pool)
         encoding.ready.record()
         return encoding
 
@@ -317,30 +318,29 @@ class TensorRTBackend(Backend):
 
     def _run(self, engines: Sequence[str], rows: int, slot: int) -> None:
         """Run these of encoder and cross_kv for `rows` images, as a CUDA graph from the second time on."""
-        key = (*engines, rows, slot)
-        self._replay(key, lambda: self._enqueue(engines, rows, slot), engines, rows, slot)
+        pool = self._encode_pool if "encoder" in engines else self._step_pool
+        self._replay((*engines, rows, slot), lambda: self._enqueue(engines, rows, slot), pool)
 
-    def _enqueue(self, engines: Sequence[str], rows: int, slot: int) -> None:
+    def _enqueue(self, engines: Sequence[str], rows: int, slot: int) -> list[BoundEngine]:
+        """Enqueue these of encoder and cross_kv for `rows` images; returns what was enqueued."""
+        enqueued = []
         for piece in self._pieces(rows):
             for name in engines:
                 with stage(name, (piece[1] - piece[0], *self._inputs_of(name))):
-                    self._bound_engine(name, *piece, slot)()
+                    bound = self._bound_engine(name, *piece, slot)
+                    bound()
+                    enqueued.append(bound)
+        return enqueued
 
-    def _replay(
-        self, key: Hashable, run: Callable[[], None], engines: Sequence[str], rows: int, slot: int
-    ) -> None:
-        """`run`, which enqueues these engines, as the CUDA graph `key`; the first time as it is."""
+    def _replay(self, key: Hashable, run: Callable[[], object], pool) -> None:
+        """`run` as the CUDA graph `key`, the first time as it is; the graph keeps what it returns."""
         captured = self._graphs.use(key)
         if captured:
             captured[0].replay()
             return
-        run()
+        kept = run()
         if self.cuda_graphs:
-            graph = capture(run, self._encode_pool if "encoder" in engines else self._step_pool)
-            bound = [
-                self._bound_engine(name, *piece, slot) for piece in self._pieces(rows) for name in engines
-            ]
-            self._graphs.add(key, (graph, bound))
+            self._graphs.add(key, (capture(run, pool), kept))
 
     def begin(self, encoding: Encoding, beams: int = 1) -> State:
         torch.cuda.current_stream().wait_event(encoding.ready)
