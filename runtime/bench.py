@@ -490,16 +490,22 @@ class CompileVariant(TorchVariant):
         return super().encoder(pixels)
 
     def decoder(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
-        self._compile()
+        self._compile(searches=True)
         return super().decoder(pixels, tokens, num_beams)
 
     def end_to_end(self, pixels: torch.Tensor, tokens: int, num_beams: int) -> Measurement:
-        self._compile()
+        self._compile(searches=True)
         return super().end_to_end(pixels, tokens, num_beams)
 
-    def _compile(self) -> None:
+    def _compile(self, searches: bool = False) -> None:
         torch.compiler.reset()  # else a second batch size is taken for a dynamic one
-        self.model.encoder.forward = torch.compile(self._encode, mode=COMPILE_MODE, dynamic=False)
+        encode = torch.compile(self._encode, mode=COMPILE_MODE, dynamic=False)
+
+        def encode_for_search(*pixels: torch.Tensor, **settings) -> BaseModelOutput:
+            # A copy: compiled decode steps replay CUDA graphs, which may take the encoder's memory again.
+            return BaseModelOutput(encode(*pixels, **settings).last_hidden_state.clone())
+
+        self.model.encoder.forward = encode_for_search if searches else encode
         self.model.__dict__.pop("_compiled_call", None)  # what `generate` has compiled, for another size
 
 
