@@ -78,6 +78,9 @@ inline bool barrierTry(uint32_t barrier, uint32_t parity)
     return complete;
 }
 
+// A load has happened when the next statement is reached.
+inline void proxyFence() {}
+
 inline void waitForCluster(uint32_t barrier, uint32_t parity)
 {
     barrierWait(barrier, parity);
