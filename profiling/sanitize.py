@@ -383,9 +383,14 @@ def device_decoder_wide(ops) -> None:
     device_decoder(ops, "base")
 
 
+def device_decoder_wide_halves(ops) -> None:
+    """More than eight rows: its form with two halves."""
+    device_decoder(ops, "base", slots=11)
+
+
 def device_decoder_chain(ops) -> None:
     """More rows than that takes: the chain of kernels."""
-    device_decoder(ops, "base", slots=9)
+    device_decoder(ops, "base", slots=17)
 
 
 def device_decoder_states(ops) -> None:
@@ -418,6 +423,7 @@ KERNELS: dict[str, Callable] = {
         image_resize,
         device_decoder,
         device_decoder_wide,
+        device_decoder_wide_halves,
         device_decoder_chain,
         device_decoder_states,
         beam_search,

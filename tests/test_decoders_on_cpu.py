@@ -91,7 +91,7 @@ def test_shares_of_the_head(cpu_kernels, pieces):
     assert outputs[0].max() < half
 
 
-@pytest.mark.parametrize("lines", (1, 2, 3, 5, 8))
+@pytest.mark.parametrize("lines", (1, 2, 3, 5, 8, 9, 16))
 @pytest.mark.parametrize("name", ("wide", "wide relu"))
 def test_the_persistent_kernel(cpu_kernels, name, lines):
     dtype = torch.bfloat16 if lines == 3 else torch.float16
@@ -136,10 +136,17 @@ def test_a_text_longer_than_what_its_warps_hold(cpu_kernels, name):
 
 @pytest.mark.parametrize(
     ("name", "slots", "states"),
-    (("team", 5, False), ("relu", 2, False), ("relu", 5, True), ("wide", 5, False), ("wide", 1, False)),
+    (
+        ("team", 5, False),
+        ("relu", 2, False),
+        ("relu", 5, True),
+        ("wide", 1, False),
+        ("wide", 5, False),
+        ("wide", 11, False),
+    ),
 )
 def test_finished_rows_take_the_next_line(cpu_kernels, name, slots, states):
-    lines, steps = 8, 5
+    lines, steps = 8 if slots < 8 else 17, 5
     free, attended, _, _ = search(cpu_kernels, name, lines, steps, states=states)
     ends = free[0][::3, 2].unique().tolist()
     outputs, _, config, weights = search(
@@ -149,10 +156,12 @@ def test_finished_rows_take_the_next_line(cpu_kernels, name, slots, states):
     assert_right(outputs, attended, config, weights)
 
 
-@pytest.mark.parametrize("name", ("team", "chain", "wide", "wide relu"))
-def test_a_line_does_not_depend_on_its_neighbours(cpu_kernels, name):
+@pytest.mark.parametrize(
+    ("name", "slots"), (("team", 5), ("chain", 5), ("wide", 5), ("wide relu", 5), ("wide", 12))
+)
+def test_a_line_does_not_depend_on_its_neighbours(cpu_kernels, name, slots):
     """In another order, so that most start at another token: the same bits."""
-    lines, steps, slots = 8, 5, 5
+    lines, steps = slots + 3, 5
     free, attended, _, _ = search(cpu_kernels, name, lines, steps)
     ends = free[0][::3, 1:3].unique().tolist()
     expected, _, _, _ = search(cpu_kernels, name, lines, steps, slots, attended=attended, eos_ids=ends)

@@ -91,7 +91,7 @@ def assert_right(name, dtype, outputs, cross, config) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("lines", (1, 2, 3, 8, 16, 17, 33, 64, 70))
+@pytest.mark.parametrize("lines", (1, 2, 3, 8, 11, 16, 17, 33, 64, 70))
 @pytest.mark.parametrize("name", ("bundled", "small", "base"))
 def test_tokens_are_the_best(hopper, name, lines, dtype):
     outputs, cross, config, _ = search(hopper, name, dtype, lines, 12)
@@ -206,7 +206,9 @@ def test_without_an_end_every_line_has_its_full_length(hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "lines", "repeats"), (("small", 24, 3), ("base", 1, 30), ("base", 8, 30)))
+@pytest.mark.parametrize(
+    ("name", "lines", "repeats"), (("small", 24, 3), ("base", 1, 30), ("base", 8, 30), ("base", 16, 30))
+)
 def test_repeats_are_equal_on_any_stream(hopper, name, lines, repeats):
     outputs, cross, _, decoder = search(hopper, name, torch.float16, lines, 9)
     first = [tensor.clone() for tensor in outputs]

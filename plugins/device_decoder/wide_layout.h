@@ -10,7 +10,8 @@ namespace trocr::decoder::wide
 {
 
 constexpr int kHEAD = 64;
-constexpr int kROWS = 8;     //!< at a time, the most
+constexpr int kHALF = 8;  //!< rows of a product's operand, which has two such halves; up to eight rows have one
+constexpr int kMOST_ROWS = 16;
 constexpr int kCOLUMNS = 8;  //!< of every product, that a block has: its share
 constexpr int kMOST_LAYERS = 16;
 constexpr int kMOST_BLOCKS = 160;
@@ -27,12 +28,11 @@ constexpr int kLAYER_SLOTS = kSLOTS_BEFORE_KEYS + 1 + 2 * kINNER_TILES;
 constexpr int kCONSTANTS = (2 * (3 + 1 + kINNER_TILES) + 3 * 3) * kCOLUMNS;
 constexpr int kCONSTANTS_BYTES = kCONSTANTS * 4;
 
-//! Copies that are on their way at most: in the layers words between blocks would queue behind more of them.
-constexpr uint32_t kLAYER_COPIES = 1;
+//! Copies of the head that are on their way at most.
 constexpr uint32_t kHEAD_COPIES = 2;
 
 //! Boards are where blocks leave what others read, in words of 16 bytes. Offsets are in words, of a row.
-template <int kWIDTH>
+template <int kWIDTH, int kROWS>
 struct Boards
 {
     static constexpr int kHEADS = kWIDTH / kHEAD;
@@ -52,16 +52,20 @@ struct Boards
 };
 
 //! Offsets in a block's shared memory.
-template <int kWIDTH>
+template <int kWIDTH, int kHALVES>
 struct Layout
 {
+    static constexpr int kROWS = kHALVES * kHALF;
     static constexpr int kWARPS = kWIDTH / 64;  //!< that compute: 64 inputs of a product each
     static constexpr int kSHARES = kWIDTH / kCOLUMNS;
     //! A warpgroup more: one lane of it fetches, and of its registers the others have some.
     static constexpr int kTHREADS = (kWARPS + 4) * 32;
     static constexpr int kSLOT_BYTES = kCOLUMNS * kWIDTH * 2;
     static constexpr int kSLOT_KEYS = kSLOT_BYTES / (kHEAD * 2);
-    static constexpr int kRING = 12;
+    static constexpr int kRING = kHALVES == 1 ? 12 : 10;
+    //! Copies of the layers that are on their way at most: words between blocks would queue behind more of them. 16 rows
+    //! have twice the keys and values, and as many words.
+    static constexpr uint32_t kLAYER_COPIES = kHALVES;
     static constexpr int kPITCH =
         kWIDTH * 2 + 64;  //!< of rows: eight lanes that read 16 bytes of two meet no bank twice
 
@@ -73,10 +77,10 @@ struct Layout
     static constexpr int kROWS_BYTES = kROWS * kPITCH;
     static constexpr int kOUT_PARTIAL = kPARTIAL + (kPARTIAL_BYTES > kROWS_BYTES ? kPARTIAL_BYTES : kROWS_BYTES);
     static constexpr int kCONTEXTS = kOUT_PARTIAL + kWARPS * kROWS * kCOLUMNS * 4;
-    static constexpr int kSCALES = kCONTEXTS + kWARPS * kHEAD * 4;
-    static constexpr int kSTATISTICS = kSCALES + kWARPS * 8;
+    static constexpr int kSCALES = kCONTEXTS + kHALVES * kWARPS * kHEAD * 4;
+    static constexpr int kSTATISTICS = kSCALES + kHALVES * kWARPS * 8;
     static constexpr int kOWN = kSTATISTICS + kROWS * kWARPS * 8;
-    static constexpr int kCONSTANTS_AT = kOWN + 2 * 32 * 8;
+    static constexpr int kCONSTANTS_AT = kOWN + kHALVES * 2 * 32 * 8;
     static constexpr int kBYTES = kCONSTANTS_AT + 2 * kCONSTANTS_BYTES;
     static constexpr int kCHOICES = kOUT_PARTIAL;  // [row][warp] of 12 bytes
 

@@ -14,14 +14,12 @@ namespace
 template <int kWIDTH>
 class Search : public WideSearch
 {
-    using L = Layout<kWIDTH>;
-
 public:
     Search(DeviceDecoderConfig config, ChainWeights weights, int32_t capacity)
         : mConfig(std::move(config)), mWeights(weights), mCapacity(capacity)
     {
-        size_t const cache = static_cast<size_t>(mConfig.layers) * kROWS * kWIDTH * capacity * 2;
-        mKeys = align256(Boards<kWIDTH>::kWORDS * sizeof(sm90::Quad));
+        size_t const cache = static_cast<size_t>(mConfig.layers) * kMOST_ROWS * kWIDTH * capacity * 2;
+        mKeys = align256(Boards<kWIDTH, kMOST_ROWS>::kWORDS * sizeof(sm90::Quad));
         mValues = mKeys + align256(cache);
         mStatus = cudaMalloc(reinterpret_cast<void**>(&mWorkspace), mValues + align256(cache));
         if (mStatus == cudaSuccess)
@@ -29,10 +27,13 @@ public:
             mStatus = deviceAttribute(cudaDevAttrMultiProcessorCount, mBlocks);
             mBlocks = std::min(mBlocks, kMOST_BLOCKS);
         }
-        if (mStatus == cudaSuccess)
+        for (Kernel const& kernel : {kernelOf<1>(), kernelOf<2>()})
         {
-            mStatus = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel()),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBYTES);
+            if (mStatus == cudaSuccess)
+            {
+                mStatus = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel.function),
+                                               cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.sharedBytes);
+            }
         }
     }
 
@@ -48,7 +49,7 @@ public:
 
     bool takes(int32_t slots, bool states) const override
     {
-        return !states && slots <= kROWS && mBlocks >= L::kSHARES;
+        return !states && slots <= kMOST_ROWS && mBlocks >= kWIDTH / kCOLUMNS;
     }
 
     cudaError_t run(SearchRequest const& request, cudaStream_t stream) override
@@ -68,8 +69,12 @@ public:
         setTexts(params, request, mConfig);
         params.layerCount = mConfig.layers;
         params.slots = request.slots;
-        params.rowMask = request.slots > 4 ? 7 : request.slots > 2 ? 3 : request.slots > 1 ? 1 : 0;
-        params.parts = kROWS / (params.rowMask + 1);
+        params.rowMask = request.slots > kHALF ? 15
+                         : request.slots > 4   ? 7
+                         : request.slots > 2   ? 3
+                         : request.slots > 1   ? 1
+                                               : 0;
+        params.parts = std::max(kHALF / (params.rowMask + 1), 1);
         params.capacity = mCapacity;
         params.sourceLength = mConfig.sourceLength;
         params.vocabulary = mConfig.vocabulary;
@@ -78,8 +83,9 @@ public:
         params.gelu = mConfig.gelu;
         params.embeddingNorm = mConfig.embeddingNorm;
 
+        Kernel const kernel = request.slots > kHALF ? kernelOf<2>() : kernelOf<1>();
         // No use of a board has been made.
-        cudaError_t const status = cudaMemsetAsync(mWorkspace, 0, mKeys, stream);
+        cudaError_t const status = cudaMemsetAsync(mWorkspace, 0, kernel.boardBytes, stream);
         if (status != cudaSuccess)
         {
             return status;
@@ -88,21 +94,31 @@ public:
         cudaLaunchConfig_t config{};
         // Blocks with neither layers nor a share of the head would not wait for their lane that fetches: it could miss
         // the last token.
-        config.gridDim = dim3(std::min(mBlocks, std::max(L::kSHARES, ceilDiv(mConfig.vocabulary, kCOLUMNS))));
-        config.blockDim = dim3(L::kTHREADS);
-        config.dynamicSmemBytes = L::kBYTES;
+        config.gridDim = dim3(std::min(mBlocks, std::max(kWIDTH / kCOLUMNS, ceilDiv(mConfig.vocabulary, kCOLUMNS))));
+        config.blockDim = dim3(kernel.threads);
+        config.dynamicSmemBytes = kernel.sharedBytes;
         config.stream = stream;
         config.attrs = &attribute;
         config.numAttrs = 1;
-        return cudaLaunchKernelEx(&config, kernel(), params);
+        return cudaLaunchKernelEx(&config, kernel.function, params);
     }
 
 private:
-    using Kernel = void (*)(WideParams);
-
-    Kernel kernel() const
+    struct Kernel
     {
-        return mConfig.dataType == DataType::kHALF ? decodeWide<__half, kWIDTH> : decodeWide<__nv_bfloat16, kWIDTH>;
+        void (*function)(WideParams);
+        int threads, sharedBytes;
+        size_t boardBytes;
+    };
+
+    //! For up to eight rows, or for more.
+    template <int kHALVES>
+    Kernel kernelOf() const
+    {
+        using L = Layout<kWIDTH, kHALVES>;
+        bool const half = mConfig.dataType == DataType::kHALF;
+        return {half ? decodeWide<__half, kWIDTH, kHALVES> : decodeWide<__nv_bfloat16, kWIDTH, kHALVES>, L::kTHREADS,
+                L::kBYTES, Boards<kWIDTH, L::kROWS>::kWORDS * sizeof(sm90::Quad)};
     }
 
     DeviceDecoderConfig mConfig;

@@ -1,6 +1,6 @@
 #pragma once
 
-// The wide decoder: one persistent kernel for up to eight rows, a block on every multiprocessor. README.md draws it.
+// The wide decoder: one persistent kernel for up to 16 rows, a block on every multiprocessor. README.md draws it.
 //
 // Every block has its columns of every product. What it computes goes to boards in global memory, in words of 16 bytes
 // that are written and read at once. The lowest bit of a word changes with each use of its board: who needs a word
@@ -23,7 +23,7 @@ struct WideParams
     void const* positions;                //!< T [positions, D]
     void const* crossKeys[kMOST_LAYERS];  //!< T [lines, H, S, 64]
     void const* crossValues[kMOST_LAYERS];
-    void* keys;          //!< T [L, kROWS, H, capacity, 64]
+    void* keys;          //!< T [L, rows, H, capacity, 64]
     void* values;        //!< likewise
     sm90::Quad* boards;  //!< zeros when the kernel starts
     int* tokens;         //!< [lines, maxNewTokens]
@@ -33,7 +33,7 @@ struct WideParams
     int lines;
     int slots;
     int rowMask;  //!< least power of two that is not below slots, less one
-    int parts;    //!< kROWS / (rowMask + 1): of a row's and head's keys, each a block's; and copies of a row
+    int parts;    //!< 8 / (rowMask + 1), at least 1: of a row's and head's keys, each a block's; and copies of a row
     int capacity;
     int maxNewTokens;
     int sourceLength;
@@ -163,18 +163,20 @@ __device__ __forceinline__ void receive(uint4 (&words)[kCOUNT], unsigned turn, A
     }
 }
 
-template <typename T, int kWIDTH>
+template <typename T, int kWIDTH, int kHALVES>
 struct Block
 {
-    using L = Layout<kWIDTH>;
-    using B = Boards<kWIDTH>;
+    using L = Layout<kWIDTH, kHALVES>;
+    static constexpr int kROWS = L::kROWS;
+    using B = Boards<kWIDTH, kROWS>;
     static constexpr int kWARPS = L::kWARPS;
     static constexpr int kHEADS = B::kHEADS;
     static constexpr int kCOMPUTE = kWARPS * kWARP_SIZE;
-    // A lane is (g, t) = (lane / 4, lane % 4). As a row's it has row g, and of its warp's 64 inputs 8 t to 8 t + 7 of
-    // both chunks of 32. There are always eight rows: few slots have copies, rows g of the same g & rowMask, which are
-    // computed alike, each for an eighth, a quarter or half of the blocks, that read no other's words. All blocks ask
-    // for the same words at the same time, and what lies in one place would be asked for by 128 of them.
+    // A lane is (g, t) = (lane / 4, lane % 4). As a row's it has row g, with two halves g + 8 too, and of its warp's 64
+    // inputs 8 t to 8 t + 7 of both chunks of 32. There are always eight rows: few slots have copies, rows g of the
+    // same g & rowMask, which are computed alike, each for an eighth, a quarter or half of the blocks, that read no
+    // other's words. All blocks ask for the same words at the same time, and what lies in one place would be asked for
+    // by 128 of them.
 
     WideParams const& p;
     uint8_t* shared;
@@ -213,15 +215,15 @@ struct Block
     {
         return decided() + 8 + buffer * 8;
     }
-    //! Of warp 0, columns 2 t and 2 t + 1 of the share, of row g: what the sublayer before left.
-    __device__ __forceinline__ float2& own() const
+    //! Of a warp, columns 2 t and 2 t + 1 of the share, of a half's row g: what the sublayer before left.
+    __device__ __forceinline__ float2& own(int half) const
     {
-        return at<float2>(L::kOWN)[lane()];
+        return at<float2>(L::kOWN)[half * 2 * kWARP_SIZE + lane()];
     }
     //! LayerNorm of it, and the bias of this sublayer's output.
-    __device__ __forceinline__ float2& residual() const
+    __device__ __forceinline__ float2& residual(int half) const
     {
-        return at<float2>(L::kOWN)[kWARP_SIZE + lane()];
+        return at<float2>(L::kOWN)[(half * 2 + 1) * kWARP_SIZE + lane()];
     }
     __device__ __forceinline__ static bool works()
     {
@@ -252,6 +254,11 @@ struct Block
     __device__ __forceinline__ int* allEnded() const
     {
         return nextLine() + 1;
+    }
+    //! Row g of a half.
+    __device__ __forceinline__ int rowOf(int half) const
+    {
+        return half * kHALF + lane() / 4;
     }
     __device__ __forceinline__ int slotOf(int row) const
     {
@@ -291,29 +298,29 @@ struct Block
 
     // ---- LayerNorm ----
 
-    //! This warp's part of row g's total and squares to shared memory. Every lane has 16 columns of its row.
-    __device__ __forceinline__ void leaveStatistics(float const (&v)[16]) const
+    //! This warp's part of a row's total and squares to shared memory. Every lane has 16 columns of its half's row g.
+    __device__ __forceinline__ void leaveStatistics(float const* v, int half) const
     {
         float total = 0.0F;
         float squares = 0.0F;
 #pragma unroll
-        for (float const value : v)
+        for (int i = 0; i < 16; ++i)
         {
-            total += value;
-            squares += value * value;
+            total += v[i];
+            squares += v[i] * v[i];
         }
         total = groupSum<4>(total);
         squares = groupSum<4>(squares);
         if (lane() % 4 == 0)
         {
-            at<float2>(L::kSTATISTICS)[lane() / 4 * kWARPS + warp()] = {total, squares};
+            at<float2>(L::kSTATISTICS)[rowOf(half) * kWARPS + warp()] = {total, squares};
         }
     }
 
-    //! Row g's mean and 1 / standard deviation, of what all warps have left.
-    __device__ __forceinline__ float2 meanAndScale() const
+    //! The row's mean and 1 / standard deviation, of what all warps have left.
+    __device__ __forceinline__ float2 meanAndScale(int half) const
     {
-        auto const* const from = at<float2>(L::kSTATISTICS) + lane() / 4 * kWARPS + lane() % 4 * (kWARPS / 4);
+        auto const* const from = at<float2>(L::kSTATISTICS) + rowOf(half) * kWARPS + lane() % 4 * (kWARPS / 4);
         float total = 0.0F;
         float squares = 0.0F;
 #pragma unroll
@@ -327,10 +334,10 @@ struct Block
         return {mean, rsqrtf(fmaxf(square - mean * mean, 0.0F) + p.epsilon)};
     }
 
-    //! Columns `column` and `column` + 1 of row g's embedding, not normalised.
-    __device__ __forceinline__ float2 embed(int column) const
+    //! Columns `column` and `column` + 1 of the embedding of a half's row g, not normalised.
+    __device__ __forceinline__ float2 embed(int column, int half) const
     {
-        int const slot = slotOf(lane() / 4);
+        int const slot = slotOf(rowOf(half));
         if (slot >= p.slots)
         {
             return {};
@@ -347,30 +354,45 @@ struct Block
 
     // ---- products: rows on the left, eight outputs on the right, 64 inputs a warp ----
 
-    static __device__ __forceinline__ void multiply(float (&c)[4], uint4 const& x, uint4 const& w)
+    //! x of both halves, kSTRIDE apart.
+    template <int kSTRIDE>
+    static __device__ __forceinline__ void multiply(float (&c)[4], uint4 const* x, uint4 const& w)
     {
-        multiplyChunk<T>(c, {x, uint4{}}, w);
+        multiplyChunk<T>(c, {x[0], kHALVES == 1 ? uint4{} : x[(kHALVES - 1) * kSTRIDE]}, w);
+    }
+
+    static __device__ __forceinline__ void multiplyHalf(float (&c)[4], uint4 const& x, uint4 const& w, int half)
+    {
+        multiplyChunk<T>(c, {half == 0 ? x : uint4{}, half == 0 ? uint4{} : x}, w);
     }
 
     //! Of two chains of products, neither of which waits for the other.
     static __device__ __forceinline__ void addTo(float (&c)[4], float const (&other)[4])
     {
-        c[0] += other[0];
-        c[1] += other[1];
+#pragma unroll
+        for (int i = 0; i < 2 * kHALVES; ++i)
+        {
+            c[i] += other[i];
+        }
     }
 
-    //! This warp's part of a tile's product, to `partial` [warp][kTILES][row][8].
+    //! This warp's part of a tile's product, to `partial` [half][warp][kTILES][row][8].
     template <int kTILES>
     __device__ __forceinline__ void leave(float const (&c)[4], int partial, int tile) const
     {
-        at<float2>(partial)[(warp() * kTILES + tile) * kWARP_SIZE + lane()] = {c[0], c[1]};
+#pragma unroll
+        for (int half = 0; half < kHALVES; ++half)
+        {
+            at<float2>(partial)[((half * kWARPS + warp()) * kTILES + tile) * kWARP_SIZE + lane()] = {c[2 * half],
+                                                                                                     c[2 * half + 1]};
+        }
     }
 
-    //! The warps' parts of columns 2 t and 2 t + 1 of row g. Two sums, as each addition waits for the one before.
+    //! The warps' parts of columns 2 t and 2 t + 1 of the row. Two sums, as each addition waits for the one before.
     template <int kTILES>
-    __device__ __forceinline__ float2 addUp(int partial, int tile) const
+    __device__ __forceinline__ float2 addUp(int partial, int tile, int half) const
     {
-        auto const* const from = at<float2>(partial) + tile * kWARP_SIZE + lane();
+        auto const* const from = at<float2>(partial) + (half * kWARPS * kTILES + tile) * kWARP_SIZE + lane();
         float2 sums[2] = {};
 #pragma unroll
         for (int i = 0; i < kWARPS; ++i)
@@ -422,39 +444,41 @@ struct Block
         forget();
         uint4 w[kINNER_TILES][2];
         takeWeights(w, tiles);
-        uint4 x[2];
-        float v[16];
+        uint4 x[2 * kHALVES];  // chunks of a half, and of the other
+        float v[16 * kHALVES];
         bool const embeds = part == 0 && layer() == 0;
         int const column = warp() * 64 + lane() % 4 * 8;
         if (embeds)
         {
 #pragma unroll
-            for (int c = 0; c < 2; ++c)
+            for (int c = 0; c < 2 * kHALVES; ++c)
             {
                 unsigned pairs[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
                 {
-                    float2 const pair = embed(column + c * 32 + 2 * i);
+                    float2 const pair = embed(column + c % 2 * 32 + 2 * i, c / 2);
                     pairs[i] = packPair<T>(pair.x, pair.y);
                 }
                 x[c] = {pairs[0], pairs[1], pairs[2], pairs[3]};
             }
-            if (warp() == 0)
+            if (warp() < kHALVES)
             {
-                own() = embed(static_cast<int>(blockIdx.x) * kCOLUMNS + lane() % 4 * 2);
+                own(warp()) = embed(static_cast<int>(blockIdx.x) * kCOLUMNS + lane() % 4 * 2, warp());
             }
         }
         else
         {
-            int const row = lane() / 4;
-            auto const* const from = board(of, copyOf(row)) + column / 8;
-            bool const is = isRow(row);
             // The last sublayer's was left in the layer before.
-            receive(x, part == 0 ? turn() ^ 1 : turn(), [&](int i) { return is ? from + i * 4 : nullptr; });
+            receive(x, part == 0 ? turn() ^ 1 : turn(),
+                    [&](int i)
+                    {
+                        int const row = rowOf(i / 2);
+                        return isRow(row) ? board(of, copyOf(row)) + column / 8 + i % 2 * 4 : nullptr;
+                    });
         }
 #pragma unroll
-        for (int c = 0; c < 2; ++c)
+        for (int c = 0; c < 2 * kHALVES; ++c)
         {
             Pack<T> const values = Pack<T>::fromBits(x[c]);
 #pragma unroll
@@ -469,41 +493,62 @@ struct Block
             if (i < tiles)
             {
                 float c[2][4] = {};
-                multiply(c[0], x[0], w[i][0]);
-                multiply(c[1], x[1], w[i][1]);
+                multiply<2>(c[0], x, w[i][0]);
+                multiply<2>(c[1], x + 1, w[i][1]);
                 addTo(c[0], c[1]);
                 leave<kINNER_TILES>(c[0], L::kPARTIAL, i);
             }
         }
-        leaveStatistics(v);
-        sync();
-        if (warp() < tiles)
+#pragma unroll
+        for (int half = 0; half < kHALVES; ++half)
         {
+            leaveStatistics(v + 16 * half, half);
+        }
+        sync();
+        auto const finishTile = [&](int job)
+        {
+            int const half = kHALVES == 1 || job < tiles ? 0 : 1;
+            int const mine = job - half * tiles;
             auto const constant = [&](int tile)
             { return at<float2>(constants + tile * kCOLUMNS * static_cast<int>(sizeof(float)))[lane() % 4]; };
-            float2 const bias = constant(warp());
-            float2 const columnSum = constant(tiles + warp());
-            float2 const norm = embeds && !p.embeddingNorm ? float2{0.0F, 1.0F} : meanAndScale();
-            float2 sum = addUp<kINNER_TILES>(L::kPARTIAL, warp());
+            float2 const bias = constant(mine);
+            float2 const columnSum = constant(tiles + mine);
+            float2 const norm = embeds && !p.embeddingNorm ? float2{0.0F, 1.0F} : meanAndScale(half);
+            float2 sum = addUp<kINNER_TILES>(L::kPARTIAL, mine, half);
             sum = {(sum.x - norm.x * columnSum.x) * norm.y + bias.x, (sum.y - norm.x * columnSum.y) * norm.y + bias.y};
             if (part == 2)
             {
                 sum = p.gelu ? float2{gelu(sum.x), gelu(sum.y)} : float2{fmaxf(sum.x, 0.0F), fmaxf(sum.y, 0.0F)};
             }
             uint4 const word = gatherWord(sum);
-            int const row = lane() / 4;
+            int const row = rowOf(half);
             if (lane() % 4 == 0 && isRow(row))
             {
-                put(board(to, row) + first + warp() * tileStride, word, turn());
+                put(board(to, row) + first + mine * tileStride, word, turn());
             }
-            if (warp() == 0)
+            if (mine == 0)
             {
                 float2 const outBias = constant(2 * tiles);
                 float2 const gamma = constant(2 * tiles + 1);
                 float2 const beta = constant(2 * tiles + 2);
-                float2 const raw = own();
-                residual() = {(raw.x - norm.x) * norm.y * gamma.x + beta.x + outBias.x,
-                              (raw.y - norm.x) * norm.y * gamma.y + beta.y + outBias.y};
+                float2 const raw = own(half);
+                residual(half) = {(raw.x - norm.x) * norm.y * gamma.x + beta.x + outBias.x,
+                                  (raw.y - norm.x) * norm.y * gamma.y + beta.y + outBias.y};
+            }
+        };
+        if constexpr (kWARPS >= kHALVES * kINNER_TILES)
+        {
+            if (warp() < kHALVES * tiles)
+            {
+                finishTile(warp());
+            }
+        }
+        else
+        {
+#pragma unroll 1
+            for (int job = warp(); job < kHALVES * tiles; job += kWARPS)
+            {
+                finishTile(job);
             }
         }
     }
@@ -515,16 +560,34 @@ struct Block
         forget();
         uint4 w[kSLOTS][2];
         takeWeights(w, kSLOTS);
-        uint4 x[2 * kSLOTS];
-        sm90::Quad const* const from = board(of, copyOf(lane() / 4)) + warp() * 8 + lane() % 4;
-        bool const is = isRow(lane() / 4);
-        receive(x, turn(), [&](int i) { return is ? from + i / 2 * (kWIDTH / 8) + i % 2 * 4 : nullptr; });
+        constexpr int kWORDS = 2 * kSLOTS;                   // of a row
+        constexpr int kAT_ONCE = kSLOTS == 1 ? kHALVES : 1;  // halves: there are no registers for more
         float other[4] = {};
 #pragma unroll
-        for (int i = 0; i < kSLOTS; ++i)
+        for (int half = 0; half < kHALVES; half += kAT_ONCE)
         {
-            multiply(c, x[2 * i], w[i][0]);
-            multiply(other, x[2 * i + 1], w[i][1]);
+            uint4 x[kAT_ONCE * kWORDS];
+            receive(x, turn(),
+                    [&](int i)
+                    {
+                        int const row = rowOf(half + i / kWORDS);
+                        auto const* const from = board(of, copyOf(row)) + warp() * 8 + lane() % 4;
+                        return isRow(row) ? from + i % kWORDS / 2 * (kWIDTH / 8) + i % 2 * 4 : nullptr;
+                    });
+#pragma unroll
+            for (int i = 0; i < kSLOTS; ++i)
+            {
+                if constexpr (kAT_ONCE == kHALVES)
+                {
+                    multiply<kWORDS>(c, x + 2 * i, w[i][0]);
+                    multiply<kWORDS>(other, x + 2 * i + 1, w[i][1]);
+                }
+                else
+                {
+                    multiplyHalf(c, x[2 * i], w[i][0], half);
+                    multiplyHalf(other, x[2 * i + 1], w[i][1], half);
+                }
+            }
         }
         addTo(c, other);
     }
@@ -537,14 +600,30 @@ struct Block
         takeWeights(w, 1);
         int const g = lane() / 4;
         int const t = lane() % 4;
+        if constexpr (kHALVES > 1)  // nothing is in parts
+        {
+            uint4 x[2 * kHALVES];
+            receive(x, turn(),
+                    [&](int i)
+                    {
+                        int const row = rowOf(i / 2);
+                        auto const* const from = board(B::kPARTS, row) + warp() * kMOST_PARTS * B::kPART_WORDS;
+                        return isRow(row) ? from + i % 2 * 4 + t : nullptr;
+                    });
+            float other[4] = {};
+            multiply<2>(c, x, w[0][0]);
+            multiply<2>(other, x + 1, w[0][1]);
+            addTo(c, other);
+            return;
+        }
         uint4 words[3];
         sm90::Quad const* const from =
             board(B::kPARTS, g / p.parts) + (warp() * kMOST_PARTS + g % p.parts) * B::kPART_WORDS;
         bool const is = g < p.slots * p.parts;
         receive(words, turn(), [&](int i) { return is ? from + (i == 2 ? kHEAD / 8 : 4 * i + t) : nullptr; });
         float other[4] = {};
-        multiply(c, words[0], w[0][0]);
-        multiply(other, words[1], w[0][1]);
+        multiply<0>(c, words, w[0][0]);
+        multiply<0>(other, words + 1, w[0][1]);
         addTo(c, other);
         if (p.parts == 1)
         {
@@ -580,19 +659,20 @@ struct Block
         forget();
         leave<1>(c, L::kOUT_PARTIAL, 0);
         sync();
-        if (warp() == 0)
+        if (warp() < kHALVES)
         {
-            float2 const rest = residual();
-            float2 sum = addUp<1>(L::kOUT_PARTIAL, 0);
+            int const half = warp();
+            float2 const rest = residual(half);
+            float2 sum = addUp<1>(L::kOUT_PARTIAL, 0, half);
             sum = {sum.x + rest.x, sum.y + rest.y};
             uint4 const word = gatherWord(sum);
-            int const row = lane() / 4;
+            int const row = rowOf(half);
             int const share = static_cast<int>(blockIdx.x);
             if (lane() % 4 == 0 && isRow(row))
             {
                 put(board(to, row) + share, word, turn());
             }
-            own() = sum;
+            own(half) = sum;
             if (isLast)
             {
                 float const x2 = __shfl_xor_sync(kFULL_WARP, sum.x, 1);
@@ -611,7 +691,7 @@ struct Block
 
     //! What the warps' softmaxes have left, of one warp: in lanes 8 q + i columns 8 i to 8 i + 7, not divided by the
     //! total. Returns (maximum, total).
-    __device__ __forceinline__ float2 mergeWarps(float (&sums)[8]) const
+    __device__ __forceinline__ float2 mergeWarps(float (&sums)[8], int half) const
     {
         constexpr int kEACH = kWARPS / 4;  // warps' results that a lane adds up
         float2 scales[kEACH];
@@ -619,7 +699,7 @@ struct Block
 #pragma unroll
         for (int i = 0; i < kEACH; ++i)
         {
-            scales[i] = at<float2>(L::kSCALES)[4 * i + lane() / 8];
+            scales[i] = at<float2>(L::kSCALES)[half * kWARPS + 4 * i + lane() / 8];
             most = fmaxf(most, scales[i].x);
         }
         most = fmaxf(most, __shfl_xor_sync(kFULL_WARP, most, 8));
@@ -635,7 +715,8 @@ struct Block
         {
             float const factor = exp2Approx(scales[i].x - most);
             total += factor * scales[i].y;
-            auto const* const from = at<float4>(L::kCONTEXTS) + (4 * i + lane() / 8) * (kHEAD / 4) + lane() % 8 * 2;
+            int const warp = half * kWARPS + 4 * i + lane() / 8;
+            auto const* const from = at<float4>(L::kCONTEXTS) + warp * (kHEAD / 4) + lane() % 8 * 2;
             float4 const a = from[0];
             float4 const b = from[1];
             sums[0] += factor * a.x;
@@ -662,14 +743,14 @@ struct Block
 
     //! One warp: the context that the warps' softmaxes have left, or of a row without a line zeros, to the words from
     //! `to` on; behind them maximum and total, if `scaled`.
-    __device__ __forceinline__ void leaveContext(sm90::Quad* to, bool is, bool scaled) const
+    __device__ __forceinline__ void leaveContext(sm90::Quad* to, bool is, bool scaled, int half) const
     {
         Pack<T> out{};
         float2 scale = {0.0F, 1.0F};
         if (is)
         {
             float sums[8];
-            scale = mergeWarps(sums);
+            scale = mergeWarps(sums, half);
             float const factor = __fdividef(1.0F, scale.y);
 #pragma unroll
             for (int i = 0; i < 8; ++i)
@@ -691,16 +772,20 @@ struct Block
     {
         forget();
         using HeadKeys = Keys<T, kHEAD, kWARPS, 1>;
-        int const task = static_cast<int>(blockIdx.x);
-        int const row = task / kHEADS;
-        int const head = task % kHEADS;
-        if (!isRow(row))
+        int const firstRow = static_cast<int>(blockIdx.x) / kHEADS;  // of the half; the other's is behind it
+        int const head = static_cast<int>(blockIdx.x) % kHEADS;
+        if (!isRow(firstRow))
         {
             return;
         }
-        bool const is = isLive(row);
-        if (is)
+#pragma unroll 1
+        for (int half = 0; half < kHALVES; ++half)
         {
+            int const row = half * kHALF + firstRow;
+            if (!isRow(row) || !isLive(row))
+            {
+                continue;
+            }
             int const position = newest()[slotOf(row)];  // keys in the cache
             size_t const cache = ((static_cast<size_t>(layer()) * kROWS + row) * kHEADS + head) * p.capacity * kHEAD;
             T* const keys = static_cast<T*>(p.keys) + cache;
@@ -722,7 +807,7 @@ struct Block
                 insertNewest(held, key, position, &words[1], &words[2]);
                 softmax.add(held, key, position + 1);
             }
-            softmax.finish(at<float>(L::kCONTEXTS) + warp() * kHEAD, at<float2>(L::kSCALES) + warp());
+            finish(softmax, half);
             if (warp() == kWARPS - 1 && lane() < HeadKeys::kLANES)
             {
                 size_t const to = static_cast<size_t>(position) * kHEAD + lane() * 8;
@@ -731,10 +816,18 @@ struct Block
             }
         }
         sync();
-        if (warp() == 0)
+        int const row = warp() * kHALF + firstRow;
+        if (warp() < kHALVES && isRow(row))
         {
-            leaveContext(board(B::kCONTEXTS, row) + head * (kHEAD / 8), is, false);
+            leaveContext(board(B::kCONTEXTS, row) + head * (kHEAD / 8), isLive(row), false, warp());
         }
+    }
+
+    //! What this warp's softmax of a half's row has come to, to shared memory.
+    __device__ __forceinline__ void finish(Softmax<T, kHEAD>& softmax, int half) const
+    {
+        int const at = half * kWARPS + warp();
+        softmax.finish(this->at<float>(L::kCONTEXTS) + at * kHEAD, this->at<float2>(L::kSCALES) + at);
     }
 
     //! This block's part of the lines' keys: those of a row and head from first to last. False: it has none.
@@ -743,9 +836,9 @@ struct Block
         int row, head, part, first, last;
     };
 
-    __device__ __forceinline__ bool partOf(Part& mine) const
+    __device__ __forceinline__ bool partOf(Part& mine, int half) const
     {
-        int const task = static_cast<int>(blockIdx.x) / p.parts;
+        int const task = half * L::kSHARES + static_cast<int>(blockIdx.x) / p.parts;
         mine.part = static_cast<int>(blockIdx.x) % p.parts;
         mine.row = task / kHEADS;
         mine.head = task % kHEADS;
@@ -760,13 +853,17 @@ struct Block
         using SlotKeys = Keys<T, kHEAD, kWARPS, L::kSLOT_KEYS / (kWARPS * 4)>;
         static_assert(SlotKeys::kSPAN == L::kSLOT_KEYS);
         Part mine;
-        if (!partOf(mine))
+        if (!partOf(mine, 0))
         {
             return;
         }
-        bool const is = isLive(mine.row);
-        if (is)
+#pragma unroll 1
+        for (int half = 0; half < kHALVES; ++half)
         {
+            if (!partOf(mine, half) || !isLive(mine.row))
+            {
+                continue;
+            }
             uint4 query[1];
             sm90::Quad const* const from =
                 board(B::kQUERIES, copyOf(mine.row)) + mine.head * (kHEAD / 8) + lane() % SlotKeys::kLANES;
@@ -795,12 +892,13 @@ struct Block
                 ring.release(2);
                 softmax.add(held, 0, count);
             }
-            softmax.finish(at<float>(L::kCONTEXTS) + warp() * kHEAD, at<float2>(L::kSCALES) + warp());
+            finish(softmax, half);
         }
         sync();
-        if (warp() == 0)
+        if (warp() < kHALVES && partOf(mine, warp()))
         {
-            leaveContext(board(B::kPARTS, mine.row) + (mine.head * kMOST_PARTS + mine.part) * B::kPART_WORDS, is, true);
+            leaveContext(board(B::kPARTS, mine.row) + (mine.head * kMOST_PARTS + mine.part) * B::kPART_WORDS,
+                         isLive(mine.row), true, warp());
         }
     }
 
@@ -853,7 +951,7 @@ struct Block
 #pragma unroll 1
             for (int i = 0; i < count; ++i, from += kALL)
             {
-                ring.fetch(from, L::kSLOT_BYTES, kLAYER_COPIES, policy);
+                ring.fetch(from, L::kSLOT_BYTES, L::kLAYER_COPIES, policy);
             }
         }
     }
@@ -873,24 +971,24 @@ struct Block
 
     __device__ __forceinline__ void fetchKeys(int of, uint64_t policy)
     {
-        Part mine;
-        if (!works() || !partOf(mine))
-        {
-            return;
-        }
-        int const line = static_cast<int volatile*>(lines())[mine.row];
-        if (line < 0)
-        {
-            return;
-        }
-        size_t const start = (static_cast<size_t>(line) * kHEADS + mine.head) * p.sourceLength;
 #pragma unroll 1
-        for (int key = mine.first; key < mine.last; key += L::kSLOT_KEYS)
+        for (int half = 0; half < kHALVES; ++half)
         {
-            uint32_t const bytes = min(L::kSLOT_KEYS, mine.last - key) * kHEAD * 2;
-            size_t const offset = (start + key) * kHEAD;
-            ring.fetch(static_cast<T const*>(p.crossKeys[of]) + offset, bytes, kLAYER_COPIES, policy);
-            ring.fetch(static_cast<T const*>(p.crossValues[of]) + offset, bytes, kLAYER_COPIES, policy);
+            Part mine;
+            int const line = works() && partOf(mine, half) ? static_cast<int volatile*>(lines())[mine.row] : -1;
+            if (line < 0)
+            {
+                continue;
+            }
+            size_t const start = (static_cast<size_t>(line) * kHEADS + mine.head) * p.sourceLength;
+#pragma unroll 1
+            for (int key = mine.first; key < mine.last; key += L::kSLOT_KEYS)
+            {
+                uint32_t const bytes = min(L::kSLOT_KEYS, mine.last - key) * kHEAD * 2;
+                size_t const offset = (start + key) * kHEAD;
+                ring.fetch(static_cast<T const*>(p.crossKeys[of]) + offset, bytes, L::kLAYER_COPIES, policy);
+                ring.fetch(static_cast<T const*>(p.crossValues[of]) + offset, bytes, L::kLAYER_COPIES, policy);
+            }
         }
     }
 
@@ -941,40 +1039,53 @@ struct Block
         return p.boards + B::kCHOICES + (token % 2 * kROWS + row) * kMOST_BLOCKS + block;
     }
 
-    //! The last LayerNorm of row g, chunks of 32 columns 64 bytes apart in shared memory from `to` on.
+    //! The last LayerNorm of rows, chunks of 32 columns 64 bytes apart in shared memory from `to` on, the other half's
+    //! behind.
     __device__ __forceinline__ void makeLast(int to)
     {
         int const column = warp() * 64 + lane() % 4 * 8;
         T const* const norms = static_cast<T const*>(p.norms) + 3 * p.layerCount * 2 * kWIDTH + column;
-        int const row = lane() / 4;
-        uint4 bits[4];
-        auto const* const from = board(B::kLAST_SUMS, copyOf(row)) + column / 4;
-        bool const is = isRow(row);
-        receive(bits, tokenTurn(), [&](int i) { return is ? from + i / 2 * 8 + i % 2 : nullptr; });
-        float v[16];
+        uint4 bits[4 * kHALVES];
+        receive(bits, tokenTurn(),
+                [&](int i)
+                {
+                    int const row = rowOf(i / 4);
+                    auto const* const from = board(B::kLAST_SUMS, copyOf(row)) + column / 4;
+                    return isRow(row) ? from + i % 4 / 2 * 8 + i % 2 : nullptr;
+                });
+        float v[16 * kHALVES];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 4 * kHALVES; ++i)
         {
             v[4 * i] = __uint_as_float(bits[i].x);
             v[4 * i + 1] = __uint_as_float(bits[i].y);
             v[4 * i + 2] = __uint_as_float(bits[i].z);
             v[4 * i + 3] = __uint_as_float(bits[i].w);
         }
-        leaveStatistics(v);
+#pragma unroll
+        for (int half = 0; half < kHALVES; ++half)
+        {
+            leaveStatistics(v + 16 * half, half);
+        }
         sync();
-        float2 const norm = meanAndScale();
 #pragma unroll
         for (int c = 0; c < 2; ++c)
         {
             auto const gamma = Pack<T>::fromBits(__ldg(reinterpret_cast<uint4 const*>(norms + c * 32)));
             auto const beta = Pack<T>::fromBits(__ldg(reinterpret_cast<uint4 const*>(norms + kWIDTH + c * 32)));
-            Pack<T> out;
 #pragma unroll
-            for (int e = 0; e < 8; ++e)
+            for (int half = 0; half < kHALVES; ++half)
             {
-                out.values[e] = (v[c * 8 + e] - norm.x) * norm.y * gamma.values[e] + beta.values[e];
+                float2 const norm = meanAndScale(half);
+                Pack<T> out;
+#pragma unroll
+                for (int e = 0; e < 8; ++e)
+                {
+                    float const value = v[half * 16 + c * 8 + e];
+                    out.values[e] = (value - norm.x) * norm.y * gamma.values[e] + beta.values[e];
+                }
+                *at<uint4>(to + half * kHALF * L::kPITCH + c * 64) = out.toBits();
             }
-            *at<uint4>(to + c * 64) = out.toBits();
         }
     }
 
@@ -985,7 +1096,12 @@ struct Block
         int const rowAt = L::kPARTIAL + lane() / 4 * L::kPITCH + lane() % 4 * 16;
         makeLast(rowAt + warp() * 128);
         sync();
-        BestLogit best = {kNO_SCORE, 0, 0.0F};
+        BestLogit best[kHALVES];
+#pragma unroll
+        for (BestLogit& one : best)
+        {
+            one = {kNO_SCORE, 0, 0.0F};
+        }
         int turn = warp();
 #pragma unroll 1
         for (int unit = static_cast<int>(blockIdx.x); unit < headUnits(); unit += static_cast<int>(gridDim.x))
@@ -997,28 +1113,34 @@ struct Block
 #pragma unroll 2
                 for (int chunk = 0; chunk < kWIDTH / 32; chunk += 2)
                 {
-                    multiply(c[0], *at<uint4>(rowAt + chunk * 64), sm90::loadShared(weights + chunk * 512));
-                    multiply(c[1], *at<uint4>(rowAt + chunk * 64 + 64), sm90::loadShared(weights + chunk * 512 + 512));
+                    multiply<kHALF * L::kPITCH / 16>(c[0], at<uint4>(rowAt + chunk * 64),
+                                                     sm90::loadShared(weights + chunk * 512));
+                    multiply<kHALF * L::kPITCH / 16>(c[1], at<uint4>(rowAt + chunk * 64 + 64),
+                                                     sm90::loadShared(weights + chunk * 512 + 512));
                 }
                 int const of = unit * kCOLUMNS + lane() % 4 * 2;
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
+                for (int i = 0; i < 2 * kHALVES; ++i)
                 {
-                    if (of + i < p.vocabulary)
+                    if (of + i % 2 < p.vocabulary)
                     {
-                        best.take(c[0][i] + c[1][i], of + i);
+                        best[i / 2].take(c[0][i] + c[1][i], of + i % 2);
                     }
                 }
             }
             turn = turn == 0 ? kWARPS - 1 : turn - 1;
             ring.release(1);
         }
-        best.merge(best.shuffled(1));
-        best.merge(best.shuffled(2));
         auto* const choices = at<BestLogit>(L::kCHOICES);  // [row][warp]
-        if (lane() % 4 == 0)
+#pragma unroll
+        for (int half = 0; half < kHALVES; ++half)
         {
-            choices[lane() / 4 * kWARPS + warp()] = best;
+            best[half].merge(best[half].shuffled(1));
+            best[half].merge(best[half].shuffled(2));
+            if (lane() % 4 == 0)
+            {
+                choices[rowOf(half) * kWARPS + warp()] = best[half];
+            }
         }
         sync();
 #pragma unroll 1
@@ -1181,12 +1303,12 @@ struct Block
 };
 
 //! Decodes all lines. All blocks must run at once.
-template <typename T, int kWIDTH>
-__global__ void __launch_bounds__(Layout<kWIDTH>::kTHREADS, 1) decodeWide(__grid_constant__ WideParams const p)
+template <typename T, int kWIDTH, int kHALVES>
+__global__ void __launch_bounds__(Layout<kWIDTH, kHALVES>::kTHREADS, 1) decodeWide(__grid_constant__ WideParams const p)
 {
     TROCR_DYNAMIC_SHARED(shared, 128);
-    using L = Layout<kWIDTH>;
-    Block<T, kWIDTH> block{p, shared, {sharedAddress(shared)}};
+    using L = Layout<kWIDTH, kHALVES>;
+    Block<T, kWIDTH, kHALVES> block{p, shared, {sharedAddress(shared)}};
     if (threadIdx.x == 0)
     {
         for (int slot = 0; slot < L::kRING; ++slot)
@@ -1202,7 +1324,7 @@ __global__ void __launch_bounds__(Layout<kWIDTH>::kTHREADS, 1) decodeWide(__grid
     }
     __syncthreads();
     constexpr bool kMOVES = L::kTHREADS > 512;  // registers, of which a thread has fewer than it needs
-    if (threadIdx.x < Block<T, kWIDTH>::kCOMPUTE)
+    if (threadIdx.x < decltype(block)::kCOMPUTE)
     {
         if constexpr (kMOVES)
         {
@@ -1216,7 +1338,7 @@ __global__ void __launch_bounds__(Layout<kWIDTH>::kTHREADS, 1) decodeWide(__grid
         {
             sm90::shrinkRegisters<32>();
         }
-        if (threadIdx.x == Block<T, kWIDTH>::kCOMPUTE)
+        if (threadIdx.x == decltype(block)::kCOMPUTE)
         {
             block.produce();
         }

@@ -31,9 +31,11 @@ T = TypeVar("T")
 DEVICE_SLOTS = 64
 # Lines that it is given at a time: a page. One search of many lines keeps its rows busier than two of fewer.
 DEVICE_LINES = 128
-# The most images that it decodes by keys and values where heads have 64 elements: its time grows with every 8
-# rows. For more it attends to the encoder's states, or, where it cannot, leaves them to the step engine.
+# The most images that it decodes by keys and values where heads have 64 elements: what the wide decoder takes,
+# and of the chain, whose time grows with every 8 rows. For more it attends to the encoder's states, or, where
+# it cannot, leaves them to the step engine.
 DEVICE_MOST_WIDE = 8
+DEVICE_MOST_CHAIN = 8
 
 # The most images that are encoded and searched in one launch: it saves 60 us, of more images less than 1 %.
 MOST_IN_ONE_LAUNCH = 16
@@ -562,7 +564,9 @@ class DeviceSearch:
         decoder = DeviceDecoder(kernels, weights, config, DEVICE_SLOTS, max_new_tokens)
         if config["hidden_size"] == 32 * config["num_heads"]:
             return cls(decoder, config["num_layers"], most_by_keys=None)
-        return cls(decoder, config["num_layers"], most_by_keys=min(DEVICE_MOST_WIDE, max_batch))
+        is_wide = decoder.runs_as_a_kernel(DEVICE_MOST_WIDE, states=False)
+        most = DEVICE_MOST_WIDE if is_wide else DEVICE_MOST_CHAIN
+        return cls(decoder, config["num_layers"], most_by_keys=min(most, max_batch))
 
     @property
     def most_images(self) -> int | None:
