@@ -4,7 +4,8 @@
 
 Weights and encoder keys and values are random. Every text has exactly `--tokens` tokens: no id ends it. Times
 are medians of whole searches, from enqueueing to the end on the GPU. The byte floor is every weight and every
-key and value once, 2 [L (6 D^2 + 2 D F) + V D] + B 4 L D (S + t) bytes a step, at 4.5 TB/s.
+key and value once, 2 [L (6 D^2 + 2 D F) + V D] + B 4 L D (S + t) bytes a step (`rates.decoder_bytes`), at
+4.5 TB/s, an H200's, on any GPU. `runtime.bench` takes the same bytes at the bandwidth that it measures.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
+from profiling.rates import decoder_bytes
 from profiling.reference_decoder import forced_logits
 from runtime.device_decoder import STATE_ROWS, DeviceDecoder
 from runtime.kernels import load_kernels
 
-BANDWIDTH = 4.5e12  # bytes a second
+BANDWIDTH = 4.5e12  # bytes a second, an H200's
 NO_END = 2**31 - 1  # a token id that no decoder has
 
 SMALL = {
@@ -186,9 +188,16 @@ def differences(
 
 def floor_microseconds(config: Mapping, lines: int, tokens: int) -> float:
     """The least time of a token: its bytes at BANDWIDTH."""
-    layers, width, inner = config["num_layers"], config["hidden_size"], config["ffn_size"]
-    weights = 2 * (layers * (6 * width**2 + 2 * width * inner) + config["vocab_size"] * width)
-    return (weights + lines * 4 * layers * width * (config["source_length"] + tokens / 2)) / BANDWIDTH * 1e6
+    step = decoder_bytes(
+        layers=config["num_layers"],
+        width=config["hidden_size"],
+        inner=config["ffn_size"],
+        vocabulary=config["vocab_size"],
+        source=config["source_length"],
+        lines=lines,
+        tokens=tokens,
+    )
+    return step / BANDWIDTH * 1e6
 
 
 def search_microseconds(run, repeats: int = 15) -> float:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from profiling.rates import matrix_rate
 from runtime.kernels import load_kernels
 
 kernels = load_kernels()
@@ -344,15 +345,9 @@ def microseconds(launch: Callable[[], object], budget: float = 2000.0) -> float:
     return statistics.median(times[1:])
 
 
-def measured_rate(dtype: torch.dtype) -> float:
-    """TFLOP/s of cuBLAS in an 8192 x 8192 x 8192 product."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-    return 2 * 8192**3 / microseconds(lambda: a @ b.T, budget=20000) / 1e6
-
-
 def bench(models: list[str], batches: list[int], dtype: str) -> bool:
     """Prints one line a product; returns whether all outputs were right."""
-    rate = measured_rate(torch.float16 if dtype == "e4m3" else getattr(torch, dtype))
+    rate = matrix_rate(torch.float16 if dtype == "e4m3" else getattr(torch, dtype))
     name = torch.cuda.get_device_name()
     print(f"{name}, {dtype}: 8192^3 product {rate:.0f} TFLOP/s; times in us, graph replays")
     print(

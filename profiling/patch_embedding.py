@@ -26,11 +26,11 @@ from profiling.linear import (
     GUARD_ROWS,
     STATISTICS_WIDTH,
     kernels,
-    measured_rate,
     microseconds,
     name_of,
     partial_statistics,
 )
+from profiling.rates import matrix_rate
 
 # name -> (special tokens, hidden size); images of 384 x 384
 ENCODERS = {"tiny": (2, 192), "small": (2, 384), "base": (1, 768), "large": (1, 1024)}
@@ -179,7 +179,7 @@ def bench(models: list[str], batches: list[int], dtype: torch.dtype) -> bool:
     """Prints one line a size; returns whether all outputs were right."""
     print(
         f"{torch.cuda.get_device_name()}, {name_of(dtype)}: "
-        f"8192^3 product {measured_rate(dtype):.0f} TFLOP/s; times in us, graph replays"
+        f"8192^3 product {matrix_rate(dtype):.0f} TFLOP/s; times in us, graph replays"
     )
     print(
         f"{'model':6}{'B':>3}{'PyTorch':>9}{'ours':>8}{'overlap':>8}{'mma':>8}{'TFLOP/s':>8}{'GB/s':>7}"

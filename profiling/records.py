@@ -16,6 +16,9 @@ from runtime.tensorrt_loader import TensorRTError, load_tensorrt, load_tensorrt_
 
 PARTS = ("encoder", "decoder", "end_to_end", "page")
 VARIANTS = ("stock", "stock_naive", "fused", "fused_steps", "torch", "compile", "onnxruntime", "tensorrt_rtx")
+# Fields that older records do not have.
+OPTIONAL = {"num_beams", "lines", "page_s"}
+OPTIONAL |= {"matrix_tflops", "of_matrix_rate", "copy_gb_per_s", "floor_us", "of_floor"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -52,8 +55,17 @@ class Record(Environment):
         variant: of VARIANTS.
         median_ms, p99_ms: of one batch; of a page, of all its lines.
         lines_per_s: from the median.
-        us_per_token: of one decode step of the batch ("decoder" only).
+        us_per_token: of one decode step of the batch; "end_to_end" shares out the encoder's time as well.
         images_per_s, tflops: "encoder" only; operations as counted in `encoder_flops`.
+        matrix_tflops: TFLOP/s of a large matrix product in `precision`, measured in the same run ("encoder"
+            only; `rates.matrix_rate`).
+        of_matrix_rate: tflops / matrix_tflops.
+        copy_gb_per_s: GB/s, read and written, of a large copy, measured in the same run ("decoder" and
+            "end_to_end", greedy only; `rates.copy_rate`).
+        floor_us: the byte floor of a decode step, its bytes (`rates.decoder_bytes`) at that bandwidth. Beam
+            search has none: how many bytes its beams share is known only once they are found.
+        of_floor: floor_us / us_per_token; of "end_to_end", whose encoder is not in the floor, the share of
+            the whole time that decoding would take at its floor.
         rel_error: max |x - y| / max |y| against PyTorch in float32 ("encoder" only).
         same_tokens: share of the token ids that PyTorch in float32 chooses as well.
     """
@@ -70,6 +82,11 @@ class Record(Environment):
     us_per_token: float | None = None
     images_per_s: float | None = None
     tflops: float | None = None
+    matrix_tflops: float | None = None
+    of_matrix_rate: float | None = None
+    copy_gb_per_s: float | None = None
+    floor_us: float | None = None
+    of_floor: float | None = None
     rel_error: float | None = None
     same_tokens: float | None = None
     num_beams: int = 1
@@ -163,10 +180,9 @@ def read(path: Path) -> list[Record]:
             f"{path}: unreadable ({error}); write it with `python -m runtime.bench --json`"
         ) from None
     known = {field.name for field in fields(Record)}
-    optional = {"num_beams", "lines", "page_s"}  # which older records do not have
     for number, entry in enumerate(content):
-        if entry.keys() | optional != known:
-            wrong = ", ".join(sorted(known ^ (entry.keys() | optional)))
+        if entry.keys() | OPTIONAL != known:
+            wrong = ", ".join(sorted(known ^ (entry.keys() | OPTIONAL)))
             raise RecordError(f"{path}: record {number}: fields missing or unknown: {wrong}")
         if entry["part"] not in PARTS or entry["variant"] not in VARIANTS:
             raise RecordError(

@@ -74,6 +74,9 @@ CHINESE = {
     "us/token": "微秒/词元",
     "byte floor us": "字节下限（微秒）",
     "of the floor": "占下限",
+    "fused of the floor": "fused 占下限",
+    "stock of matrix rate": "stock 占矩阵乘速率",
+    "fused of matrix rate": "fused 占矩阵乘速率",
     "kernel": "核函数",
     "shape": "形状",
     "fused us": "fused 微秒",
@@ -137,19 +140,23 @@ def summary(
 def part_table(records: Sequence[Record], language: str = "en") -> str:
     """A row for each batch size: every variant's time, and how many times faster fused is than stock.
 
-    Beams are a column where there are any, tokens where there are several. A page's times are seconds for all
-    of its lines.
+    Beams are a column where there are any, tokens where there are several; the fractions of the matrix rate
+    and of the byte floor where they were measured. A page's times are seconds for all of its lines.
     """
     variants = [name for name in VARIANTS if any(record.variant == name for record in records)]
     part, tokens = records[0].part, records[0].tokens
     with_tokens = len({record.tokens for record in records}) > 1
     with_beams = any(record.num_beams > 1 for record in records)
+    with_floor = part == "decoder" and any(record.of_floor is not None for record in records)
+    with_rate = any(record.of_matrix_rate is not None for record in records)
     field, unit = ("page_s", "s") if part == "page" else ("median_ms", "ms")
     header = ["precision", "batch"] + ["tokens"] * with_tokens
     header += ["beams"] * with_beams + ["lines"] * (part == "page")
     header += [*(f"{name} {unit}" for name in variants), "fused against stock"]
     header += ["fused lines/s"] + (["fused us/token"] if part == "decoder" else [])
+    header += ["fused of the floor"] * with_floor
     header += ["stock TFLOP/s", "fused TFLOP/s"] if part == "encoder" else []
+    header += ["stock of matrix rate", "fused of matrix rate"] * with_rate
     rows = []
     for key in sorted({_key(record) for record in records}):
         by_variant = {record.variant: record for record in records if _key(record) == key}
@@ -162,8 +169,12 @@ def part_table(records: Sequence[Record], language: str = "en") -> str:
         row.append(_number(fused, "lines_per_s"))
         if part == "decoder":
             row.append(_number(fused, "us_per_token"))
+        if with_floor:
+            row.append(_percentage(fused, "of_floor"))
         if part == "encoder":
             row += [_number(stock, "tflops"), _number(fused, "tflops")]
+        if with_rate:
+            row += [_percentage(stock, "of_matrix_rate"), _percentage(fused, "of_matrix_rate")]
         rows.append(row)
     table = _table(rows, header, language)
     table += "\n\n" + _say("{} tokens a line.", language).format(tokens) if tokens and not with_tokens else ""
@@ -255,6 +266,12 @@ def _number(record: Record | None, field: str) -> str:
     """Three significant digits, a dash where there is no measurement."""
     value = record and getattr(record, field)
     return "-" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _percentage(record: Record | None, field: str) -> str:
+    """Of a fraction; a dash where there is no measurement."""
+    value = record and getattr(record, field)
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _align(header: Sequence[str]) -> list[str]:

@@ -33,6 +33,12 @@ With --precision fp8 only the variants of the fused graphs are measured: no othe
 
 Engines: CUDA events around replays of CUDA graphs. PyTorch on a GPU: CUDA events around calls. CPU: wall
 clock.
+
+On a GPU two rates are measured first (profiling/rates.py), and the results held against them: the encoder's
+TFLOP/s against those of a large matrix product in the same precision (of_matrix_rate; for fp8 in e4m3, though
+attention stays in float16), the time a token against the bytes of a decode step at the bandwidth of a large
+copy (of_floor). End to end a token's time includes its share of the encoder's, the floor does not: there
+of_floor is the share of the whole time that decoding would take at its floor. Beam search has no floor.
 """
 
 from __future__ import annotations
@@ -42,7 +48,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +68,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from build import PRECISIONS, BuildError, build, default_folder
 from graph_surgery.checkpoint import (
+    BASE_PRECISION,
     DTYPES,
     CheckpointError,
     EncoderSpec,
@@ -74,6 +81,7 @@ from graph_surgery.fused_ops import SurgeryError
 from profiling.accuracy import LinesError, line_images
 from profiling.models import find_model
 from profiling.peers import build_naive, naive_engine, naive_folder, rtx_engines
+from profiling.rates import Rates, decoder_bytes, measure_rates
 from profiling.records import PARTS, VARIANTS, Record, environment, write
 from runtime.backends.base import Backend, BackendError
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
@@ -596,6 +604,8 @@ def run(
     """
     spec = load_spec(folder)
     here = asdict(environment(command, "tensorrt_rtx" in variants))
+    with nvtx.annotate("rates", domain="trocr"):
+        rates = measure_rates(precision, {case.part for case in cases})
     reference = Reference(spec)
     records: list[Record] = []
     skipped: list[str] = []
@@ -615,6 +625,7 @@ def run(
                     variant.check(case)
                     with nvtx.annotate(f"{name} {case.part} batch {case.batch}", domain="trocr"):
                         fields = measure_case(variant, case, spec, reference)
+                    fields |= against_rates(case, fields, spec, precision, rates)
                     records.append(
                         Record(**here, **fields, model=spec.name, precision=precision, variant=name)
                     )
@@ -662,9 +673,36 @@ def measure_case(variant, case: Case, spec: ModelSpec, reference: Reference) -> 
     if case.part == "encoder":
         fields["images_per_s"] = fields["lines_per_s"]
         fields["tflops"] = encoder_flops(spec.encoder) * fields["lines_per_s"] / 1e12
-    if case.part == "decoder":
+    else:
         fields["us_per_token"] = 1e3 * fields["median_ms"] / case.tokens
     return fields | reference.accuracy(case, pixels, measurement.output)
+
+
+def against_rates(
+    case: Case, fields: Mapping[str, Any], spec: ModelSpec, precision: str, rates: Rates
+) -> dict[str, float]:
+    """The fields of a record that hold its others, `fields`, against what the GPU reaches.
+
+    Empty where there is nothing to hold them against: no rate, a page, beam search.
+    """
+    if case.part == "encoder" and rates.matrix_tflops:
+        fraction = fields["tflops"] / rates.matrix_tflops
+        return {"matrix_tflops": rates.matrix_tflops, "of_matrix_rate": fraction}
+    if case.part in ("decoder", "end_to_end") and rates.copy_gb_per_s and case.num_beams == 1:
+        step = decoder_bytes(
+            layers=spec.decoder.num_hidden_layers,
+            width=spec.decoder.d_model,
+            inner=spec.decoder.decoder_ffn_dim,
+            vocabulary=spec.decoder.vocab_size,
+            source=spec.encoder.num_tokens,
+            lines=case.batch,
+            tokens=case.tokens,
+            itemsize=DTYPES[BASE_PRECISION[precision]].itemsize,
+        )
+        floor = step / rates.copy_gb_per_s / 1e3
+        fraction = floor / fields["us_per_token"]
+        return {"copy_gb_per_s": rates.copy_gb_per_s, "floor_us": floor, "of_floor": fraction}
+    return {}
 
 
 def _times(case: Case, times_ms: Sequence[float], lines: int) -> dict[str, Any]:
@@ -692,7 +730,7 @@ def _table(records: Sequence[Record]) -> str:
         "lines_per_s",
         "page_s",
     )
-    columns += ("us_per_token", "tflops", "rel_error", "same_tokens")
+    columns += ("us_per_token", "of_floor", "tflops", "of_matrix_rate", "rel_error", "same_tokens")
     rows = [[getattr(record, column) for column in columns] for record in records]
     return tabulate(rows, columns, floatfmt=".4g", missingval="-")
 

@@ -18,7 +18,8 @@ from graph_surgery.checkpoint import load_spec
 from profiling.gpu_check import Stage, collect, run_stage, stages, sweep
 from profiling.gpu_check import main as gpu_check
 from profiling.models import BUNDLED
-from profiling.records import Record, RecordError, commit, read, usual_tokens, write
+from profiling.rates import Rates
+from profiling.records import OPTIONAL, Record, RecordError, commit, read, usual_tokens, write
 from profiling.summary import part_table, summary
 from runtime.bench import (
     Case,
@@ -27,6 +28,8 @@ from runtime.bench import (
     NaiveVariant,
     OnnxCudaVariant,
     Unavailable,
+    _table,
+    against_rates,
     encoder_flops,
     measure_case,
     random_pixels,
@@ -66,6 +69,15 @@ def test_round_trip(tmp_path: Path):
     records = [record(), record(variant="fused", median_ms=0.9)]
     write(records, tmp_path / "results" / "bench.json")
     assert read(tmp_path / "results" / "bench.json") == records
+
+
+def test_older_records_are_read(tmp_path: Path):
+    path = tmp_path / "bench.json"
+    write([record(matrix_tflops=640.0, of_matrix_rate=0.25)], path)
+    content = json.loads(path.read_text())
+    content[0] = {name: value for name, value in content[0].items() if name not in OPTIONAL}
+    path.write_text(json.dumps(content))
+    assert read(path) == [record()]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +172,70 @@ def test_summary_of_pages_and_beams():
     assert header[:6] == ["precision", "batch", "beams", "lines", "stock s", "fused s"]
     assert greedy[2:8] == ["1", "100", "0.4", "0.2", "2.00x", "500"]
     assert beams[2:7] == ["4", "100", "0.9", "-", "-"]
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of a text's tables, the line under the header left out."""
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows if not row[0].startswith("--")]
+
+
+def test_summary_of_rates():
+    """Columns only where something was measured, which it was not in older records."""
+    encoder = [record(), record(variant="fused", tflops=320.0, matrix_tflops=640.0, of_matrix_rate=0.5)]
+    header, row = cells(part_table(encoder))
+    assert header[-4:] == ["stock TFLOP/s", "fused TFLOP/s", "stock of matrix rate", "fused of matrix rate"]
+    assert row[-4:] == ["160", "320", "-", "50%"]
+    assert cells(part_table([record()]))[0][-1] == "fused TFLOP/s"
+
+    decoder = {"part": "decoder", "variant": "fused", "tokens": 20, "rel_error": None, "us_per_token": 25.0}
+    measured = record(**decoder, floor_us=12.0, of_floor=0.48)
+    header, row = cells(part_table([measured, record(**decoder, num_beams=4)]))[:2]
+    assert header[-2:] == ["fused us/token", "fused of the floor"] and row[-2:] == ["25", "48%"]
+    assert cells(part_table([record(**decoder)]))[0][-1] == "fused us/token"
+
+
+def test_table_of_the_bench():
+    measured = record(of_matrix_rate=0.25, matrix_tflops=640.0)
+    lines = [line.split() for line in _table([measured, record()]).splitlines()]
+    place = lines[0].index("of_matrix_rate")
+    assert (lines[0][place - 1], lines[2][place - 1 : place + 1]) == ("tflops", ["160", "0.25"])
+    assert lines[3][place - 1 : place + 1] == ["160", "-"]
+    assert lines[2][lines[0].index("of_floor")] == "-"
+
+
+def test_against_rates(checkpoint):
+    """What was achieved, divided by what the GPU reaches; nothing where there is nothing to divide by."""
+    spec = load_spec(checkpoint("small"))
+    rates = Rates(matrix_tflops=640.0, copy_gb_per_s=4000.0)
+    encoder = against_rates(Case("encoder", 8, None), {"tflops": 160.0}, spec, "fp16", rates)
+    assert encoder == {"matrix_tflops": 640.0, "of_matrix_rate": 0.25}
+
+    published = dataclasses.replace(
+        spec.decoder,
+        num_hidden_layers=6,
+        d_model=256,
+        decoder_ffn_dim=1024,
+        vocab_size=64044,
+    )
+    wide = dataclasses.replace(
+        spec.encoder, image_height=384, image_width=384, patch_height=16, patch_width=16
+    )
+    spec = dataclasses.replace(spec, encoder=wide, decoder=published)
+    time = {"us_per_token": 25.0}
+    for part in ("decoder", "end_to_end"):
+        found = against_rates(Case(part, 1, 20), time, spec, "fp8", rates)  # whose decoder is in float16
+        # 43,800,576 bytes of weights, and 588 rows of 6,144 bytes of keys and values
+        assert found["copy_gb_per_s"] == 4000.0
+        assert found["floor_us"] == pytest.approx((43_800_576 + 588 * 6144) / 4000e9 * 1e6)
+        assert found["of_floor"] == pytest.approx(found["floor_us"] / 25.0)
+        of_float = against_rates(Case(part, 1, 20), time, spec, "fp32", rates)
+        assert of_float["floor_us"] == pytest.approx(2 * found["floor_us"])
+        assert against_rates(Case(part, 1, 20, num_beams=4), time, spec, "fp16", rates) == {}
+    for part, tokens in (("encoder", None), ("decoder", 20), ("end_to_end", 20), ("page", None)):
+        fields = time | {"tflops": 160.0}
+        assert against_rates(Case(part, 1, tokens), fields, spec, "fp16", Rates()) == {}
+    assert against_rates(Case("page", 1, None), {}, spec, "fp16", rates) == {}
 
 
 def test_stages_of_the_gpu_check(tmp_path: Path):
@@ -263,6 +339,22 @@ def test_encoder_flops(tmp_path: Path, name: str, gflop: float):
     assert encoder_flops(spec) / 1e9 == pytest.approx(gflop, rel=0.01)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU can be used here")
+def test_bench_against_rates(checkpoint, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["encoder", "decoder", "end_to_end", "--model", str(checkpoint("small")), "--batch", "2"]
+    command += ["--tokens", "4", "--variants", "torch", "--precision", "fp16", "--json", "bench.json"]
+    assert bench(command) == 0
+    encoder, decoder, whole = read(Path("bench.json"))
+    assert encoder.of_matrix_rate == encoder.tflops / encoder.matrix_tflops
+    assert 0 < encoder.of_matrix_rate < 1
+    assert encoder.of_floor is None and decoder.of_matrix_rate is None
+    assert decoder.copy_gb_per_s == whole.copy_gb_per_s and decoder.floor_us == whole.floor_us
+    for entry in (decoder, whole):
+        assert 0 < entry.of_floor == entry.floor_us / entry.us_per_token < 1
+
+
 @pytest.mark.slow
 def test_bench_on_a_cpu(checkpoint, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # engines/ is made here
@@ -282,6 +374,9 @@ def test_bench_on_a_cpu(checkpoint, tmp_path: Path, monkeypatch):
                 assert entry.rel_error < 1e-4
             else:
                 assert entry.same_tokens == 1
+                assert entry.us_per_token == pytest.approx(1e3 * entry.median_ms / 4)
+            if not torch.cuda.is_available():
+                assert (entry.of_matrix_rate, entry.of_floor) == (None, None)
 
 
 @pytest.mark.slow
