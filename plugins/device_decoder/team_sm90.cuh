@@ -781,11 +781,6 @@ struct Block
         }
     }
 
-    __device__ __forceinline__ bool hasEnded() const
-    {
-        return *static_cast<int volatile*>(allEnded()) != 0;
-    }
-
     __device__ __forceinline__ void produce()
     {
         sm90::CachePolicies const policies = sm90::CachePolicies::make();
@@ -794,17 +789,9 @@ struct Block
 #pragma unroll 1
         while (true)
         {
-            while (!sm90::barrierTry(base() + barrier(kDECIDED), parity))
-            {
-                // A block that has no share of the head to fetch does not wait for this lane in its last token: the
-                // barrier may have gone on twice meanwhile, and look as it did.
-                if (hasEnded())
-                {
-                    return;
-                }
-            }
+            sm90::barrierWait(base() + barrier(kDECIDED), parity);
             parity ^= 1;
-            if (hasEnded())
+            if (*static_cast<int volatile*>(allEnded()) != 0)
             {
                 return;
             }
@@ -1322,7 +1309,7 @@ struct Block
         }
     }
 
-    //! Lets the lane that fetches leave, once what it has fetched has come.
+    //! Lets the lane that fetches leave.
     __device__ __forceinline__ void endFetching()
     {
         if (threadIdx.x == 0)
@@ -1381,8 +1368,8 @@ struct Block
             decodeHidden();
             if (!awaitHidden(Layout::headRows))
             {
-                drain();
                 endFetching();
+                drain();
                 return;
             }
             chooseTokens();
