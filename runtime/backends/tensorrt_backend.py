@@ -34,7 +34,7 @@ DEVICE_LINES = 128
 # The most images that it decodes by keys and values where heads have 64 elements: what the wide decoder takes,
 # and of the chain, whose time grows with every 8 rows. For more it attends to the encoder's states, or, where
 # it cannot, leaves them to the step engine.
-DEVICE_MOST_WIDE = 8
+DEVICE_MOST_WIDE = 16
 DEVICE_MOST_CHAIN = 8
 
 # The most images that are encoded and searched in one launch: it saves 60 us, of more images less than 1 %.
