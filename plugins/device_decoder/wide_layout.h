@@ -63,8 +63,8 @@ struct Layout
     static constexpr int kSLOT_BYTES = kCOLUMNS * kWIDTH * 2;
     static constexpr int kSLOT_KEYS = kSLOT_BYTES / (kHEAD * 2);
     static constexpr int kRING = kHALVES == 1 ? 12 : 10;
-    //! Copies of the layers that are on their way at most: words between blocks would queue behind more of them. 16 rows
-    //! have twice the keys and values, and as many words.
+    //! Copies of the layers that are on their way at most: words between blocks would queue behind more of them. 16
+    //! rows have twice the keys and values, and as many words.
     static constexpr uint32_t kLAYER_COPIES = kHALVES;
     static constexpr int kPITCH =
         kWIDTH * 2 + 64;  //!< of rows: eight lanes that read 16 bytes of two meet no bank twice

@@ -32,8 +32,8 @@ DEVICE_SLOTS = 64
 # Lines that it is given at a time: a page. One search of many lines keeps its rows busier than two of fewer.
 DEVICE_LINES = 128
 # The most images that it decodes by keys and values where heads have 64 elements: what the wide decoder
-# takes; and of the chain, whose time grows with every 8 rows. For more it attends to the encoder's states, or,
-# where it cannot, leaves them to the step engine.
+# takes; and of the chain, whose time grows with every 8 rows. For more it attends to the encoder's states,
+# or, where it cannot, leaves them to the step engine.
 DEVICE_MOST_WIDE = 16
 DEVICE_MOST_CHAIN = 8
 

@@ -67,7 +67,8 @@ struct Block
     uint8_t* shared;
     std::vector<Warp> warps;
     Barrier barriers[4];
-    bool any[2];  //!< of barrier 1
+    bool any[2];                                                       //!< of barrier 1
+    std::vector<bool> copied = std::vector<bool>(kSHARED_BYTES / 16);  //!< into shared memory, 16 bytes, by bulk copies
 };
 
 struct Cluster
@@ -86,6 +87,7 @@ struct Thread
     //! What it waits for: that this is no more what it was. nullptr: nothing.
     uint8_t const* watched;
     uint8_t seen;
+    bool loading;  //!< what bulk copies write, by loads that nothing has waited for
 };
 
 extern Thread* running;
@@ -186,6 +188,19 @@ inline size_t offsetOf(void const* pointer)
         fail("a pointer that is not into the block's shared memory");
     }
     return offset;
+}
+
+//! A bulk copy to this block's shared memory.
+inline void noteCopy(void const* to, size_t bytes)
+{
+    auto const first = running->block->copied.begin() + static_cast<ptrdiff_t>(offsetOf(to) / 16);
+    std::fill_n(first, (bytes + 15) / 16, true);
+}
+
+//! A load of 16 bytes of shared memory.
+inline void noteLoad(uint32_t address)
+{
+    running->loading = running->loading || running->block->copied[(address & 0xffffff) / 16];
 }
 
 struct ThreadIndex

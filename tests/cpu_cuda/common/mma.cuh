@@ -18,6 +18,7 @@ inline uint32_t sharedAddress(void const* pointer)
 
 inline void loadMatrices(uint32_t (&matrices)[4], uint32_t row)
 {
+    cpu_cuda::noteLoad(row);
     uint64_t const* const rows = cpu_cuda::show(row);
     int const lane = cpu_cuda::lane();
     for (int i = 0; i < 4; ++i)
@@ -28,6 +29,7 @@ inline void loadMatrices(uint32_t (&matrices)[4], uint32_t row)
 
 inline void loadMatricesTransposed(uint32_t (&matrices)[4], uint32_t row)
 {
+    cpu_cuda::noteLoad(row);
     uint64_t const* const rows = cpu_cuda::show(row);
     int const lane = cpu_cuda::lane();
     for (int i = 0; i < 4; ++i)
@@ -80,6 +82,7 @@ struct MmaOperands
 template <typename T>
 void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
 {
+    cpu_cuda::running->loading = false;  // its operands have come
     MmaOperands const mine{c, a, {b0, b1}};
     cpu_cuda::Warp& warp = cpu_cuda::warp();
     uint64_t* const shown = warp.shown[warp.barrier.turn % 2];

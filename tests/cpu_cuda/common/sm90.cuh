@@ -58,8 +58,13 @@ inline void barrierArriveExpect(uint32_t barrier, uint32_t bytes)
     barrierAt(barrier).arrive();
 }
 
+//! On a GPU the copy engine, which may be let go on here, can overtake loads that have been issued.
 inline void barrierArrive(uint32_t barrier)
 {
+    if (cpu_cuda::running->loading)
+    {
+        cpu_cuda::fail("an arrival while loads of shared memory are under way: the copy engine may write there before");
+    }
     barrierAt(barrier).arrive();
 }
 
@@ -78,8 +83,10 @@ inline bool barrierTry(uint32_t barrier, uint32_t parity)
     return complete;
 }
 
-// A load has happened when the next statement is reached.
-inline void proxyFence() {}
+inline void proxyFence()
+{
+    cpu_cuda::running->loading = false;
+}
 
 inline void waitForCluster(uint32_t barrier, uint32_t parity)
 {
@@ -141,6 +148,7 @@ inline void deliverBulk(uint8_t* to, void const* from, uint32_t bytes, uint32_t 
     {
         cpu_cuda::fail("a bulk copy that is not of multiples of 16 bytes");
     }
+    cpu_cuda::noteCopy(to, bytes);
     deliver(bytes, barrier, [=]() { std::memcpy(to, from, bytes); });
 }
 
@@ -256,6 +264,7 @@ inline uint4 loadShared(uint32_t address)
     {
         cpu_cuda::fail("16 bytes of shared memory that do not lie on a multiple of 16");
     }
+    cpu_cuda::noteLoad(address);
     uint4 value;
     std::memcpy(&value, cpu_cuda::memory(address), sizeof(value));
     return value;
