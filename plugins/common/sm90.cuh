@@ -71,22 +71,6 @@ __device__ __forceinline__ void barrierWait(uint32_t barrier, uint32_t parity)
         : "memory");
 }
 
-//! Whether the barrier's phase of this parity is complete. The hardware may wait a while before it says no.
-__device__ __forceinline__ bool barrierTry(uint32_t barrier, uint32_t parity)
-{
-    int complete;
-    asm volatile(
-        "{\n"
-        ".reg .pred complete;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
-        "selp.s32 %0, 1, 0, complete;\n"
-        "}\n"
-        : "=r"(complete)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    return complete != 0;
-}
-
 // ---- block cluster and dependent launch ----
 
 __device__ __forceinline__ uint32_t clusterRank()

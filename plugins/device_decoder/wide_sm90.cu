@@ -14,6 +14,8 @@ namespace
 template <int kWIDTH>
 class Search : public WideSearch
 {
+    static constexpr int kSHARES = kWIDTH / kCOLUMNS;  //!< blocks that have some of the layers
+
 public:
     Search(DeviceDecoderConfig config, ChainWeights weights, int32_t capacity)
         : mConfig(std::move(config)), mWeights(weights), mCapacity(capacity)
@@ -49,7 +51,7 @@ public:
 
     bool takes(int32_t slots, bool states) const override
     {
-        return !states && slots <= kMOST_ROWS && mBlocks >= kWIDTH / kCOLUMNS;
+        return !states && slots <= kMOST_ROWS && mBlocks >= kSHARES;
     }
 
     cudaError_t run(SearchRequest const& request, cudaStream_t stream) override
@@ -94,7 +96,7 @@ public:
         cudaLaunchConfig_t config{};
         // Blocks with neither layers nor a share of the head would not wait for their lane that fetches: it could miss
         // the last token.
-        config.gridDim = dim3(std::min(mBlocks, std::max(kWIDTH / kCOLUMNS, ceilDiv(mConfig.vocabulary, kCOLUMNS))));
+        config.gridDim = dim3(std::min(mBlocks, std::max(kSHARES, ceilDiv(mConfig.vocabulary, kCOLUMNS))));
         config.blockDim = dim3(kernel.threads);
         config.dynamicSmemBytes = kernel.sharedBytes;
         config.stream = stream;

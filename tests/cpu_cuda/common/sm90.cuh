@@ -73,16 +73,6 @@ inline void barrierWait(uint32_t barrier, uint32_t parity)
     cpu_cuda::waitWhile(barrierAt(barrier).parity, static_cast<uint8_t>(parity));
 }
 
-inline bool barrierTry(uint32_t barrier, uint32_t parity)
-{
-    bool const complete = barrierAt(barrier).parity != parity;
-    if (!complete)
-    {
-        cpu_cuda::yield();
-    }
-    return complete;
-}
-
 inline void proxyFence()
 {
     cpu_cuda::running->loading = false;
