@@ -249,16 +249,20 @@ def test_beam_search_as_a_whole(checkpoint, tmp_path):
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
     reason="the device decoder needs compute capability 9.0",
 )
-@pytest.mark.parametrize("architecture", ["small", "base"])
-def test_encoding_and_search_in_one_graph(architecture: str, tmp_path):
+@pytest.mark.parametrize(("architecture", "many"), [("small", 3), ("base", 3), ("base", 11)])
+def test_encoding_and_search_in_one_graph(architecture: str, many: int, tmp_path):
     """As one after the other, to the bit: on both sets of buffers, replayed, and between other encodings."""
-    sizes = SMALL_DECODER if architecture == "small" else DECODER | WIDE
+    changes = SMALL_DECODER if architecture == "small" else DECODER | WIDE
     encoder, decoder = ARCHITECTURES[architecture]
-    model = write_random_checkpoint(encoder | ENCODER, decoder | sizes, tmp_path / "model", torch.float32, 0)
-    folder = build(str(model), "fused", "fp16", (1, 2, 4), tmp_path / "engines", timing_cache=TIMING_CACHE)
+    model = write_random_checkpoint(
+        encoder | ENCODER, decoder | changes, tmp_path / "model", torch.float32, 0
+    )
+    profile = (1, 2, many + 1)
+    folder = build(str(model), "fused", "fp16", profile, tmp_path / "engines", timing_cache=TIMING_CACHE)
     backend = TensorRTBackend(folder)
     decode = Decoder(backend, TOKENS)
-    batches = [pixels(backend, n).roll(i) for i, n in enumerate((3, 1, 3, 4, 1, 3, 3))]
+    sizes = (many, 1, many, many + 1, 1, many, many)
+    batches = [pixels(backend, n).roll(i) for i, n in enumerate(sizes)]
     apart = [decode.decode(decode.encode(images, alone=False), len(images)) for images in batches]
     for _ in range(3):
         for images, expected in zip(batches, apart, strict=True):
@@ -267,11 +271,11 @@ def test_encoding_and_search_in_one_graph(architecture: str, tmp_path):
             assert decode.decode(encoding, len(images)) == expected
     earlier = decode.encode(batches[0], alone=False)
     assert decode(batches[1]) == apart[1]
-    assert decode.decode(earlier, 3) == apart[0]
+    assert decode.decode(earlier, many) == apart[0]
     both = [decode.encode(images, alone=True) for images in batches[1:3]]
     assert [decode.decode(encoding, encoding.images) for encoding in both] == apart[1:3]
     other = Decoder(backend, TOKENS - 2)
-    assert other.decode(both[1], 3).token_ids == [ids[: TOKENS - 2] for ids in apart[2].token_ids]
+    assert other.decode(both[1], many).token_ids == [ids[: TOKENS - 2] for ids in apart[2].token_ids]
 
 
 def test_batch_above_the_profile(engines):
