@@ -186,9 +186,9 @@ def differences(
     return found, error
 
 
-def floor_microseconds(config: Mapping, lines: int, tokens: int) -> float:
-    """The least time of a token: its bytes at BANDWIDTH."""
-    step = decoder_bytes(
+def step_bytes(config: Mapping, lines: int, tokens: int) -> float:
+    """`rates.decoder_bytes` of a decoder of DECODERS, in numbers of two bytes."""
+    return decoder_bytes(
         layers=config["num_layers"],
         width=config["hidden_size"],
         inner=config["ffn_size"],
@@ -197,7 +197,11 @@ def floor_microseconds(config: Mapping, lines: int, tokens: int) -> float:
         lines=lines,
         tokens=tokens,
     )
-    return step / BANDWIDTH * 1e6
+
+
+def floor_microseconds(config: Mapping, lines: int, tokens: int) -> float:
+    """The least time of a token: its bytes at BANDWIDTH."""
+    return step_bytes(config, lines, tokens) / BANDWIDTH * 1e6
 
 
 def search_microseconds(run, repeats: int = 15) -> float:

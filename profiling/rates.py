@@ -68,10 +68,11 @@ def product(dtype: torch.dtype, size: int = SIZE, device: str = "cuda") -> Calla
     Sums are in float32; of e4m3 products, whose result is float16, as the tensor cores keep them, as in the
     kernels of `--precision fp8`.
     """
-    if dtype != torch.float8_e4m3fn:
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    is_e4m3 = dtype == torch.float8_e4m3fn
+    made = torch.float16 if is_e4m3 else dtype  # PyTorch draws no e4m3
+    a, b = (torch.randn(size, size, device=device, dtype=made).to(dtype) for _ in range(2))
+    if not is_e4m3:
         return lambda: a @ b.T
-    a, b = (torch.randn(size, size, device=device, dtype=torch.float16).to(dtype) for _ in range(2))
     one = torch.ones((), device=device)
     return partial(
         torch._scaled_mm, a, b.T, scale_a=one, scale_b=one, out_dtype=torch.float16, use_fast_accum=True

@@ -17,8 +17,10 @@ from runtime.tensorrt_loader import TensorRTError, load_tensorrt, load_tensorrt_
 PARTS = ("encoder", "decoder", "end_to_end", "page")
 VARIANTS = ("stock", "stock_naive", "fused", "fused_steps", "torch", "compile", "onnxruntime", "tensorrt_rtx")
 # Fields that older records do not have.
-OPTIONAL = {"num_beams", "lines", "page_s"}
-OPTIONAL |= {"matrix_tflops", "of_matrix_rate", "copy_gb_per_s", "floor_us", "of_floor"}
+OPTIONAL = {
+    *("num_beams", "lines", "page_s"),
+    *("matrix_tflops", "of_matrix_rate", "copy_gb_per_s", "floor_us", "of_floor"),
+}
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from profiling import rates
-from profiling.device_decoder import DECODERS, floor_microseconds, random_cross, random_weights
+from profiling.device_decoder import (
+    DECODERS,
+    floor_microseconds,
+    random_cross,
+    random_weights,
+    step_bytes,
+)
 from profiling.rates import COPIED_BYTES, Rates, copy_rate, decoder_bytes, matrix_rate, measure_rates, product
 
 
@@ -29,16 +35,7 @@ def test_bytes_of_a_step_are_those_of_the_decoders_tensors(lines: int):
     ]
     for tensors in random_cross(config, lines, torch.float16, "cpu"):
         read += tensors
-    expected = decoder_bytes(
-        layers=config["num_layers"],
-        width=config["hidden_size"],
-        inner=config["ffn_size"],
-        vocabulary=config["vocab_size"],
-        source=config["source_length"],
-        lines=lines,
-        tokens=0,
-    )
-    assert sum(tensor.numel() * tensor.element_size() for tensor in read) == expected
+    assert sum(tensor.numel() * tensor.element_size() for tensor in read) == step_bytes(config, lines, 0)
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,15 @@ __device__ __forceinline__ void proxyFence()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+//! By a whole warp, before it arrives where the copy engine waits to write what its lanes have read. Their loads may
+//! not have happened yet, and neither their order nor an arrival holds the copy engine back: without this it writes
+//! into memory that is still to be read.
+__device__ __forceinline__ void endReads()
+{
+    proxyFence();
+    __syncwarp();
+}
+
 // ---- bulk copies ----
 
 //! cp.async.bulk: `bytes` (a multiple of 16) to this block's shared memory; they count on `barrier`.

@@ -111,14 +111,11 @@ struct Ring
         return data() + slot % kRING * kSLOT_BYTES;
     }
 
-    //! This warp has read, or does not need, the next kCOUNT slots. Its loads may not have happened yet, and neither
-    //! their order nor an arrival holds the copy engine back: without the fence it writes into slots that are still to
-    //! be read.
+    //! This warp has read, or does not need, the next kCOUNT slots.
     template <int kCOUNT>
     __device__ __forceinline__ void release()
     {
-        sm90::proxyFence();
-        __syncwarp();
+        sm90::endReads();
         uint32_t const lane = threadIdx.x % kWARP_SIZE;
         if (lane < kCOUNT)
         {
@@ -131,8 +128,7 @@ struct Ring
     //! not is a round ahead when it comes to a slot again.
     __device__ __forceinline__ void pass(uint32_t count)
     {
-        sm90::proxyFence();
-        __syncwarp();
+        sm90::endReads();
         uint32_t const lane = threadIdx.x % kWARP_SIZE;
         if (lane < count)
         {

@@ -101,12 +101,10 @@ struct Ring
         return data(at);
     }
 
-    //! This warp has read the next `count` slots. Its loads may not have happened yet, and neither their order nor an
-    //! arrival holds the copy engine back: without the fence it writes into slots that are still to be read.
+    //! This warp has read the next `count` slots.
     __device__ __forceinline__ void release(uint32_t count)
     {
-        sm90::proxyFence();
-        __syncwarp();
+        sm90::endReads();
         uint32_t const lane = threadIdx.x % kWARP_SIZE;
         if (lane < count)
         {

@@ -190,11 +190,11 @@ inline size_t offsetOf(void const* pointer)
     return offset;
 }
 
-//! A bulk copy to this block's shared memory.
+//! A bulk copy to this block's shared memory, of a multiple of 16 bytes.
 inline void noteCopy(void const* to, size_t bytes)
 {
     auto const first = running->block->copied.begin() + static_cast<ptrdiff_t>(offsetOf(to) / 16);
-    std::fill_n(first, (bytes + 15) / 16, true);
+    std::fill_n(first, bytes / 16, true);
 }
 
 //! A load of 16 bytes of shared memory.

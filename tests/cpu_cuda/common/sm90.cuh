@@ -73,9 +73,10 @@ inline void barrierWait(uint32_t barrier, uint32_t parity)
     cpu_cuda::waitWhile(barrierAt(barrier).parity, static_cast<uint8_t>(parity));
 }
 
-inline void proxyFence()
+inline void endReads()
 {
     cpu_cuda::running->loading = false;
+    __syncwarp();
 }
 
 inline void waitForCluster(uint32_t barrier, uint32_t parity)
