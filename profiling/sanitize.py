@@ -352,7 +352,9 @@ def image_resize(ops) -> None:
         torch.cuda.synchronize()
 
 
-def device_decoder(ops, name: str = "small", states: bool = False, beams: int = 1, slots: int = 3) -> None:
+def device_decoder(
+    ops, name: str = "small", states: bool = False, beams: int = 1, slots: int = 3, e4m3: bool = False
+) -> None:
     import torch
 
     from profiling.device_decoder import DECODERS, random_cross, random_states, random_weights
@@ -371,6 +373,11 @@ def device_decoder(ops, name: str = "small", states: bool = False, beams: int = 
     else:
         cross = random_cross(config, lines, torch.float16, "cpu")
         attended = tuple(list(map(_on_gpu, tensors)) for tensors in cross)
+    if e4m3:
+        exact = attended
+        attended = tuple([torch.zeros_like(t, dtype=torch.float8_e4m3fn) for t in of] for of in exact)
+        KEPT.extend((exact, attended))
+        decoder.round_to_e4m3(exact, attended)
     if beams == 1:
         decoder.run(attended, outputs, slots)
     else:
@@ -386,6 +393,15 @@ def device_decoder_wide(ops) -> None:
 def device_decoder_wide_halves(ops) -> None:
     """More than eight rows: its form with two halves."""
     device_decoder(ops, "base", slots=11)
+
+
+def device_decoder_e4m3(ops) -> None:
+    """By keys and values of e4m3, which are rounded to it first."""
+    device_decoder(ops, e4m3=True)
+
+
+def device_decoder_wide_e4m3(ops) -> None:
+    device_decoder(ops, "base", slots=11, e4m3=True)
 
 
 def device_decoder_chain(ops) -> None:
@@ -424,6 +440,8 @@ KERNELS: dict[str, Callable] = {
         device_decoder,
         device_decoder_wide,
         device_decoder_wide_halves,
+        device_decoder_e4m3,
+        device_decoder_wide_e4m3,
         device_decoder_chain,
         device_decoder_states,
         beam_search,

@@ -297,6 +297,31 @@ class DeviceDecoder:
         """Whether `run` enqueues nothing but a kernel, so that it may become part of a CUDA graph."""
         return self._decoder.runs_as_a_kernel(min(slots, self.max_slots), states)
 
+    def takes_e4m3(self, slots: int) -> bool:
+        """Whether `run` takes keys and values of e4m3 in so many slots."""
+        return self._decoder.takes_e4m3(min(slots, self.max_slots))
+
+    def round_to_e4m3(
+        self,
+        cross: tuple[Sequence[Tensor], Sequence[Tensor]],
+        rounded: tuple[Sequence[Tensor], Sequence[Tensor]],
+    ) -> None:
+        """Enqueue, on torch's current stream, the rounding of keys and values from float16 to e4m3.
+
+        There is no scale: e4m3 has 2^-9 to 448, and what is beyond becomes 448.
+
+        Args:
+            cross: a layer's float16 [lines, H, S, d] each, contiguous.
+            rounded: float8_e4m3fn of the same shapes, contiguous.
+        """
+        sources, results = ([*keys, *values] for keys, values in (cross, rounded))
+        self._kernels.round_to_e4m3(
+            from_=[tensor.data_ptr() for tensor in sources],
+            to=[tensor.data_ptr() for tensor in results],
+            count=results[0].numel(),
+            stream=_stream_of(results[0]),
+        )
+
     def run(
         self,
         attended: Tensor | tuple[Sequence[Tensor], Sequence[Tensor]],
@@ -307,9 +332,9 @@ class DeviceDecoder:
         """Enqueue the search on torch's current stream.
 
         Args:
-            attended: what cross-attention reads: keys and values, a layer's T [lines, H, S, d] each; or,
-                where `attends_to_states`, the encoder's states T [lines, S, E], for at most STATE_ROWS
-                slots. Contiguous.
+            attended: what cross-attention reads: keys and values, a layer's [lines, H, S, d] each, of T, or
+                of e4m3 where `takes_e4m3`; or, where `attends_to_states`, the encoder's states
+                T [lines, S, E], for at most STATE_ROWS slots. Contiguous.
             outputs: from `outputs`, or contiguous tensors like them. Tokens are padded behind a line's end;
                 log_probs are sums over a line's tokens, the end of text included, as lengths count it.
             slots: lines at a time; a finished line's row takes the next one. Default: as many as there are.
@@ -366,6 +391,8 @@ def _pointers(
     else:
         keys, values = ([tensor.data_ptr() for tensor in tensors] for tensors in attended)
         sources = {"cross_keys": keys, "cross_values": values}
+        if attended[0][0].dtype == torch.float8_e4m3fn:
+            sources["cross_is_e4m3"] = True
     names = ("tokens", "log_probs", "lengths")
     pointers = {name: tensor.data_ptr() for name, tensor in zip(names, outputs, strict=True)}
     return {
@@ -373,5 +400,10 @@ def _pointers(
         **pointers,
         "max_new_tokens": outputs[0].shape[1],
         "stops": stop,
-        "stream": torch.cuda.current_stream().cuda_stream if outputs[0].is_cuda else 0,
+        "stream": _stream_of(outputs[0]),
     }
+
+
+def _stream_of(tensor: Tensor) -> int:
+    """torch's current stream of the tensor's device; on a CPU there is none."""
+    return torch.cuda.current_stream().cuda_stream if tensor.is_cuda else 0

@@ -46,15 +46,29 @@ CASES = {
 
 
 def search(
-    kernels, name, lines, steps, slots=None, states=False, dtype=torch.float16, attended=None, **changes
+    kernels,
+    name,
+    lines,
+    steps,
+    slots=None,
+    states=False,
+    dtype=torch.float16,
+    attended=None,
+    exact=None,
+    **changes,
 ):
-    """The outputs, from poisoned buffers, what was attended to, the configuration and the weights."""
+    """The outputs, from poisoned buffers, what was attended to, the configuration and the weights.
+
+    `exact`: keys and values that are rounded to `attended` first.
+    """
     config = CASES[name] | {"dtype": str(dtype).removeprefix("torch.")} | changes
     weights = random_weights(config, dtype, "cpu")
     decoder = DeviceDecoder(kernels, weights, config, slots or lines, steps)
     if attended is None:
         attended = (random_states if states else random_cross)(config, lines, dtype, "cpu", seed=lines)
     outputs = poisoned_outputs(decoder, lines, steps)
+    if exact is not None:
+        decoder.round_to_e4m3(exact, attended)
     decoder.run(attended, outputs, slots)
     return outputs, attended, config, weights
 
@@ -98,6 +112,39 @@ def test_the_persistent_kernel(cpu_kernels, name, lines):
     assert_right(*search(cpu_kernels, name, lines, 4, dtype=dtype))
 
 
+@pytest.mark.parametrize(
+    ("name", "lines", "source_length"),
+    (
+        *(("team", lines, 150) for lines in (1, 2, 3, 5, 9)),
+        *(("team", lines, 578) for lines in (1, 4, 6)),
+        ("narrow team", 3, 9),
+        *(("wide", lines, 77) for lines in (1, 2, 3, 8, 12)),
+        ("wide relu", 5, 300),
+        ("wide relu", 11, 300),
+    ),
+)
+def test_keys_and_values_of_e4m3(cpu_kernels, name, lines, source_length):
+    """What is decoded is what PyTorch decodes by the rounded keys and values."""
+    config = CASES[name] | {"source_length": source_length}
+    exact = random_cross(config, lines, torch.float16, "cpu", seed=lines)
+    rounded = tuple([torch.zeros_like(tensor, dtype=torch.float8_e4m3fn) for tensor in of] for of in exact)
+    exact[0][0][0, 0, 0, :3] = torch.tensor([500.0, -60000.0, 2.0**-9])
+    outputs, _, config, weights = search(
+        cpu_kernels, name, lines, 4, attended=rounded, exact=exact, source_length=source_length
+    )
+    for got, of in zip((*rounded[0], *rounded[1]), (*exact[0], *exact[1]), strict=True):
+        assert torch.equal(got.float(), of.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    assert_right(outputs, tuple([tensor.half() for tensor in of] for of in rounded), config, weights)
+
+
+def test_e4m3_is_refused_where_it_cannot_be(cpu_kernels):
+    for name, dtype in (("chain", torch.float16), ("team", torch.bfloat16), ("wide", torch.bfloat16)):
+        keys, values = random_cross(CASES[name], 1, dtype, "cpu")
+        cross = tuple([tensor.to(torch.float8_e4m3fn) for tensor in of] for of in (keys, values))
+        with pytest.raises(RuntimeError, match="e4m3 are for float16"):
+            search(cpu_kernels, name, 1, 2, dtype=dtype, attended=cross)
+
+
 @pytest.mark.parametrize("lines", (1, 3, 9))
 @pytest.mark.parametrize("name", ("chain", "relu"))
 def test_the_chain_by_keys(cpu_kernels, name, lines):
@@ -114,14 +161,11 @@ def test_the_chain_by_states(cpu_kernels, name, lines):
 
 
 @pytest.mark.parametrize(
-    ("name", "lines"), (("relu", 3), ("wide", 1), ("wide", 3), ("wide relu", 8), ("wide", 12))
+    ("name", "lines"),
+    (("team", 1), ("team", 9), ("relu", 3), ("wide", 1), ("wide", 3), ("wide relu", 8), ("wide", 12)),
 )
 def test_warps_at_their_own_pace(cpu_kernels, name, lines):
-    """Some fall behind others of their block, and blocks behind blocks: the same bits.
-
-    Without the team decoder, whose fetching lane would not end if it fell behind by a whole token: no GPU has
-    shown it, and the remedy is not tested on one (docs/optimisation-log.md, 2026-11-28).
-    """
+    """Some fall behind others of their block, and blocks behind blocks: the same bits."""
     expected, attended, config, weights = search(cpu_kernels, name, lines, 4)
     assert_right(expected, attended, config, weights)
     cpu_kernels.slow_warps(100)

@@ -397,6 +397,13 @@ __device__ __forceinline__ uint4 loadShared(uint32_t address)
     return v;
 }
 
+__device__ __forceinline__ uint2 loadSharedPair(uint32_t address)
+{
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
 //! ld.shared::cluster: four floats of another block's shared memory (address from mapToRank).
 __device__ __forceinline__ float4 loadFromCluster(uint32_t address)
 {

@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -113,8 +114,8 @@ std::unique_ptr<DeviceDecoder> makeDeviceDecoder(py::dict const& config, py::dic
 //! What a search of so many lines in so many rows is given; fails where it cannot be.
 SearchRequest requestOf(DeviceDecoder const& decoder, int32_t lines, int32_t slots,
                         std::vector<uintptr_t> const& crossKeys, std::vector<uintptr_t> const& crossValues,
-                        uintptr_t states, uintptr_t tokens, uintptr_t logProbs, uintptr_t lengths, int32_t maxNewTokens,
-                        bool stops)
+                        bool crossIsE4m3, uintptr_t states, uintptr_t tokens, uintptr_t logProbs, uintptr_t lengths,
+                        int32_t maxNewTokens, bool stops)
 {
     std::string const op = "device_decoder";
     auto const layers = static_cast<size_t>(decoder.config().layers);
@@ -135,12 +136,17 @@ SearchRequest requestOf(DeviceDecoder const& decoder, int32_t lines, int32_t slo
         fail(op, "the encoder's states want a decoder made with their weights, and slots 1 to " +
                      std::to_string(kMOST_STATE_ROWS));
     }
+    if (crossIsE4m3 && (states != 0 || !decoder.takesE4m3(slots)))
+    {
+        fail(op, "keys and values of e4m3 are for float16, and for searches of so few slots that run as a kernel");
+    }
     SearchRequest request{lines,
                           slots,
                           maxNewTokens,
                           stops,
                           {},
                           {},
+                          crossIsE4m3,
                           input(states),
                           static_cast<int32_t*>(output(tokens)),
                           static_cast<float*>(output(logProbs)),
@@ -170,15 +176,15 @@ void checkSearch(cudaError_t status)
 }
 
 void runDeviceDecoder(DeviceDecoder& decoder, int32_t lines, int32_t slots, std::vector<uintptr_t> const& crossKeys,
-                      std::vector<uintptr_t> const& crossValues, uintptr_t states, uintptr_t tokens, uintptr_t logProbs,
-                      uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
+                      std::vector<uintptr_t> const& crossValues, bool crossIsE4m3, uintptr_t states, uintptr_t tokens,
+                      uintptr_t logProbs, uintptr_t lengths, int32_t maxNewTokens, bool stops, uintptr_t stream)
 {
     if (lines < 1 || slots < 1 || slots > decoder.maxSlots())
     {
         fail("device_decoder", "lines must be at least 1, slots 1 to " + std::to_string(decoder.maxSlots()));
     }
-    SearchRequest const request = requestOf(decoder, lines, slots, crossKeys, crossValues, states, tokens, logProbs,
-                                            lengths, maxNewTokens, stops);
+    SearchRequest const request = requestOf(decoder, lines, slots, crossKeys, crossValues, crossIsE4m3, states, tokens,
+                                            logProbs, lengths, maxNewTokens, stops);
     checkSearch(decoder.run(request, reinterpret_cast<cudaStream_t>(stream)));
 }
 
@@ -201,7 +207,7 @@ void runBeamSearch(DeviceDecoder& decoder, int32_t images, int32_t beams, int32_
     {
         fail(op, "no_repeat_ngram is negative, or penalties are null or not aligned");
     }
-    BeamRequest const request{requestOf(decoder, images, images * beams, crossKeys, crossValues, states, tokens,
+    BeamRequest const request{requestOf(decoder, images, images * beams, crossKeys, crossValues, false, states, tokens,
                                         logProbs, lengths, maxNewTokens, stops),
                               beams,
                               noRepeatNgram,
@@ -223,10 +229,11 @@ void bindDeviceDecoder(py::module_& module)
         "addresses of what runtime.device_decoder.pack_blobs makes. Owns its caches: one run at a time.");
     decoder.def(py::init(&makeDeviceDecoder), "config"_a, "weights"_a, py::kw_only(), "max_slots"_a, "capacity"_a)
         .def("run", &runDeviceDecoder, py::kw_only(), "lines"_a, "slots"_a, "cross_keys"_a = std::vector<uintptr_t>{},
-             "cross_values"_a = std::vector<uintptr_t>{}, "states"_a = 0, "tokens"_a, "log_probs"_a, "lengths"_a,
-             "max_new_tokens"_a, "stops"_a = true, "stream"_a,
+             "cross_values"_a = std::vector<uintptr_t>{}, "cross_is_e4m3"_a = false, "states"_a = 0, "tokens"_a,
+             "log_probs"_a, "lengths"_a, "max_new_tokens"_a, "stops"_a = true, "stream"_a,
              "Enqueues the search for `lines` lines, `slots` at a time. A layer's cross keys and values: [lines, H, S, "
-             "d]; or the encoder's states [lines, S, E], where the weights have cross_keys; "
+             "d], of e4m3 if cross_is_e4m3, where takes_e4m3; or the encoder's states [lines, S, E], where the weights "
+             "have cross_keys; "
              "tokens int32 [lines, max_new_tokens], padded; log_probs float32 [lines], sums; lengths int32 [lines]. "
              "Unless "
              "it `stops`, every line gets max_new_tokens. With heads of 64, a call with other addresses or sizes than "
@@ -244,7 +251,28 @@ void bindDeviceDecoder(py::module_& module)
             "if it had all tokens, if one hopes_long. The rest as in run.")
         .def("runs_as_a_kernel", &DeviceDecoder::runsAsAKernel, "slots"_a, "states"_a,
              "Whether `run` may be captured into a CUDA graph.")
+        .def("takes_e4m3", &DeviceDecoder::takesE4m3, "slots"_a,
+             "Whether `run` takes keys and values of e4m3 in so many slots.")
         .def_property_readonly("most_rows", &DeviceDecoder::mostRows, "Rows of a beam search.");
+    module.def(
+        "round_to_e4m3",
+        [](std::vector<uintptr_t> const& from, std::vector<uintptr_t> const& to, int64_t count, uintptr_t stream)
+        {
+            std::vector<void const*> sources(from.size());
+            std::vector<void*> destinations(to.size());
+            std::transform(from.begin(), from.end(), sources.begin(), input);
+            std::transform(to.begin(), to.end(), destinations.begin(), output);
+            auto const isAligned = [](void const* pointer) { return areAligned(16, pointer); };
+            if (!std::all_of(sources.begin(), sources.end(), isAligned) ||
+                !std::all_of(destinations.begin(), destinations.end(), isAligned))
+            {
+                fail("round_to_e4m3", "a pointer is null or not a multiple of 16 bytes");
+            }
+            checkSearch(roundToE4m3(sources, destinations, count, reinterpret_cast<cudaStream_t>(stream)));
+        },
+        py::kw_only(), "from_"_a, "to"_a, "count"_a, "stream"_a,
+        "Rounds up to 64 tensors of float16, `count` elements each, a multiple of 16, to e4m3; to ±448 what is "
+        "beyond.");
     module.def(
         "beam_search_obstacle",
         [](py::dict const& config, int32_t beams) -> py::object

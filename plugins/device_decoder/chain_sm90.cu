@@ -153,6 +153,11 @@ public:
         return mWide != nullptr && mWide->takes(slots, states);
     }
 
+    bool takesE4m3(int32_t slots) const override
+    {
+        return runsAsAKernel(slots, false) && mConfig.dataType == DataType::kHALF;
+    }
+
     int32_t mostRows() const override
     {
         return mMaxSlots;
@@ -574,7 +579,7 @@ cudaError_t ChainDecoder::enqueueStep(BeamRequest const& request, BeamSearch con
 
 cudaError_t ChainDecoder::run(SearchRequest const& request, cudaStream_t stream)
 {
-    if (!isPossible(request))
+    if (!isPossible(request) || (request.crossIsE4m3 && !takesE4m3(request.slots)))
     {
         return cudaErrorInvalidValue;
     }

@@ -86,6 +86,7 @@ struct SearchRequest
     bool stops;                          //!< false: no id ends a text, every line gets maxNewTokens (for measurements)
     std::vector<void const*> crossKeys;  //!< a layer: T [lines, H, S, D / H]
     std::vector<void const*> crossValues;  //!< likewise
+    bool crossIsE4m3;                      //!< both, in place of T; where takesE4m3
     void const* states;                    //!< T [lines, S, E], instead of keys and values; else nullptr
     int32_t* tokens;                       //!< [lines, maxNewTokens], padded with padId
     float* logProbs;                       //!< [lines]: sum over the line's tokens of log softmax(logits)[token]
@@ -171,6 +172,9 @@ public:
     //! take; a graph with a WHILE node is launched.
     virtual bool runsAsAKernel(int32_t slots, bool states) const = 0;
 
+    //! Whether `run` takes keys and values of e4m3 in so many slots.
+    virtual bool takesE4m3(int32_t slots) const = 0;
+
     //! Enqueues a beam search: a graph of steps, see WhileGraphs.
     cudaError_t search(BeamRequest const& request, cudaStream_t stream);
 
@@ -246,10 +250,14 @@ private:
     decoder::WhileGraphs mBeamGraphs;
 };
 
+//! Rounds tensors of float16 to e4m3, to ±448 what is beyond: `count` elements each, a multiple of 16.
+cudaError_t roundToE4m3(std::vector<void const*> const& from, std::vector<void*> const& to, int64_t count,
+                        cudaStream_t stream);
+
 namespace decoder::wide
 {
 
-//! Greedy searches of up to eight rows by keys and values, in one persistent kernel. Check `status()` before use.
+//! Greedy searches of up to 16 rows by keys and values, in one persistent kernel. Check `status()` before use.
 class WideSearch
 {
 public:

@@ -18,11 +18,11 @@ constexpr int kMAX_SLOTS = 64;  //!< rows of all teams
 constexpr int kMAX_TEAMS = 16;
 constexpr int kMAX_BLOCKS = kMAX_TEAMS * kTEAM_BLOCKS;
 
-// Weights come in units of 16 outputs by 32 inputs, the ring's slots hold 16 units, or 128 keys and as many values.
+// Weights come in units of 16 outputs by 32 inputs, the ring's slots hold 16 units, or as many keys as values: 128 of
+// T, 256 of e4m3.
 constexpr int kUNIT_BYTES = 1024;
 constexpr int kSLOT_UNITS = 16;
 constexpr int kSLOT_BYTES = kSLOT_UNITS * kUNIT_BYTES;
-constexpr int kSLOT_KEYS = 128;
 constexpr int kRING = 8;            //!< slots, a power of two
 constexpr int kRING_OFFSET = 1024;  //!< in shared memory
 constexpr int kMAX_KEPT = 4;        //!< pieces of the head that a block may keep, each of a slot's size

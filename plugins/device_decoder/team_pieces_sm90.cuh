@@ -116,6 +116,15 @@ struct Ring
     __device__ __forceinline__ void release()
     {
         sm90::endReads();
+        releaseUsed<kCOUNT>();
+    }
+
+    //! The same where what was made of them has been stored: no load is under way any more, and there is no need for a
+    //! fence, which took 4 us of a token's 56.
+    template <int kCOUNT>
+    __device__ __forceinline__ void releaseUsed()
+    {
+        __syncwarp();
         uint32_t const lane = threadIdx.x % kWARP_SIZE;
         if (lane < kCOUNT)
         {
@@ -264,13 +273,18 @@ __device__ __forceinline__ void multiplyShared(float (&mine)[4], float (&c)[4], 
 // ---- attention of one query a row ----
 
 //! Softmax in the making, of one warp and groups of 16 keys, on the tensor cores. The query fills all rows of the left
-//! operand, so that every lane has the scores of keys 2 t, 2 t + 1, and of those 8 behind.
-template <typename T>
+//! operand, so that every lane has the scores of keys 2 t, 2 t + 1, and of those 8 behind. C: of keys and values, T or
+//! e4m3.
+template <typename T, typename C = T>
 struct Attention
 {
+    static constexpr int kKEY_BYTES = kHEAD * sizeof(C);
+
     float maximum;
     float total;
-    float context[4][4];  //!< [i][0, 1]: elements 8 i + 2 t and the next; rows beyond the first eight are not used
+    //! [i][0, 1]: elements 8 i + 2 t and the next; of e4m3 16 (i / 2) + 4 t + i % 2 and the second from there. Rows
+    //! beyond the first eight are not used.
+    float context[4][4];
 
     __device__ __forceinline__ void begin()
     {
@@ -287,15 +301,27 @@ struct Attention
         }
     }
 
-    //! Exponents of two of 16 keys, of which the first `count` are there. `keys`: shared address of this lane's 16
-    //! bytes: elements 8 t to 8 t + 7 of key lane / 4, two steps of 16 in any order, as those of the query.
+    //! Where of 16 keys that lie from `keys` on this lane's elements are: 8 t to 8 t + 7 of key lane / 4, two steps of
+    //! 16 in any order, as those of the query.
+    static __device__ __forceinline__ uint32_t keysOfLane(uint32_t keys)
+    {
+        return keys + threadIdx.x % kWARP_SIZE * (8 * sizeof(C));
+    }
+
+    //! What this lane points ldmatrix to, of 16 values from `values` on: of e4m3, a row's 32 bytes are two matrices.
+    static __device__ __forceinline__ uint32_t valuesOfLane(uint32_t values)
+    {
+        return values + threadIdx.x % 16 * kKEY_BYTES + threadIdx.x % kWARP_SIZE / 16 * 16;
+    }
+
+    //! Exponents of two of 16 keys, of which the first `count` are there. `keys`: from keysOfLane.
     static __device__ __forceinline__ void score(float (&scores)[4], uint4 const& query, uint32_t keys, int count)
     {
         float const scale = kLOG2_E * 0.17677669F;  // 1 / sqrt(32)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
         {
-            uint4 const key = sm90::loadShared(keys + half * 8 * kHEAD * 2);
+            uint4 const key = loadEight<C>(keys + half * 8 * kKEY_BYTES);
             float c[4] = {};
             multiplyAdd<T>(c, {query.x, query.x, query.y, query.y}, key.x, key.y);
             multiplyAdd<T>(c, {query.z, query.z, query.w, query.w}, key.z, key.w);
@@ -339,7 +365,7 @@ struct Attention
         }
     }
 
-    //! Adds 16 values. `values`: shared address of what this lane points ldmatrix to.
+    //! Adds 16 values. `values`: from valuesOfLane.
     __device__ __forceinline__ void add(float const (&scores)[4], uint32_t values, int count)
     {
         float p[4];
@@ -349,26 +375,49 @@ struct Attention
             p[i] = exp2Approx(scores[i] - maximum);
             total += p[i];
         }
-        uint32_t const low = packPair<T>(p[0], p[1]);
-        uint32_t const high = packPair<T>(p[2], p[3]);
+        uint32_t const weights[4] = {packPair<T>(p[0], p[1]), 0, packPair<T>(p[2], p[3]), 0};
+        if constexpr (sizeof(C) == 1)
+        {
+            // Matrices: keys 0 to 7 and 8 to 15 of elements 0 to 15, then of 16 to 31. A lane has elements 2 g and
+            // 2 g + 1 of keys 2 t and 2 t + 1.
+            uint32_t v[4];
+            loadMatricesTransposed(v, values);
+            clearBehind(v, count);
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair)
+            {
+                uint32_t const first = v[2 * pair];
+                uint32_t const second = v[2 * pair + 1];
+                multiplyAdd<T>(context[2 * pair], weights, halvesOfE4m3(__byte_perm(first, 0, 0x4420)),
+                               halvesOfE4m3(__byte_perm(second, 0, 0x4420)));
+                multiplyAdd<T>(context[2 * pair + 1], weights, halvesOfE4m3(__byte_perm(first, 0, 0x4431)),
+                               halvesOfE4m3(__byte_perm(second, 0, 0x4431)));
+            }
+            return;
+        }
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair)
         {
             // Matrices: keys 0 to 7 and 8 to 15 of elements 16 pair to 16 pair + 7, then of the next eight.
             uint32_t v[4];
             loadMatricesTransposed(v, values + pair * 32);
-            if (count < 16)
-            {
-                // What lies behind the last value may be anything; times zero it must be zero.
+            clearBehind(v, count);
+            multiplyAdd<T>(context[2 * pair], weights, v[0], v[1]);
+            multiplyAdd<T>(context[2 * pair + 1], weights, v[2], v[3]);
+        }
+    }
+
+    //! What lies behind the last value may be anything; times zero it must be zero.
+    static __device__ __forceinline__ void clearBehind(uint32_t (&v)[4], int count)
+    {
+        if (count < 16)
+        {
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                {
-                    int const behind = count - (i % 2 * 8 + static_cast<int>(threadIdx.x % 4 * 2));
-                    v[i] &= behind >= 2 ? 0xffffffffU : behind == 1 ? 0xffffU : 0U;
-                }
+            for (int i = 0; i < 4; ++i)
+            {
+                int const behind = count - (i % 2 * 8 + static_cast<int>(threadIdx.x % 4 * 2));
+                v[i] &= behind >= 2 ? 0xffffffffU : behind == 1 ? 0xffffU : 0U;
             }
-            multiplyAdd<T>(context[2 * pair], {low, 0, high, 0}, v[0], v[1]);
-            multiplyAdd<T>(context[2 * pair + 1], {low, 0, high, 0}, v[2], v[3]);
         }
     }
 
@@ -379,10 +428,22 @@ struct Attention
         total = groupSum<4>(total);
         if (lane < 4)
         {
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
+            if constexpr (sizeof(C) == 1)
             {
-                reinterpret_cast<float2*>(contextOut)[i * 4 + lane] = {context[i][0], context[i][1]};
+#pragma unroll
+                for (int i = 0; i < 4; i += 2)
+                {
+                    reinterpret_cast<float4*>(contextOut)[i * 2 + lane] = {context[i][0], context[i + 1][0],
+                                                                           context[i][1], context[i + 1][1]};
+                }
+            }
+            else
+            {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                {
+                    reinterpret_cast<float2*>(contextOut)[i * 4 + lane] = {context[i][0], context[i][1]};
+                }
             }
             if (lane == 0)
             {

@@ -15,14 +15,22 @@ using namespace decoder;
 
 using Kernel = void (*)(TeamParams);
 
-template <typename T, bool kBEAMS>
-Kernel kernelOf(int rows)
+template <typename T, typename C, bool kBEAMS>
+Kernel kernelFor(int rows)
 {
-    return rows <= 1   ? decodeInTeams<T, 1, kBEAMS>
-           : rows <= 2 ? decodeInTeams<T, 2, kBEAMS>
-           : rows <= 4 ? decodeInTeams<T, 4, kBEAMS>
-                       : decodeInTeams<T, kMAX_ROWS, kBEAMS>;
+    return rows <= 1   ? decodeInTeams<T, C, 1, kBEAMS>
+           : rows <= 2 ? decodeInTeams<T, C, 2, kBEAMS>
+           : rows <= 4 ? decodeInTeams<T, C, 4, kBEAMS>
+                       : decodeInTeams<T, C, kMAX_ROWS, kBEAMS>;
 }
+
+//! What a launch does.
+enum class Form
+{
+    kSEARCH,
+    kSEARCH_E4M3,  //!< by keys and values of e4m3
+    kSTEP,         //!< of a beam search
+};
 
 //! Rows of the kernel that serves teams of so many.
 int kernelRows(int rows)
@@ -51,11 +59,11 @@ public:
         }
         for (int rows : {1, 2, 4, kMAX_ROWS})
         {
-            for (bool beams : {false, true})
+            for (Form form : {Form::kSEARCH, Form::kSEARCH_E4M3, Form::kSTEP})
             {
                 if (mStatus == cudaSuccess)
                 {
-                    mStatus = findClusters(rows, beams);
+                    mStatus = findClusters(rows, form);
                 }
             }
         }
@@ -68,14 +76,19 @@ public:
 
     cudaError_t run(SearchRequest const& request, cudaStream_t stream) override
     {
-        if (!isPossible(request))
+        if (!isPossible(request) || (request.crossIsE4m3 && !takesE4m3(request.slots)))
         {
             return cudaErrorInvalidValue;
         }
         int const slots = std::min(request.slots, mostRows());
         TeamParams params = paramsOf(slots, request.crossKeys, request.crossValues);
         setTexts(params, request, mConfig);
-        return launch(params, false, stream);
+        return launch(params, request.crossIsE4m3 ? Form::kSEARCH_E4M3 : Form::kSEARCH, stream);
+    }
+
+    bool takesE4m3(int32_t /*slots*/) const override
+    {
+        return mConfig.dataType == DataType::kHALF;
     }
 
     bool runsAsAKernel(int32_t /*slots*/, bool /*states*/) const override
@@ -97,7 +110,7 @@ private:
         params.inputs = search.inputs;
         params.owners = search.owners;
         params.logits = search.logits;
-        return launch(params, true, stream);
+        return launch(params, Form::kSTEP, stream);
     }
 
     //! What a launch for so many rows is given, but for what is searched.
@@ -143,11 +156,11 @@ private:
         return params;
     }
 
-    cudaError_t launch(TeamParams const& params, bool beams, cudaStream_t stream) const
+    cudaError_t launch(TeamParams const& params, Form form, cudaStream_t stream) const
     {
         int const rows = kernelRows(ceilDiv(params.slots, params.teams));
         Launch launch(sharedBytes(rows), mClusters, stream);
-        return cudaLaunchKernelEx(&launch.config, kernelOf(rows, beams), params);
+        return cudaLaunchKernelEx(&launch.config, kernelOf(rows, form), params);
     }
 
     struct Launch
@@ -166,13 +179,16 @@ private:
         }
     };
 
-    Kernel kernelOf(int rows, bool beams) const
+    Kernel kernelOf(int rows, Form form) const
     {
         if (mConfig.dataType == DataType::kHALF)
         {
-            return beams ? trocr::kernelOf<__half, true>(rows) : trocr::kernelOf<__half, false>(rows);
+            return form == Form::kSTEP          ? kernelFor<__half, __half, true>(rows)
+                   : form == Form::kSEARCH_E4M3 ? kernelFor<__half, __nv_fp8_e4m3, false>(rows)
+                                                : kernelFor<__half, __half, false>(rows);
         }
-        return beams ? trocr::kernelOf<__nv_bfloat16, true>(rows) : trocr::kernelOf<__nv_bfloat16, false>(rows);
+        return form == Form::kSTEP ? kernelFor<__nv_bfloat16, __nv_bfloat16, true>(rows)
+                                   : kernelFor<__nv_bfloat16, __nv_bfloat16, false>(rows);
     }
 
     static int sharedBytes(int rows)
@@ -184,9 +200,9 @@ private:
     }
 
     //! Sets up the kernel for teams of `rows` and finds how many clusters of it run at once.
-    cudaError_t findClusters(int rows, bool beams)
+    cudaError_t findClusters(int rows, Form form)
     {
-        auto const* const kernel = reinterpret_cast<void const*>(kernelOf(rows, beams));
+        auto const* const kernel = reinterpret_cast<void const*>(kernelOf(rows, form));
         cudaError_t status =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sharedBytes(rows));
         Launch launch(sharedBytes(rows), 1, nullptr);

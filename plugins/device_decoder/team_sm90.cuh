@@ -34,7 +34,7 @@ struct TeamParams
     void const* embeddingNorm;           //!< T [2, 256]; nullptr: none
     void const* embedding;               //!< T [V, 256]
     void const* positions;               //!< T [positions, 256]
-    void const* crossKeys[kMAX_LAYERS];  //!< T [lines, heads, S, 32]
+    void const* crossKeys[kMAX_LAYERS];  //!< C [lines, heads, S, 32]
     void const* crossValues[kMAX_LAYERS];
     void* keys;  //!< T [L, slots, 8, capacity, 32]
     void* values;
@@ -76,8 +76,9 @@ struct TeamParams
 // ---- the kernel ----
 
 //! What a block works with: its place in the grid, its place in the stream, what it shares with its team. Every thread
-//! has one. kBEAMS: of one step of a beam search, which leaves logits, else of a whole greedy search.
-template <typename T, int kROWS, bool kBEAMS>
+//! has one. C: of the lines' keys and values, T or e4m3. kBEAMS: of one step of a beam search, which leaves logits,
+//! else of a whole greedy search.
+template <typename T, typename C, int kROWS, bool kBEAMS>
 struct Block
 {
     using Layout = TeamLayout<kROWS>;
@@ -94,14 +95,17 @@ struct Block
     // where all need one, and of an odd number of rows the last would have no neighbour.
     static constexpr bool kSIDE_BY_SIDE = kROWS == 2;
     static constexpr int kCROSS_WARPS = kSIDE_BY_SIDE ? kTEAM_WARPS / 2 : kTEAM_WARPS;  // of a row
+    static constexpr int kKEY_BYTES = kHEAD * sizeof(C);
+    static constexpr int kCROSS_KEYS = kSLOT_BYTES / 2 / kKEY_BYTES;  // of a slot, and as many values
 
     // Barriers behind the ring's.
     static constexpr int kCONSTANTS_FULL = 0;   // two
     static constexpr int kCONSTANTS_EMPTY = 2;  // two
     static constexpr int kEXCHANGE = 4;         // two
-    static constexpr int kDECIDED = 6;
-    static constexpr int kLINES = 7;
-    static constexpr int kKEPT_FULL = 8;  // kMAX_KEPT
+    static constexpr int kDECIDED = 6;          // the rows' lines of the next token are known, or all have ended
+    static constexpr int kANSWERED = 7;         // the lane that fetches has seen that they are
+    static constexpr int kLINES = 8;
+    static constexpr int kKEPT_FULL = 9;  // kMAX_KEPT
     static constexpr int kBARRIERS = kKEPT_FULL + kMAX_KEPT;
 
     TeamParams const& p;
@@ -191,6 +195,10 @@ struct Block
     {
         return number() + 1;  // how often
     }
+    __device__ __forceinline__ unsigned* decisions() const
+    {
+        return number() + 2;  // that the lane that fetches was told of
+    }
 
     __device__ __forceinline__ int rowOf(int teamRow) const
     {
@@ -225,7 +233,7 @@ struct Block
     // may be a round ahead.
     static_assert(Inner::kSLOTS + InnerOut::kSLOTS <= kRING);
 
-    //! This warp's weights of the product whose slots are next in the stream.
+    //! This warp's weights of the product whose slots are next in the stream; the product gives them back.
     template <typename P>
     __device__ __forceinline__ Weights<P::kUNITS> take()
     {
@@ -235,7 +243,6 @@ struct Block
             int const unit = P::unit(warp());
             weights.read(ring.wait(unit / kSLOT_UNITS) + unit % kSLOT_UNITS * kUNIT_BYTES + lane() * 16);
         }
-        ring.release<P::kSLOTS>();
         return weights;
     }
 
@@ -276,6 +283,7 @@ struct Block
                 }
             }
         }
+        ring.releaseUsed<P::kSLOTS>();
     }
 
     //! out T [row][output] = activation(sum of the parts + bias).
@@ -370,6 +378,7 @@ struct Block
                            remote + arrived(number));
             }
         }
+        ring.releaseUsed<P::kSLOTS>();
     }
 
     //! Adds up what multiplyAndSend has sent, and makes of it the next hidden state: hidden = LayerNorm(hidden + sum +
@@ -527,22 +536,24 @@ struct Block
             __syncwarp();
             int const count = newest + 1 - first;
             float scores[1][4];
-            attention.score(scores[0], query, base() + scratch + lane() * 16, count);
+            attention.score(scores[0], query, attention.keysOfLane(base() + scratch), count);
             attention.raise(scores);
-            attention.add(scores[0], base() + scratch + 16 * kHEAD * 2 + lane() % 16 * (kHEAD * 2) + lane() / 16 * 16,
-                          count);
+            attention.add(scores[0], attention.valuesOfLane(base() + scratch + 16 * attention.kKEY_BYTES), count);
         }
         attention.finish(at<float>(Layout::partial) + warp() * kHEAD, at<float2>(Layout::scales) + warp());
     }
 
     //! partial and scales of the rows' attention over the keys and values of their lines, which come with the stream.
-    //! Eight warps share a slot. The other eight have the next slot, or the next row where rows are side by side.
+    //! Eight warps share 128 keys. The other eight have the next 128, or the next row where rows are side by side.
     __device__ __forceinline__ void attendToLines()
     {
-        constexpr int kGROUPS = 3;  // slots of a warp at a time
+        constexpr int kSHARED_KEYS = 8 * 16;
         constexpr int kSTEP = kSIDE_BY_SIDE ? 1 : 2;
+        constexpr int kGROUPS = kSIDE_BY_SIDE && sizeof(C) == 1 ? 2 : 3;  // of 16 keys, of a warp at a time
+        constexpr int kSPAN = kSTEP * kGROUPS * kSHARED_KEYS;             // whole slots
+        static_assert(kSPAN % kCROSS_KEYS == 0);
         int const half = warp() / 8;
-        int const firstSlot = kSIDE_BY_SIDE ? 0 : half;
+        int const firstShare = kSIDE_BY_SIDE ? 0 : half;
         int const firstKey = warp() % 8 * 16;
 #pragma unroll 1
         for (int row = 0; row < kROWS; ++row)
@@ -553,10 +564,10 @@ struct Block
             }
             bool const mine = !kSIDE_BY_SIDE || row == half;
             uint4 const query = sm90::loadShared(base() + Layout::qkv + row * kHEAD * 2 + lane() % 4 * 16);
-            Attention<T> attention;
+            Attention<T, C> attention;
             attention.begin();
 #pragma unroll 1
-            for (int left = p.sourceLength; left > 0; left -= kSTEP * kGROUPS * kSLOT_KEYS)
+            for (int left = p.sourceLength; left > 0; left -= kSPAN)
             {
                 if (mine)
                 {
@@ -565,28 +576,26 @@ struct Block
 #pragma unroll
                     for (int i = 0; i < kGROUPS; ++i)
                     {
-                        int const slot = firstSlot + i * kSTEP;
+                        int const first = (firstShare + i * kSTEP) * kSHARED_KEYS;
                         scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = kNO_SCORE;
-                        if (slot * kSLOT_KEYS < left)
+                        if (first < left)
                         {
-                            keys[i] = ring.wait(slot) + firstKey * (kHEAD * 2);
-                            attention.score(scores[i], query, keys[i] + lane() * 16,
-                                            left - slot * kSLOT_KEYS - firstKey);
+                            keys[i] = ring.wait(first / kCROSS_KEYS) + (first % kCROSS_KEYS + firstKey) * kKEY_BYTES;
+                            attention.score(scores[i], query, attention.keysOfLane(keys[i]), left - first - firstKey);
                         }
                     }
                     attention.raise(scores);
 #pragma unroll
                     for (int i = 0; i < kGROUPS; ++i)
                     {
-                        int const count = left - (firstSlot + i * kSTEP) * kSLOT_KEYS - firstKey;
+                        int const count = left - (firstShare + i * kSTEP) * kSHARED_KEYS - firstKey;
                         if (count > 0)
                         {
-                            uint32_t const values = keys[i] + kSLOT_BYTES / 2;
-                            attention.add(scores[i], values + lane() % 16 * (kHEAD * 2) + lane() / 16 * 16, count);
+                            attention.add(scores[i], attention.valuesOfLane(keys[i] + kSLOT_BYTES / 2), count);
                         }
                     }
                 }
-                ring.pass(min(kSTEP * kGROUPS, (left + kSLOT_KEYS - 1) / kSLOT_KEYS));
+                ring.pass(min(kSPAN / kCROSS_KEYS, (left + kCROSS_KEYS - 1) / kCROSS_KEYS));
             }
             if (mine)
             {
@@ -689,10 +698,11 @@ struct Block
             multiplyAndSend<InnerOut>(innerOut, Layout::inner, kINNER_PITCH, 2);
             qkv = layer + 1 < p.layers ? takeAhead<Qkv>() : Weights<Qkv::kUNITS>{};
             receiveHidden(2, outBias + 2 * kWIDTH, norms + 4 * kWIDTH);
-            if (threadIdx.x == 0)
+            // The exchange ended with a barrier. A warp that has none of the weights that have just been asked for.
+            static_assert((kTEAM_WARPS - 1) / Qkv::kPARTS_OF_INPUTS * 16 >= Qkv::kOUTPUTS);
+            if (threadIdx.x == kTEAM_COMPUTE - kWARP_SIZE)
             {
-                sm90::barrierArrive(base() + barrier(kCONSTANTS_EMPTY) +
-                                    buffer * 8);  // the exchange ended with a barrier
+                sm90::barrierArrive(base() + barrier(kCONSTANTS_EMPTY) + buffer * 8);
             }
         }
     }
@@ -702,7 +712,6 @@ struct Block
     //! All that the layers and the head of one token need. works: the team has lines.
     __device__ __forceinline__ void fetchToken(bool works, sm90::CachePolicies const& policies)
     {
-        constexpr int kKEY_BYTES = kHEAD * 2;
         int const head = min(rank(), p.heads - 1);  // of padding: any, its output is multiplied by zeros
         auto const startOf = [&](int line)
         { return (static_cast<size_t>(line) * p.heads + head) * p.sourceLength * kKEY_BYTES; };
@@ -729,9 +738,9 @@ struct Block
                 auto const* const keys = static_cast<uint8_t const*>(p.crossKeys[layer]) + start;
                 auto const* const values = static_cast<uint8_t const*>(p.crossValues[layer]) + start;
 #pragma unroll 1
-                for (int first = 0; line >= 0 && first < p.sourceLength; first += kSLOT_KEYS, ++ring.next)
+                for (int first = 0; line >= 0 && first < p.sourceLength; first += kCROSS_KEYS, ++ring.next)
                 {
-                    uint32_t const bytes = min(kSLOT_KEYS, p.sourceLength - first) * kKEY_BYTES;
+                    uint32_t const bytes = min(kCROSS_KEYS, p.sourceLength - first) * kKEY_BYTES;
                     uint32_t const to = ring.open(2 * bytes);
                     sm90::copyBulk(to, keys + first * kKEY_BYTES, bytes, ring.fullBarrier(ring.next), policies.drop);
                     sm90::copyBulk(to + kSLOT_BYTES / 2, values + first * kKEY_BYTES, bytes,
@@ -795,7 +804,9 @@ struct Block
             {
                 return;
             }
-            fetchToken(anyLine(), policies);
+            bool const works = anyLine();
+            sm90::barrierArrive(base() + barrier(kANSWERED));
+            fetchToken(works, policies);
         }
     }
 
@@ -1287,7 +1298,7 @@ struct Block
         bool const works = anyLine();
         if (threadIdx.x == 0)
         {
-            sm90::barrierArrive(base() + barrier(kDECIDED));
+            tellFetcher(false);
             ++*number();
         }
         if (warp() < kROWS && lines()[warp()] >= 0)
@@ -1309,14 +1320,14 @@ struct Block
         }
     }
 
-    //! Lets the lane that fetches leave.
-    __device__ __forceinline__ void endFetching()
+    //! One thread: the lane that fetches goes on, or leaves. It has to have seen the decision before: a barrier has two
+    //! phases, and a lane with nothing to fetch, for which nobody waits otherwise, could miss both.
+    __device__ __forceinline__ void tellFetcher(bool ended)
     {
-        if (threadIdx.x == 0)
-        {
-            *allEnded() = 1;
-            sm90::barrierArrive(base() + barrier(kDECIDED));
-        }
+        sm90::barrierWait(base() + barrier(kANSWERED), *decisions() % 2 ^ 1);
+        ++*decisions();
+        *allEnded() = ended;
+        sm90::barrierArrive(base() + barrier(kDECIDED));
     }
 
     //! The warps that compute, in a step of a beam search.
@@ -1332,12 +1343,16 @@ struct Block
         if (threadIdx.x == 0)
         {
             *number() = p.counters->tokens;
+            *decisions() = 0;
         }
         computeSync();
         decodeHidden();
         awaitHidden(Layout::headRows);
         chooseTokens();
-        endFetching();
+        if (threadIdx.x == 0)
+        {
+            tellFetcher(true);
+        }
     }
 
     //! The warps that compute, in a greedy search.
@@ -1355,6 +1370,7 @@ struct Block
         {
             *number() = p.counters->tokens;
             *linesTaken() = 0;
+            *decisions() = 0;
         }
         computeSync();
         if (kUNEVEN && teamRows() == 0)
@@ -1368,7 +1384,10 @@ struct Block
             decodeHidden();
             if (!awaitHidden(Layout::headRows))
             {
-                endFetching();
+                if (threadIdx.x == 0)
+                {
+                    tellFetcher(true);
+                }
                 drain();
                 return;
             }
@@ -1413,10 +1432,10 @@ struct Block
 
 //! Decodes all lines. Blocks 8 i to 8 i + 7 are a cluster and, while there are rows for it, a team; the rest take part
 //! in the head. All blocks must run at once. kBEAMS: one step of a beam search, and no choice.
-template <typename T, int kROWS, bool kBEAMS>
+template <typename T, typename C, int kROWS, bool kBEAMS>
 __global__ void __launch_bounds__(kTEAM_THREADS, 1) decodeInTeams(__grid_constant__ TeamParams const p)
 {
-    Block<T, kROWS, kBEAMS> block{p};
+    Block<T, C, kROWS, kBEAMS> block{p};
     if (threadIdx.x == 0)
     {
         for (int slot = 0; slot < kRING; ++slot)

@@ -29,7 +29,7 @@ public:
             mStatus = deviceAttribute(cudaDevAttrMultiProcessorCount, mBlocks);
             mBlocks = std::min(mBlocks, kMOST_BLOCKS);
         }
-        for (Kernel const& kernel : {kernelOf<1>(), kernelOf<2>()})
+        for (Kernel const& kernel : {kernelOf<1>(false), kernelOf<2>(false), kernelOf<1>(true), kernelOf<2>(true)})
         {
             if (mStatus == cudaSuccess)
             {
@@ -85,7 +85,8 @@ public:
         params.gelu = mConfig.gelu;
         params.embeddingNorm = mConfig.embeddingNorm;
 
-        Kernel const kernel = request.slots > kHALF ? kernelOf<2>() : kernelOf<1>();
+        Kernel const kernel =
+            request.slots > kHALF ? kernelOf<2>(request.crossIsE4m3) : kernelOf<1>(request.crossIsE4m3);
         // No use of a board has been made.
         cudaError_t const status = cudaMemsetAsync(mWorkspace, 0, kernel.boardBytes, stream);
         if (status != cudaSuccess)
@@ -113,14 +114,16 @@ private:
         size_t boardBytes;
     };
 
-    //! For up to eight rows, or for more.
+    //! For up to eight rows, or for more. `e4m3`: of keys and values, beside float16.
     template <int kHALVES>
-    Kernel kernelOf() const
+    Kernel kernelOf(bool e4m3) const
     {
         using L = Layout<kWIDTH, kHALVES>;
-        bool const half = mConfig.dataType == DataType::kHALF;
-        return {half ? decodeWide<__half, kWIDTH, kHALVES> : decodeWide<__nv_bfloat16, kWIDTH, kHALVES>, L::kTHREADS,
-                L::kBYTES, Boards<kWIDTH, L::kROWS>::kWORDS * sizeof(sm90::Quad)};
+        auto const function = mConfig.dataType != DataType::kHALF
+                                  ? decodeWide<__nv_bfloat16, __nv_bfloat16, kWIDTH, kHALVES>
+                              : e4m3 ? decodeWide<__half, __nv_fp8_e4m3, kWIDTH, kHALVES>
+                                     : decodeWide<__half, __half, kWIDTH, kHALVES>;
+        return {function, L::kTHREADS, L::kBYTES, Boards<kWIDTH, L::kROWS>::kWORDS * sizeof(sm90::Quad)};
     }
 
     DeviceDecoderConfig mConfig;

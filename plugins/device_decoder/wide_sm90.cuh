@@ -21,7 +21,7 @@ struct WideParams
     void const* norms;                    //!< T [1 + 3 L, 2, D], of which the last is read
     void const* embedding;                //!< T [V, D]
     void const* positions;                //!< T [positions, D]
-    void const* crossKeys[kMOST_LAYERS];  //!< T [lines, H, S, 64]
+    void const* crossKeys[kMOST_LAYERS];  //!< C [lines, H, S, 64]
     void const* crossValues[kMOST_LAYERS];
     void* keys;          //!< T [L, rows, H, capacity, 64]
     void* values;        //!< likewise
@@ -83,12 +83,27 @@ struct Ring
     //! their way.
     __device__ __forceinline__ void fetch(void const* from, uint32_t bytes, uint32_t most, uint64_t policy)
     {
+        open(bytes, most);
+        sm90::copyBulk(data(position), from, bytes, full(position), policy);
+        advance(1);
+    }
+
+    //! The same from two places, `bytes` each, to the halves of the slot.
+    __device__ __forceinline__ void fetchBoth(void const* first, void const* second, uint32_t bytes, uint32_t most,
+                                              uint64_t policy)
+    {
+        open(2 * bytes, most);
+        sm90::copyBulk(data(position), first, bytes, full(position), policy);
+        sm90::copyBulk(data(position) + L::kSLOT_BYTES / 2, second, bytes, full(position), policy);
+        advance(1);
+    }
+
+    __device__ __forceinline__ void open(uint32_t bytes, uint32_t most) const
+    {
         bool const wraps = position < most;
         sm90::barrierWait(full(wraps ? position + L::kRING - most : position - most), parity ^ wraps);
         sm90::barrierWait(empty(position), parity ^ 1);
         sm90::barrierArriveExpect(full(position), bytes);
-        sm90::copyBulk(data(position), from, bytes, full(position), policy);
-        advance(1);
     }
 
     //! For the warps that read: the slot `ahead` of the next, once it is full. Every warp waits for every slot, so that
@@ -161,10 +176,13 @@ __device__ __forceinline__ void receive(uint4 (&words)[kCOUNT], unsigned turn, A
     }
 }
 
-template <typename T, int kWIDTH, int kHALVES>
+//! C: of the lines' keys and values, T or e4m3.
+template <typename T, typename C, int kWIDTH, int kHALVES>
 struct Block
 {
     using L = Layout<kWIDTH, kHALVES>;
+    static constexpr bool kE4M3 = sizeof(C) == 1;
+    static constexpr int kCROSS_SLOTS = kE4M3 ? 1 : 2;  //!< of L::kSLOT_KEYS keys, and their values
     static constexpr int kROWS = L::kROWS;
     using B = Boards<kWIDTH, kROWS>;
     static constexpr int kWARPS = L::kWARPS;
@@ -873,7 +891,7 @@ struct Block
             {
                 int const count = min(L::kSLOT_KEYS, mine.last - key);
                 uint32_t const keys = ring.wait(0);
-                uint32_t const values = ring.wait(1);
+                uint32_t const values = kE4M3 ? keys + L::kSLOT_BYTES / 2 : ring.wait(1);
                 SlotKeys held;
 #pragma unroll
                 for (int pass = 0; pass < L::kSLOT_KEYS / (kWARPS * 4); ++pass)
@@ -882,12 +900,12 @@ struct Block
                     held.keys[pass] = held.values[pass] = uint4{};
                     if (index < count)
                     {
-                        uint32_t const offset = index * (kHEAD * 2) + lane() % SlotKeys::kLANES * 16;
-                        held.keys[pass] = sm90::loadShared(keys + offset);
-                        held.values[pass] = sm90::loadShared(values + offset);
+                        uint32_t const offset = (index * kHEAD + lane() % SlotKeys::kLANES * 8) * sizeof(C);
+                        held.keys[pass] = loadEight<C>(keys + offset);
+                        held.values[pass] = loadEight<C>(values + offset);
                     }
                 }
-                ring.release(2);
+                ring.release(kCROSS_SLOTS);
                 softmax.add(held, 0, count);
             }
             finish(softmax, half);
@@ -982,10 +1000,18 @@ struct Block
 #pragma unroll 1
             for (int key = mine.first; key < mine.last; key += L::kSLOT_KEYS)
             {
-                uint32_t const bytes = min(L::kSLOT_KEYS, mine.last - key) * kHEAD * 2;
-                size_t const offset = (start + key) * kHEAD;
-                ring.fetch(static_cast<T const*>(p.crossKeys[of]) + offset, bytes, L::kLAYER_COPIES, policy);
-                ring.fetch(static_cast<T const*>(p.crossValues[of]) + offset, bytes, L::kLAYER_COPIES, policy);
+                uint32_t const bytes = min(L::kSLOT_KEYS, mine.last - key) * kHEAD * sizeof(C);
+                C const* const keys = static_cast<C const*>(p.crossKeys[of]) + (start + key) * kHEAD;
+                C const* const values = static_cast<C const*>(p.crossValues[of]) + (start + key) * kHEAD;
+                if constexpr (kE4M3)
+                {
+                    ring.fetchBoth(keys, values, bytes, L::kLAYER_COPIES, policy);
+                }
+                else
+                {
+                    ring.fetch(keys, bytes, L::kLAYER_COPIES, policy);
+                    ring.fetch(values, bytes, L::kLAYER_COPIES, policy);
+                }
             }
         }
     }
@@ -1301,12 +1327,12 @@ struct Block
 };
 
 //! Decodes all lines. All blocks must run at once.
-template <typename T, int kWIDTH, int kHALVES>
+template <typename T, typename C, int kWIDTH, int kHALVES>
 __global__ void __launch_bounds__(Layout<kWIDTH, kHALVES>::kTHREADS, 1) decodeWide(__grid_constant__ WideParams const p)
 {
     TROCR_DYNAMIC_SHARED(shared, 128);
     using L = Layout<kWIDTH, kHALVES>;
-    Block<T, kWIDTH, kHALVES> block{p, shared, {sharedAddress(shared)}};
+    Block<T, C, kWIDTH, kHALVES> block{p, shared, {sharedAddress(shared)}};
     if (threadIdx.x == 0)
     {
         for (int slot = 0; slot < L::kRING; ++slot)

@@ -267,6 +267,17 @@ inline void __syncwarp()
     cpu_cuda::show(0);
 }
 
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector)
+{
+    uint64_t const bytes = low | static_cast<uint64_t>(high) << 32;
+    unsigned chosen = 0;
+    for (int i = 0; i < 4; ++i)
+    {
+        chosen |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    }
+    return chosen;
+}
+
 template <typename T>
 T __shfl_sync(unsigned /*mask*/, T value, int from)
 {

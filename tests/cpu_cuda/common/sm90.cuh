@@ -249,16 +249,27 @@ inline unsigned threadIndexAnew()
 
 inline void keepHere(float& /*a*/, float& /*b*/) {}
 
-inline uint4 loadShared(uint32_t address)
+template <typename Words>
+Words loadSharedWords(uint32_t address)
 {
-    if (address % 16 != 0)
+    if (address % sizeof(Words) != 0)
     {
-        cpu_cuda::fail("16 bytes of shared memory that do not lie on a multiple of 16");
+        cpu_cuda::fail("a load of shared memory that does not lie on a multiple of its size");
     }
     cpu_cuda::noteLoad(address);
-    uint4 value;
+    Words value;
     std::memcpy(&value, cpu_cuda::memory(address), sizeof(value));
     return value;
+}
+
+inline uint4 loadShared(uint32_t address)
+{
+    return loadSharedWords<uint4>(address);
+}
+
+inline uint2 loadSharedPair(uint32_t address)
+{
+    return loadSharedWords<uint2>(address);
 }
 
 template <int kREGISTERS>
