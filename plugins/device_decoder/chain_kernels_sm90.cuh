@@ -508,16 +508,25 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
             for (int i = 0; i < kBATCH; ++i)
             {
                 int const chunk = batch * kBATCH + i;
-                if (tile + n < tiles && chunk < chunks)
-                {
-                    to[n][i] = __ldg(weights + (static_cast<size_t>(tile + n) * chunks + chunk) * kWARP_SIZE + lane);
-                }
+                to[n][i] = tile + n < tiles && chunk < chunks
+                               ? __ldg(weights + (static_cast<size_t>(tile + n) * chunks + chunk) * kWARP_SIZE + lane)
+                               : uint4{};  // what it is multiplied with counts nothing
             }
+        }
+    };
+    // A warp's weights of a turn to L2, a turn ahead: what is on its way to registers is too little for memory.
+    auto const prefetch = [&](int tile)
+    {
+        int const bytes = chunks * kWARP_SIZE * static_cast<int>(sizeof(uint4));
+        if (lane < kTOKEN_TILES && tile + lane < tiles)
+        {
+            sm90::prefetchBulk(weights + static_cast<size_t>(tile + lane) * chunks * kWARP_SIZE, bytes);
         }
     };
     uint4 held[kTOKEN_TILES][kBATCH];
     int const firstTile = (blockIdx.x * kWARPS + warp) * kTOKEN_TILES;
     fetch(held, firstTile, 0);
+    prefetch(firstTile);
     for (int i = threadIdx.x; i < width; i += kTHREADS)  // gamma and beta, two elements a word
     {
         norm[i] = static_cast<unsigned const*>(p.link.norm)[i];
@@ -547,6 +556,18 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
                     reinterpret_cast<float2*>(choices));
         __syncthreads();  // each warp reads whole rows
 
+        // Rows g and g + 8 of each tile; those behind the last repeat it.
+        uint4 const* rowAt[kTILES][2];
+#pragma unroll
+        for (int m = 0; m < kTILES; ++m)
+        {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                int const row = kROWS == 1 ? 0 : min(m * kTILE_ROWS + half * 8 + lane / 4, count - 1);
+                rowAt[m][half] = reinterpret_cast<uint4 const*>(hidden + row * pitch) + lane % 4;
+            }
+        }
         constexpr int kMINE = kROWS > 8 ? 2 * kTILES : 1;  // rows of a lane
         BestLogit best[kMINE];
 #pragma unroll
@@ -558,6 +579,7 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
         for (int tile = firstTile; tile < tiles; tile += stride)
         {
             float c[kTILES][kTOKEN_TILES][4] = {};
+            prefetch(tile + stride);
 #pragma unroll 1
             for (int batch = 0; batch * kBATCH < chunks; ++batch)
             {
@@ -567,22 +589,17 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
 #pragma unroll
                 for (int i = 0; i < kBATCH; ++i)
                 {
-                    int const chunk = batch * kBATCH + i;
-                    if (chunk < chunks)
+                    // Without a branch, so that reads go ahead of products: behind the last chunk it is read again.
+                    int const chunk = min(batch * kBATCH + i, chunks - 1);
+#pragma unroll
+                    for (int m = 0; m < kTILES; ++m)
                     {
+                        Activations const rows{rowAt[m][0][chunk * (kCHUNK / 8)],
+                                               kROWS > 8 ? rowAt[m][1][chunk * (kCHUNK / 8)] : uint4{}};
 #pragma unroll
-                        for (int m = 0; m < kTILES; ++m)
+                        for (int n = 0; n < kTOKEN_TILES; ++n)
                         {
-                            if (m == 0 || m * kTILE_ROWS < count)
-                            {
-                                auto const rows = Activations::load<kTILE_ROWS>(hidden + m * kTILE_ROWS * pitch, pitch,
-                                                                                count - m * kTILE_ROWS, chunk);
-#pragma unroll
-                                for (int n = 0; n < kTOKEN_TILES; ++n)
-                                {
-                                    multiplyChunk<T>(c[m][n], rows, held[n][i]);
-                                }
-                            }
+                            multiplyChunk<T>(c[m][n], rows, held[n][i]);
                         }
                     }
                 }
