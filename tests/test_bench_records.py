@@ -24,7 +24,9 @@ from profiling.summary import part_table, summary
 from runtime.bench import (
     Case,
     CompileVariant,
+    E4m3Variant,
     EngineVariant,
+    Measurement,
     NaiveVariant,
     OnnxCudaVariant,
     Unavailable,
@@ -32,9 +34,12 @@ from runtime.bench import (
     against_rates,
     encoder_flops,
     measure_case,
+    open_variant,
     random_pixels,
 )
 from runtime.bench import main as bench
+from runtime.bench import run as measure_all
+from runtime.engine import EngineError
 from runtime.gpu import Gpu, current_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,6 +237,9 @@ def test_against_rates(checkpoint):
         of_float = against_rates(Case(part, 1, 20), time, spec, "fp32", rates)
         assert of_float["floor_us"] == pytest.approx(2 * found["floor_us"])
         assert against_rates(Case(part, 1, 20, num_beams=4), time, spec, "fp16", rates) == {}
+        # In e4m3 the 578 rows of cross-attention have half of their bytes.
+        in_e4m3 = against_rates(Case(part, 1, 20), time, spec, "fp16", rates, cross_itemsize=1)
+        assert in_e4m3["floor_us"] == pytest.approx((43_800_576 + 299 * 6144) / 4000e9 * 1e6)
     for part, tokens in (("encoder", None), ("decoder", 20), ("end_to_end", 20), ("page", None)):
         fields = time | {"tflops": 160.0}
         assert against_rates(Case(part, 1, tokens), fields, spec, "fp16", Rates()) == {}
@@ -398,7 +406,7 @@ def test_bench_of_fp8(checkpoint, tmp_path: Path, monkeypatch, capsys):
 @pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: they would be measured")
 def test_bench_says_what_it_cannot_measure(checkpoint, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    variants = ["fused", "fused_steps", "stock", "stock_naive"]
+    variants = ["fused", "fused_steps", "fused_e4m3", "stock", "stock_naive"]
     options = ["--model", str(checkpoint("small")), "--batch", "1", "--variants", ",".join(variants)]
     assert bench(["decoder", *options, "--json", "out/decoder.json"]) == 2
     printed = capsys.readouterr().out.splitlines()
@@ -503,6 +511,18 @@ def test_what_a_variant_does_not_measure():
     steps.check(Case("decoder", 8, 20))
     with pytest.raises(Unavailable, match="built for tokens up to 96"):
         steps.check(Case("decoder", 8, 97))
+    few = SimpleNamespace(**vars(backend), reads_e4m3=lambda images: images <= 12)
+    in_e4m3 = variant(E4m3Variant, backend=few, folder=Path("engines/x"), steps_only=False)
+    for case in (Case("decoder", 8, 20), Case("end_to_end", 12, 20), Case("page", 8, None, lines=100)):
+        in_e4m3.check(case)
+    for case, reason in (
+        (Case("encoder", 8, None), "the encoder is that of `fused`"),
+        (Case("decoder", 8, 20, num_beams=4), "beam search reads no e4m3: it is that of `fused`"),
+        (Case("page", 13, None), "a search of 13 lines reads no e4m3 .*: it is that of `fused`"),
+        (Case("decoder", 8, 97), "built for tokens up to 96"),
+    ):
+        with pytest.raises(Unavailable, match=reason):
+            in_e4m3.check(case)
     naive = variant(NaiveVariant, engine=SimpleNamespace(max_batch=16, path="x"))
     naive.check(Case("encoder", 16, None))
     for case in (Case("encoder", 17, None), Case("decoder", 1, 20), Case("page", 1, None)):
@@ -510,6 +530,40 @@ def test_what_a_variant_does_not_measure():
             naive.check(case)
     with pytest.raises(Unavailable, match="encoder only"):
         variant(OnnxCudaVariant).check(Case("end_to_end", 1, 20))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_e4m3_is_unavailable_where_no_search_reads_it(precision: str, tmp_path: Path, monkeypatch):
+    """Its reason is the engines'; in fp8 too it is not refused out of hand."""
+    made = []
+
+    def backend(folder: Path, *arguments, **options):
+        made.append((folder, options))
+        raise EngineError(f"{folder}: no search here")
+
+    monkeypatch.setattr("runtime.bench.ON_GPU", True)
+    monkeypatch.setattr("runtime.bench.TensorRTBackend", backend)
+    target = tmp_path / f"m-{precision}-fused"
+    target.mkdir()
+    with pytest.raises(Unavailable, match="no search here"):
+        open_variant("fused_e4m3", tmp_path / "m", None, precision, tmp_path)
+    assert made == [(target, {"e4m3_cross": True})]
+
+
+def test_the_floor_of_e4m3_has_fewer_bytes(checkpoint, monkeypatch):
+    """Of the records of that variant alone."""
+    spec = load_spec(checkpoint("small"))
+    variant = SimpleNamespace(
+        check=lambda case: None,
+        decoder=lambda pixels, tokens, beams: Measurement([1.0], torch.zeros(2, tokens, dtype=torch.int64)),
+    )
+    monkeypatch.setattr("runtime.bench.open_variant", lambda *arguments: variant)
+    monkeypatch.setattr("runtime.bench.measure_rates", lambda *arguments: Rates(None, 1000.0))
+    variants = ["fused", "fused_e4m3", "fused_steps"]
+    found, _ = measure_all([Case("decoder", 2, 4)], variants, spec.source, "fp16", Path("engines"), "command")
+    fused, in_e4m3, steps = (entry.floor_us for entry in found)
+    numbers = 2 * 2 * spec.decoder.num_hidden_layers * spec.decoder.d_model * spec.encoder.num_tokens
+    assert fused == steps and fused - in_e4m3 == pytest.approx(numbers / 1e6)
 
 
 @pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: the check would run")
