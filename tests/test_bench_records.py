@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from graph_surgery.architectures import ARCHITECTURES, write_random_checkpoint
 from graph_surgery.checkpoint import load_spec
+from profiling import accuracy
 from profiling.gpu_check import Stage, collect, run_stage, stages, sweep
 from profiling.gpu_check import main as gpu_check
 from profiling.models import BUNDLED
@@ -259,10 +260,52 @@ def test_stages_of_the_gpu_check(tmp_path: Path):
         "load",
         "tests",
     ]
+    assert "--variants stock,fused,fused_steps,fused_e4m3,torch,stock_naive" in " ".join(bundled["bench"])
     random = [stage.name for stage in stages(tmp_path, "small", tmp_path, tmp_path)]
     of_text = ("accuracy", "page", "load")
     assert random == [name for name in bundled if name not in (*of_text, "tests")]
     assert "--lines 100" in " ".join(bundled["page"]) and "--batch 32" in " ".join(bundled["page"])
+
+
+def test_accuracy_in_e4m3_is_put_beside_the_other(tmp_path: Path, monkeypatch):
+    """On Hopper, after it, and without deleting what it found."""
+    monkeypatch.setattr("profiling.gpu_check.current_gpu", lambda: Gpu("NVIDIA H200", "9.0", "13.0"))
+    for make, precisions in ((stages, ["fp16"]), (sweep, ["fp16", "fp8"])):
+        plan = make(BUNDLED, "bundled", tmp_path, tmp_path)
+        names = [stage.name for stage in plan]
+        place = names.index("accuracy in e4m3")
+        stage = plan[place]
+        assert names[place - 1] == "accuracy" and stage.output is None and stage.obstacle is None
+        assert "--e4m3-cross" in stage.command
+        assert (
+            stage.command[-2:] == plan[place - 1].command[-2:] == ["--json", str(tmp_path / "accuracy.json")]
+        )
+        engines = [word.split("printed-")[1] for word in stage.command if "printed-" in word]
+        assert engines == [f"{precision}-fused" for precision in precisions]
+        assert "accuracy in e4m3" not in [stage.name for stage in make(tmp_path, "small", tmp_path, tmp_path)]
+
+
+def test_accuracy_in_e4m3_is_a_variant_of_its_own(tmp_path: Path, monkeypatch, capsys):
+    opened = []
+
+    def recognizer(folder: Path, **options):
+        opened.append(options["e4m3_cross"])
+        return SimpleNamespace(batch_size=64, backend=SimpleNamespace(reads_e4m3=lambda images: reads))
+
+    found = {"lines": 10, "cer": 0.0, "exact_match": 1.0, "identical": 1.0, "lines_per_s": 5.0}
+    manifest = SimpleNamespace(model="models/m", plugins=("layernorm",), precision="fp16")
+    monkeypatch.setattr(accuracy, "Recognizer", recognizer)
+    monkeypatch.setattr(accuracy, "compare", lambda *arguments: found)
+    monkeypatch.setattr(accuracy.Manifest, "read", lambda folder: manifest)
+    file, reads = tmp_path / "accuracy.json", True
+    command = ["--engines", "engines/m", "--most", "1", "--json", str(file)]
+    for option in ([], ["--e4m3-cross"], ["--e4m3-cross"]):
+        assert accuracy.main([*command, *option]) == 0
+    assert opened == [False, True, True]
+    assert [entry["variant"] for entry in json.loads(file.read_text())] == ["fused", "fused_e4m3"]
+    reads = False
+    assert accuracy.main([*command, "--e4m3-cross"]) == 2
+    assert "error: engines/m: searches of 64 lines read no e4m3" in capsys.readouterr().err
 
 
 def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
@@ -294,9 +337,8 @@ def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
 def test_fp8_in_the_sweep_of_a_gpu_that_has_it(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("profiling.gpu_check.current_gpu", lambda: Gpu("NVIDIA H100", "9.0", "13.0"))
     plan = {stage.name: stage for stage in sweep(BUNDLED, "bundled", tmp_path, tmp_path)}
-    assert plan["fp8"].obstacle is None and "--precision fp8 --variants fused" in " ".join(
-        plan["fp8"].command
-    )
+    command = " ".join(plan["fp8"].command)
+    assert plan["fp8"].obstacle is None and "--precision fp8 --variants fused,fused_e4m3" in command
     engines = [word.split("printed-")[1] for word in plan["accuracy"].command if "printed-" in word]
     assert engines[-1] == "fp8-fused" and "fp8-none" not in engines
 
