@@ -102,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="default: %(default)s")
     parser.add_argument("--most", type=int, help="read only so many lines")
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument(
+        "--e4m3-cross", action="store_true", help="keys and values of cross-attention rounded to e4m3"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file, beside others in it")
     options = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "profiling.accuracy", *(arguments or sys.argv[1:])])
@@ -121,10 +124,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with line_images(options.lines, options.most) as images:
             for folder in options.engines:
                 manifest = Manifest.read(folder)
-                recognizer = Recognizer(folder, backend=options.backend, batch_size=options.batch_size)
+                recognizer = Recognizer(
+                    folder,
+                    backend=options.backend,
+                    batch_size=options.batch_size,
+                    e4m3_cross=options.e4m3_cross,
+                )
+                if options.e4m3_cross and not recognizer.backend.reads_e4m3(recognizer.batch_size):
+                    raise BackendError(
+                        f"{folder}: searches of {recognizer.batch_size} lines read no e4m3; choose a smaller "
+                        "--batch-size, or leave --e4m3-cross out"
+                    )
+                variant = "fused_e4m3" if options.e4m3_cross else "fused" if manifest.plugins else "stock"
                 result = {
                     "model": Path(manifest.model).resolve().name,
-                    "variant": "fused" if manifest.plugins else "stock",
+                    "variant": variant,
                     "backend": options.backend,
                     "precision": manifest.precision,
                     "batch": recognizer.batch_size,

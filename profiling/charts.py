@@ -41,6 +41,7 @@ NAMES = {
     "stock_naive": "TensorRT, as exported",
     "fused": "TensorRT, fused",
     "fused_steps": "TensorRT, fused, step by step",
+    "fused_e4m3": "TensorRT, fused, keys in e4m3",
     "torch": "PyTorch eager",
     "compile": "torch.compile",
     "onnxruntime": "ONNX Runtime",
@@ -50,12 +51,12 @@ NAMES = {
 COLOURS = dict(
     zip(
         VARIANTS,
-        ("#666666", "#bbbbbb", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#cc79a7"),
+        ("#666666", "#bbbbbb", "#0072b2", "#56b4e9", "#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7"),
         strict=True,
     )
 )
 LINES = ("-", "--", ":", "-.")  # a precision each
-MARKERS = dict(zip(VARIANTS, "sdoP^v<>", strict=True))
+MARKERS = dict(zip(VARIANTS, "sdoPX^v<>", strict=True))
 PARTS = {"encoder": "Encoder", "decoder": "Decoder, all steps", "end_to_end": "Pixels to token ids"}
 
 

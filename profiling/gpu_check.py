@@ -73,13 +73,13 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     `out` is the model's folder of results; what depends on no model goes into the one above.
     """
     stock, fused = (default_folder(str(folder), plugins, PRECISION) for plugins in ("none", "fused"))
-    accuracy = ["profiling.accuracy", "--engines", str(fused), "--engines", str(stock)]
+    accuracy = _accuracy(fused, stock)
     load = ["profiling.load", "--engines", str(fused), "--seconds", "3", "--model", name]
     load += ["--backend", "tensorrt"]
     layers = ["profiling.layers", "--stock", str(stock), "--fused", str(fused), "--batch", "1,64"]
     layers += ["--repeats", "120"]
     page = [*_bench(name, scratch / "page.json", "page", "stock,fused", "32,64,128"), "--lines", "100"]
-    bench = "stock,fused,fused_steps,torch,stock_naive"
+    bench = "stock,fused,fused_steps,fused_e4m3,torch,stock_naive"
 
     def if_it_reads(*stages: Stage) -> Sequence[Stage]:  # random weights do not
         return stages if folder == BUNDLED else ()
@@ -87,7 +87,10 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     return [
         Stage("plugins", ["bash", "-c", BUILD], 30),
         _module("engines", _engines(name, PRECISION, PROFILE), 30),
-        *if_it_reads(_module("accuracy", accuracy, 20, out / "accuracy.json", "--json")),
+        *if_it_reads(
+            _module("accuracy", accuracy, 20, out / "accuracy.json", "--json"),
+            *_accuracy_in_e4m3(out / "accuracy.json", fused),
+        ),
         _module("bench", _bench(name, scratch / "bench.json", SEARCHED, bench), 30),
         *if_it_reads(_module("page", page, 30)),
         _module("layers", layers, 20, out / "layers", "--out"),
@@ -114,7 +117,7 @@ def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     tokens = _bench(name, scratch / "tokens.json", SEARCHED[1:], "stock,fused,torch", "1,16")
     beams = _bench(name, scratch / "beams.json", SEARCHED[1:], "stock,fused", "1,16")
     rtx = _bench(name, scratch / "rtx.json", SEARCHED, "tensorrt_rtx")
-    fp8 = _bench(name, scratch / "fp8.json", ("encoder", "end_to_end"), "fused", precision="fp8")
+    fp8 = _bench(name, scratch / "fp8.json", ("encoder", "end_to_end"), "fused,fused_e4m3", precision="fp8")
     no_fp8 = None if _has_fp8() else f"fp8 is for compute capability {FP8_COMPUTE_CAPABILITY}"
     reason = None
     if not any(importlib.util.find_spec(module) for module in ("tensorrt_rtx", "tensorrt_rtx_bindings")):
@@ -150,16 +153,27 @@ def _of_trained_weights(folder: Path, name: str, scratch: Path, out: Path) -> li
         if precision != "fp8" or (plugins == "fused" and _has_fp8())
     ]
     mixed = ["profiling.mixed_page"]
-    accuracy = ["profiling.accuracy", *(word for engines in built for word in ("--engines", str(engines)))]
+    in_e4m3 = [default_folder(str(folder), "fused", precision) for precision in ("fp16", "fp8")]
     tensors = ["profiling.tensors", "--backend", "tensorrt", "--model", name]
     return [
         _module("torch's page", page, 30),
         _module("mixed page", mixed, 20, out / "mixed_page.json", "--json"),
         _module("timeline", timeline, 20, out / "timeline.json", "--json"),
         _module("engines of all precisions", _engines(name, "fp16,bf16,fp32", SWEEP_PROFILE), 60),
-        _module("accuracy", accuracy, 30, out / "accuracy.json", "--json"),
+        _module("accuracy", _accuracy(*built), 30, out / "accuracy.json", "--json"),
+        *_accuracy_in_e4m3(out / "accuracy.json", *in_e4m3),
         _module("tensors", tensors, 60, out / "tensors", "--out"),
     ]
+
+
+def _accuracy(*engines: Path) -> list[str]:
+    return ["profiling.accuracy", *(word for folder in engines for word in ("--engines", str(folder)))]
+
+
+def _accuracy_in_e4m3(file: Path, *engines: Path) -> list[Stage]:
+    """Accuracy with keys and values in e4m3, where this GPU reads them, beside what is in `file` already."""
+    command = [*_accuracy(*engines), "--e4m3-cross", "--json", str(file)]
+    return [_module("accuracy in e4m3", command, 20)] if _has_fp8() else []
 
 
 def _has_fp8() -> bool:

@@ -114,6 +114,7 @@ def decoder_bytes(
     lines: int,
     tokens: int,
     itemsize: int = 2,
+    cross_itemsize: int | None = None,
 ) -> float:
     """Bytes that a greedy decode step has to read, the mean of the steps of a text: the byte floor's.
 
@@ -123,6 +124,8 @@ def decoder_bytes(
         itemsize (L (6 D^2 + 2 D F) + V D)   weights of the decoder's products and the head's, once a token
         itemsize B 2 L D (S + t)             of every line keys and values, cross-attention's and the cache's
 
+    Those of cross-attention, the part with S, have `cross_itemsize` bytes a number where that is given.
+
     6 D^2: query, key, value and output of self-attention, query and output of cross-attention, whose keys
     and values are made once an image. Left out are biases, LayerNorms, the rows of the embeddings, and all
     that is written. It is a floor for decoders that read keys and values; the device decoder may attend to
@@ -130,5 +133,6 @@ def decoder_bytes(
     (the L2 cache of an H200 is as large as the small decoder) may be read faster.
     """
     weights = layers * (6 * width**2 + 2 * width * inner) + vocabulary * width
-    keys_and_values = lines * 2 * layers * width * (source + tokens / 2)
-    return itemsize * (weights + keys_and_values)
+    row = lines * 2 * layers * width  # of keys and values
+    cross = row * source * (itemsize if cross_itemsize is None else cross_itemsize)
+    return itemsize * (weights + row * tokens / 2) + cross

@@ -15,7 +15,10 @@ from runtime.gpu import current_gpu, driver_version
 from runtime.tensorrt_loader import TensorRTError, load_tensorrt, load_tensorrt_rtx
 
 PARTS = ("encoder", "decoder", "end_to_end", "page")
-VARIANTS = ("stock", "stock_naive", "fused", "fused_steps", "torch", "compile", "onnxruntime", "tensorrt_rtx")
+VARIANTS = (
+    *("stock", "stock_naive", "fused", "fused_steps", "fused_e4m3"),
+    *("torch", "compile", "onnxruntime", "tensorrt_rtx"),
+)
 # Fields that older records do not have.
 OPTIONAL = {
     *("num_beams", "lines", "page_s"),
@@ -64,8 +67,9 @@ class Record(Environment):
         of_matrix_rate: tflops / matrix_tflops.
         copy_gb_per_s: GB/s, read and written, of a large copy, measured in the same run ("decoder" and
             "end_to_end", greedy only; `rates.copy_rate`).
-        floor_us: the byte floor of a decode step, its bytes (`rates.decoder_bytes`) at that bandwidth. Beam
-            search has none: how many bytes its beams share is known only once they are found.
+        floor_us: the byte floor of a decode step, its bytes (`rates.decoder_bytes`) at that bandwidth;
+            "fused_e4m3" reads keys and values of one byte. Beam search has none: how many bytes its beams
+            share is known only once they are found.
         of_floor: floor_us / us_per_token; of "end_to_end", whose encoder is not in the floor, the share of
             the whole time that decoding would take at its floor.
         rel_error: max |x - y| / max |y| against PyTorch in float32 ("encoder" only).

@@ -23,6 +23,7 @@ Variants:
     serves
                     the GPU and the checkpoint
     fused_steps     the same engines, the decoder's a step at a time
+    fused_e4m3      the same engines, cross-attention's keys and values rounded to e4m3 (greedy search only)
     stock_naive     TensorRT from PyTorch's own export of the encoder (profiling/peers.py)
     torch, compile  Hugging Face's model; the same under torch.compile, with a cache of fixed size
     onnxruntime     the fused graphs on a CPU; on a GPU machine the stock graphs on the CUDA provider
@@ -87,7 +88,7 @@ from runtime.backends.base import Backend, BackendError
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tensorrt_backend import TensorRTBackend
 from runtime.beam_search import BeamSearch
-from runtime.engine import Engine, capture
+from runtime.engine import Engine, EngineError, capture
 from runtime.generation import Decoder, GreedySearch
 from runtime.images import load_image
 from runtime.recognizer import Recognizer
@@ -102,8 +103,11 @@ DEFAULT_PRECISION = "fp16" if ON_GPU else "fp32"
 PAGE_LINES = 100 if ON_GPU else 8
 PEERS = {"compile", "onnxruntime", "stock_naive", "tensorrt_rtx"}  # others' failures are no reason to stop
 # Variants that have fp8, without a GPU and with one: on a GPU ONNX Runtime gets the stock graphs.
-FP8_VARIANTS = ({"fused", "fused_steps", "onnxruntime"}, {"fused", "fused_steps"})
-TENSORRT = {"stock", "stock_naive", "fused", "fused_steps"}  # variants that load it
+FP8_VARIANTS = (
+    {"fused", "fused_steps", "fused_e4m3", "onnxruntime"},
+    {"fused", "fused_steps", "fused_e4m3"},
+)
+TENSORRT = {"stock", "stock_naive", "fused", "fused_steps", "fused_e4m3"}  # variants that load it
 PROFILE = (1, 16, 64)  # minimum, optimum and maximum batch of engines that are built here
 COMPILE_MODE = "reduce-overhead"
 UNMASKED = "sdpa_unmasked"  # attention of the compiled encoder
@@ -193,6 +197,8 @@ def random_pixels(spec: ModelSpec, batch: int) -> torch.Tensor:
 class BackendVariant:
     """Engines or ONNX graphs, with this project's greedy search."""
 
+    e4m3_cross = False  # of a page's recognizer
+
     def __init__(self, backend: Backend, folder: Path):
         self.backend = backend
         self.folder = folder
@@ -253,7 +259,13 @@ class BackendVariant:
         return Measurement(times, run(request).long())
 
     def page(self, lines: Sequence[np.ndarray], batch: int, num_beams: int, overlap: bool) -> Measurement:
-        recognizer = Recognizer(self.folder, backend=self.backend.name, batch_size=batch, num_beams=num_beams)
+        recognizer = Recognizer(
+            self.folder,
+            backend=self.backend.name,
+            batch_size=batch,
+            num_beams=num_beams,
+            e4m3_cross=self.e4m3_cross,
+        )
         if not overlap:
             recognizer.backend.encodings = 1
         return _measure_page(recognizer.recognize, lines)
@@ -295,6 +307,29 @@ class EngineVariant(BackendVariant):
         return _measure_encoder(
             self.backend.encoder, self.backend.encoder_input(pixels), self.backend.cuda_graphs
         )
+
+
+class E4m3Variant(EngineVariant):
+    """The engines of a folder, and searches that read cross-attention's keys and values in e4m3."""
+
+    e4m3_cross = True
+
+    def __init__(self, folder: Path, cuda_graphs: bool):
+        BackendVariant.__init__(self, TensorRTBackend(folder, cuda_graphs, e4m3_cross=True), folder)
+        self.steps_only = False
+
+    def check(self, case: Case) -> None:
+        """No measurement that would be one of `fused` under another name."""
+        if case.part == "encoder":
+            raise Unavailable("the encoder is that of `fused`")
+        if case.num_beams > 1:
+            raise Unavailable("beam search reads no e4m3: it is that of `fused`")
+        super().check(case)
+        if not self.backend.reads_e4m3(case.batch):
+            raise Unavailable(
+                f"a search of {case.batch} lines reads no e4m3 (with heads of 64 those of few lines do): it "
+                "is that of `fused`"
+            )
 
 
 class NaiveVariant:
@@ -576,6 +611,11 @@ def open_variant(
             f"{target} does not exist; build it: python build.py --model {folder} --plugins {plugins} "
             f"--precision {precision} --batch 1,16,64 --out {target}"
         )
+    if name == "fused_e4m3":
+        try:
+            return E4m3Variant(target, cuda_graphs)
+        except EngineError as error:
+            raise Unavailable(str(error)) from None
     return EngineVariant(target, cuda_graphs, device_decoder=name == "fused")
 
 
@@ -625,7 +665,8 @@ def run(
                     variant.check(case)
                     with nvtx.annotate(f"{name} {case.part} batch {case.batch}", domain="trocr"):
                         fields = measure_case(variant, case, spec, reference)
-                    fields |= against_rates(case, fields, spec, precision, rates)
+                    cross = 1 if name == "fused_e4m3" else None
+                    fields |= against_rates(case, fields, spec, precision, rates, cross)
                     records.append(
                         Record(**here, **fields, model=spec.name, precision=precision, variant=name)
                     )
@@ -679,11 +720,17 @@ def measure_case(variant, case: Case, spec: ModelSpec, reference: Reference) -> 
 
 
 def against_rates(
-    case: Case, fields: Mapping[str, Any], spec: ModelSpec, precision: str, rates: Rates
+    case: Case,
+    fields: Mapping[str, Any],
+    spec: ModelSpec,
+    precision: str,
+    rates: Rates,
+    cross_itemsize: int | None = None,
 ) -> dict[str, float]:
     """The fields of a record that hold its others, `fields`, against what the GPU reaches.
 
-    Empty where there is nothing to hold them against: no rate, a page, beam search.
+    Empty where there is nothing to hold them against: no rate, a page, beam search. `cross_itemsize`: bytes
+    of a number of cross-attention's keys and values, where it is not the precision's.
     """
     if case.part == "encoder" and rates.matrix_tflops:
         fraction = fields["tflops"] / rates.matrix_tflops
@@ -698,6 +745,7 @@ def against_rates(
             lines=case.batch,
             tokens=case.tokens,
             itemsize=DTYPES[BASE_PRECISION[precision]].itemsize,
+            cross_itemsize=cross_itemsize,
         )
         floor = step / rates.copy_gb_per_s / 1e3
         fraction = floor / fields["us_per_token"]

@@ -163,6 +163,7 @@ def open_recognizer(options: argparse.Namespace) -> Recognizer:
         precision=options.precision,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
+        e4m3_cross=options.e4m3_cross,
         **{name: getattr(options, name) for name in SEARCH_OPTIONS},
     )
     print(f"backend: {recognizer.backend_choice}", file=sys.stderr)
@@ -261,6 +262,12 @@ def add_recognizer_arguments(parser: argparse.ArgumentParser, model: str | None 
     parser.add_argument("--backend", choices=NAMES, default="auto")
     parser.add_argument("--plugins", default="fused", help="fused (default), none, or names with commas")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: fp16 for tensorrt, else fp32")
+    parser.add_argument(
+        "--e4m3-cross",
+        action="store_true",
+        help="keys and values of cross-attention rounded to 8-bit floats (e4m3): faster for many lines, not "
+        "the same bits",
+    )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens a line")
     add_search_options(parser)

@@ -23,7 +23,7 @@ from runtime.device_resize import DeviceResize
 from runtime.generation import Decoder, new_token_limit
 from runtime.images import ImageError, ImageSource, load_image, load_pixels
 from runtime.ranges import stage, staged
-from runtime.search import SearchSettings
+from runtime.search import GREEDY, SearchSettings
 from runtime.tokenizer import load_tokenizer
 
 DEFAULT_BATCH = {"cpu": 8, "cuda": 128}
@@ -114,6 +114,8 @@ class Recognizer:
         max_new_tokens: the most tokens a line; by default the checkpoint's own limit.
         num_beams, length_penalty, no_repeat_ngram_size, early_stopping: see `SearchSettings`; greedy by
             default, whatever the checkpoint's generation_config.json asks for.
+        e4m3_cross: round keys and values of cross-attention to 8-bit floats (e4m3): of greedy search with
+            TensorRT's engines alone, and there as `TensorRTBackend` has it.
 
     Attributes:
         spec: the checkpoint's description.
@@ -139,10 +141,16 @@ class Recognizer:
         length_penalty: float = 1.0,
         no_repeat_ngram_size: int = 0,
         early_stopping: bool | str = False,
+        e4m3_cross: bool = False,
     ):
         self.settings = SearchSettings(num_beams, length_penalty, no_repeat_ngram_size, early_stopping)
+        if e4m3_cross and self.settings != GREEDY:
+            raise BackendError(
+                "e4m3_cross is of greedy search alone, and other settings were asked for "
+                f"({self.settings}); leave e4m3_cross out, or these"
+            )
         self.backend, self.backend_choice = open_backend(
-            model, backend, plugins, engines, precision, max_new_tokens
+            model, backend, plugins, engines, precision, max_new_tokens, e4m3_cross
         )
         self.spec = self.backend.spec
         limit = new_token_limit(self.spec, max_new_tokens)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from graph_surgery.architectures import ARCHITECTURES, write_random_checkpoint
 from graph_surgery.checkpoint import load_spec
+from profiling import accuracy
 from profiling.gpu_check import Stage, collect, run_stage, stages, sweep
 from profiling.gpu_check import main as gpu_check
 from profiling.models import BUNDLED
@@ -24,7 +25,9 @@ from profiling.summary import part_table, summary
 from runtime.bench import (
     Case,
     CompileVariant,
+    E4m3Variant,
     EngineVariant,
+    Measurement,
     NaiveVariant,
     OnnxCudaVariant,
     Unavailable,
@@ -32,9 +35,12 @@ from runtime.bench import (
     against_rates,
     encoder_flops,
     measure_case,
+    open_variant,
     random_pixels,
 )
 from runtime.bench import main as bench
+from runtime.bench import run as measure_all
+from runtime.engine import EngineError
 from runtime.gpu import Gpu, current_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,6 +238,9 @@ def test_against_rates(checkpoint):
         of_float = against_rates(Case(part, 1, 20), time, spec, "fp32", rates)
         assert of_float["floor_us"] == pytest.approx(2 * found["floor_us"])
         assert against_rates(Case(part, 1, 20, num_beams=4), time, spec, "fp16", rates) == {}
+        # In e4m3 the 578 rows of cross-attention have half of their bytes.
+        in_e4m3 = against_rates(Case(part, 1, 20), time, spec, "fp16", rates, cross_itemsize=1)
+        assert in_e4m3["floor_us"] == pytest.approx((43_800_576 + 299 * 6144) / 4000e9 * 1e6)
     for part, tokens in (("encoder", None), ("decoder", 20), ("end_to_end", 20), ("page", None)):
         fields = time | {"tflops": 160.0}
         assert against_rates(Case(part, 1, tokens), fields, spec, "fp16", Rates()) == {}
@@ -251,10 +260,52 @@ def test_stages_of_the_gpu_check(tmp_path: Path):
         "load",
         "tests",
     ]
+    assert "--variants stock,fused,fused_steps,fused_e4m3,torch,stock_naive" in " ".join(bundled["bench"])
     random = [stage.name for stage in stages(tmp_path, "small", tmp_path, tmp_path)]
     of_text = ("accuracy", "page", "load")
     assert random == [name for name in bundled if name not in (*of_text, "tests")]
     assert "--lines 100" in " ".join(bundled["page"]) and "--batch 32" in " ".join(bundled["page"])
+
+
+def test_accuracy_in_e4m3_is_put_beside_the_other(tmp_path: Path, monkeypatch):
+    """On Hopper, after it, and without deleting what it found."""
+    monkeypatch.setattr("profiling.gpu_check.current_gpu", lambda: Gpu("NVIDIA H200", "9.0", "13.0"))
+    for make, precisions in ((stages, ["fp16"]), (sweep, ["fp16", "fp8"])):
+        plan = make(BUNDLED, "bundled", tmp_path, tmp_path)
+        names = [stage.name for stage in plan]
+        place = names.index("accuracy in e4m3")
+        stage = plan[place]
+        assert names[place - 1] == "accuracy" and stage.output is None and stage.obstacle is None
+        assert "--e4m3-cross" in stage.command
+        assert (
+            stage.command[-2:] == plan[place - 1].command[-2:] == ["--json", str(tmp_path / "accuracy.json")]
+        )
+        engines = [word.split("printed-")[1] for word in stage.command if "printed-" in word]
+        assert engines == [f"{precision}-fused" for precision in precisions]
+        assert "accuracy in e4m3" not in [stage.name for stage in make(tmp_path, "small", tmp_path, tmp_path)]
+
+
+def test_accuracy_in_e4m3_is_a_variant_of_its_own(tmp_path: Path, monkeypatch, capsys):
+    opened = []
+
+    def recognizer(folder: Path, **options):
+        opened.append(options["e4m3_cross"])
+        return SimpleNamespace(batch_size=64, backend=SimpleNamespace(reads_e4m3=lambda images: reads))
+
+    found = {"lines": 10, "cer": 0.0, "exact_match": 1.0, "identical": 1.0, "lines_per_s": 5.0}
+    manifest = SimpleNamespace(model="models/m", plugins=("layernorm",), precision="fp16")
+    monkeypatch.setattr(accuracy, "Recognizer", recognizer)
+    monkeypatch.setattr(accuracy, "compare", lambda *arguments: found)
+    monkeypatch.setattr(accuracy.Manifest, "read", lambda folder: manifest)
+    file, reads = tmp_path / "accuracy.json", True
+    command = ["--engines", "engines/m", "--most", "1", "--json", str(file)]
+    for option in ([], ["--e4m3-cross"], ["--e4m3-cross"]):
+        assert accuracy.main([*command, *option]) == 0
+    assert opened == [False, True, True]
+    assert [entry["variant"] for entry in json.loads(file.read_text())] == ["fused", "fused_e4m3"]
+    reads = False
+    assert accuracy.main([*command, "--e4m3-cross"]) == 2
+    assert "error: engines/m: searches of 64 lines read no e4m3" in capsys.readouterr().err
 
 
 def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
@@ -286,9 +337,8 @@ def test_stages_of_the_sweep(tmp_path: Path, monkeypatch):
 def test_fp8_in_the_sweep_of_a_gpu_that_has_it(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("profiling.gpu_check.current_gpu", lambda: Gpu("NVIDIA H100", "9.0", "13.0"))
     plan = {stage.name: stage for stage in sweep(BUNDLED, "bundled", tmp_path, tmp_path)}
-    assert plan["fp8"].obstacle is None and "--precision fp8 --variants fused" in " ".join(
-        plan["fp8"].command
-    )
+    command = " ".join(plan["fp8"].command)
+    assert plan["fp8"].obstacle is None and "--precision fp8 --variants fused,fused_e4m3" in command
     engines = [word.split("printed-")[1] for word in plan["accuracy"].command if "printed-" in word]
     assert engines[-1] == "fp8-fused" and "fp8-none" not in engines
 
@@ -398,7 +448,7 @@ def test_bench_of_fp8(checkpoint, tmp_path: Path, monkeypatch, capsys):
 @pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: they would be measured")
 def test_bench_says_what_it_cannot_measure(checkpoint, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    variants = ["fused", "fused_steps", "stock", "stock_naive"]
+    variants = ["fused", "fused_steps", "fused_e4m3", "stock", "stock_naive"]
     options = ["--model", str(checkpoint("small")), "--batch", "1", "--variants", ",".join(variants)]
     assert bench(["decoder", *options, "--json", "out/decoder.json"]) == 2
     printed = capsys.readouterr().out.splitlines()
@@ -503,6 +553,18 @@ def test_what_a_variant_does_not_measure():
     steps.check(Case("decoder", 8, 20))
     with pytest.raises(Unavailable, match="built for tokens up to 96"):
         steps.check(Case("decoder", 8, 97))
+    few = SimpleNamespace(**vars(backend), reads_e4m3=lambda images: images <= 12)
+    in_e4m3 = variant(E4m3Variant, backend=few, folder=Path("engines/x"), steps_only=False)
+    for case in (Case("decoder", 8, 20), Case("end_to_end", 12, 20), Case("page", 8, None, lines=100)):
+        in_e4m3.check(case)
+    for case, reason in (
+        (Case("encoder", 8, None), "the encoder is that of `fused`"),
+        (Case("decoder", 8, 20, num_beams=4), "beam search reads no e4m3: it is that of `fused`"),
+        (Case("page", 13, None), "a search of 13 lines reads no e4m3 .*: it is that of `fused`"),
+        (Case("decoder", 8, 97), "built for tokens up to 96"),
+    ):
+        with pytest.raises(Unavailable, match=reason):
+            in_e4m3.check(case)
     naive = variant(NaiveVariant, engine=SimpleNamespace(max_batch=16, path="x"))
     naive.check(Case("encoder", 16, None))
     for case in (Case("encoder", 17, None), Case("decoder", 1, 20), Case("page", 1, None)):
@@ -510,6 +572,40 @@ def test_what_a_variant_does_not_measure():
             naive.check(case)
     with pytest.raises(Unavailable, match="encoder only"):
         variant(OnnxCudaVariant).check(Case("end_to_end", 1, 20))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_e4m3_is_unavailable_where_no_search_reads_it(precision: str, tmp_path: Path, monkeypatch):
+    """Its reason is the engines'; in fp8 too it is not refused out of hand."""
+    made = []
+
+    def backend(folder: Path, *arguments, **options):
+        made.append((folder, options))
+        raise EngineError(f"{folder}: no search here")
+
+    monkeypatch.setattr("runtime.bench.ON_GPU", True)
+    monkeypatch.setattr("runtime.bench.TensorRTBackend", backend)
+    target = tmp_path / f"m-{precision}-fused"
+    target.mkdir()
+    with pytest.raises(Unavailable, match="no search here"):
+        open_variant("fused_e4m3", tmp_path / "m", None, precision, tmp_path)
+    assert made == [(target, {"e4m3_cross": True})]
+
+
+def test_the_floor_of_e4m3_has_fewer_bytes(checkpoint, monkeypatch):
+    """Of the records of that variant alone."""
+    spec = load_spec(checkpoint("small"))
+    variant = SimpleNamespace(
+        check=lambda case: None,
+        decoder=lambda pixels, tokens, beams: Measurement([1.0], torch.zeros(2, tokens, dtype=torch.int64)),
+    )
+    monkeypatch.setattr("runtime.bench.open_variant", lambda *arguments: variant)
+    monkeypatch.setattr("runtime.bench.measure_rates", lambda *arguments: Rates(None, 1000.0))
+    variants = ["fused", "fused_e4m3", "fused_steps"]
+    found, _ = measure_all([Case("decoder", 2, 4)], variants, spec.source, "fp16", Path("engines"), "command")
+    fused, in_e4m3, steps = (entry.floor_us for entry in found)
+    numbers = 2 * 2 * spec.decoder.num_hidden_layers * spec.decoder.d_model * spec.encoder.num_tokens
+    assert fused == steps and fused - in_e4m3 == pytest.approx(numbers / 1e6)
 
 
 @pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: the check would run")

@@ -17,8 +17,9 @@ from profiling.device_decoder import (
     random_states,
     random_weights,
 )
+from runtime.backends.tensorrt_backend import DeviceSearch
 from runtime.device_decoder import DeviceDecoder
-from runtime.search import SearchSettings
+from runtime.search import SearchRequest, SearchSettings
 from tests import beam_reference
 from tests.decoder_outputs import poisoned_outputs
 
@@ -135,6 +136,42 @@ def test_keys_and_values_of_e4m3(cpu_kernels, name, lines, source_length):
     for got, of in zip((*rounded[0], *rounded[1]), (*exact[0], *exact[1]), strict=True):
         assert torch.equal(got.float(), of.clamp(-448, 448).to(torch.float8_e4m3fn).float())
     assert_right(outputs, tuple([tensor.half() for tensor in of] for of in rounded), config, weights)
+
+
+@pytest.mark.parametrize(("name", "most_by_keys"), (("team", None), ("wide", 4)))
+def test_a_search_rounds_what_it_reads(cpu_kernels, name, most_by_keys):
+    """As the runtime does it: of the first lines of larger buffers, time and again at the same addresses."""
+    lines, most, steps = 3, 5, 4
+    config = CASES[name] | {"dtype": "float16", "source_length": 77}
+    weights = random_weights(config, torch.float16, "cpu")
+    decoder = DeviceDecoder(cpu_kernels, weights, config, lines, steps)
+    search = DeviceSearch(decoder, config["num_layers"], most_by_keys, e4m3_cross=True)
+    addresses = []
+    run = decoder.run
+
+    def watched(attended, *arguments, **options):
+        addresses.append([tensor.data_ptr() for part in attended for tensor in part])
+        assert {(tensor.dtype, len(tensor)) for part in attended for tensor in part} == {
+            (torch.float8_e4m3fn, lines)
+        }
+        run(attended, *arguments, **options)
+
+    decoder.run = watched
+    found = []
+    for seed in (1, 2, 1):
+        exact = random_cross(config, most, torch.float16, "cpu", seed)
+        cross = {
+            f"{layer}.encoder.{kind}": tensor
+            for kind, part in zip(("key", "value"), exact, strict=True)
+            for layer, tensor in enumerate(part)
+        }
+        result = search(torch.empty(0), cross, lines, SearchRequest(steps))
+        rounded = tuple([t[:lines].to(torch.float8_e4m3fn).half() for t in part] for part in exact)
+        outputs = (result.tokens, result.log_probs, result.lengths)
+        assert_right(outputs, rounded, config, weights)
+        found.append(result.memory.clone())
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+    assert addresses[0] == addresses[1] == addresses[2]
 
 
 def test_e4m3_is_refused_where_it_cannot_be(cpu_kernels):

@@ -100,6 +100,29 @@ def test_tokens_are_the_best(hopper, name, lines, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    (*(("small", lines) for lines in (1, 3, 16, 40)), *(("base", lines) for lines in (1, 5, 16))),
+)
+def test_keys_and_values_of_e4m3(hopper, name, lines):
+    """What is decoded is what PyTorch decodes by the rounded keys and values."""
+    dtype, steps = torch.float16, 12
+    config = settings(name, dtype)
+    decoder = DeviceDecoder(hopper, weights_of(name, dtype), config, lines, steps)
+    assert decoder.takes_e4m3(lines)
+    exact = random_cross(config, lines, dtype, "cuda", seed=lines)
+    exact[0][0][0, 0, 0, :3] = torch.tensor([500.0, -60000.0, 2.0**-9])
+    rounded = tuple([torch.zeros_like(tensor, dtype=torch.float8_e4m3fn) for tensor in of] for of in exact)
+    outputs = poisoned_outputs(decoder, lines, steps)
+    decoder.round_to_e4m3(exact, rounded)
+    decoder.run(rounded, outputs)
+    torch.cuda.synchronize()
+    for got, of in zip((*rounded[0], *rounded[1]), (*exact[0], *exact[1]), strict=True):
+        assert torch.equal(got.float(), of.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    assert_right(name, dtype, outputs, tuple([tensor.half() for tensor in of] for of in rounded), config)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("lines", (1, 3, 5, 40))
 @pytest.mark.parametrize("name", ("no-embedding-norm", "relu", "odd", "wide-heads", "chain"))
 def test_other_decoders(hopper, name, lines):

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from runtime import tensorrt_loader
-from runtime.backends import choice
+from runtime.backends import choice, tensorrt_backend
 from runtime.backends.base import BackendError
-from runtime.backends.tensorrt_backend import LeastRecentlyUsed, _bindable
+from runtime.backends.tensorrt_backend import DeviceSearch, LeastRecentlyUsed, _bindable
 from runtime.engine import ALIGNMENT, Engine, EngineError
 from runtime.gpu import Gpu, current_gpu
 from runtime.manifest import FILE_NAME
@@ -67,6 +67,41 @@ def test_fp8_is_hoppers_alone(tmp_path: Path, monkeypatch):
         assert choice._tensorrt_obstacle(tmp_path) == obstacle
     with pytest.raises(BackendError, match=r"backend torch has no fp8.*--precision fp16"):
         choice.open_backend("models/nothing", "torch", precision="fp8")
+
+
+def test_e4m3_is_handed_to_tensorrt_alone(monkeypatch):
+    made = []
+
+    def backend(folder, **options):
+        made.append((folder, options))
+
+    monkeypatch.setattr(tensorrt_backend, "TensorRTBackend", backend)
+    for asked in (False, True):
+        choice.open_backend("models/m", "tensorrt", e4m3_cross=asked)
+    folder = Path("engines/m-fp16-fused")
+    assert made == [(folder, {"e4m3_cross": False}), (folder, {"e4m3_cross": True})]
+    for name in ("torch", "onnxruntime"):
+        with pytest.raises(
+            BackendError, match=rf"backend {name} has no e4m3_cross.*choose the backend tensorrt"
+        ):
+            choice.open_backend("models/m", name, e4m3_cross=True)
+    monkeypatch.setattr(choice, "current_gpu", lambda: None)
+    with pytest.raises(BackendError, match=r"backend onnxruntime \(no NVIDIA GPU\) has no e4m3_cross"):
+        choice.open_backend("models/m", e4m3_cross=True)
+
+
+def test_which_searches_read_e4m3():
+    """Those by keys and values that the decoder takes so, where it is asked for."""
+
+    def found(most_by_keys: int | None, states: bool, most_in_e4m3: int, asked: bool = True) -> list[bool]:
+        decoder = SimpleNamespace(attends_to_states=states, takes_e4m3=lambda slots: slots <= most_in_e4m3)
+        search = DeviceSearch(decoder, 2, most_by_keys, asked)
+        return [search.reads_e4m3(images) for images in (1, 16, 17, 100)]
+
+    assert found(None, False, 1000) == [True] * 4  # heads of 32
+    assert found(None, False, 0) == [False] * 4  # in bfloat16
+    assert found(None, False, 1000, asked=False) == [False] * 4
+    assert found(16, True, 1000) == found(16, False, 16) == [True, True, False, False]  # heads of 64
 
 
 def test_gpu_slug():

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from build import build
 from graph_surgery.architectures import ARCHITECTURES, write_random_checkpoint
 from graph_surgery.checkpoint import load_spec
+from profiling.accuracy import LINES, line_images
 from runtime.backends.base import BackendError
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tensorrt_backend import TensorRTBackend
@@ -19,8 +21,10 @@ from runtime.backends.torch_backend import TorchBackend
 from runtime.engine import Engine, EngineError
 from runtime.generation import Decoder
 from runtime.manifest import FILE_NAME, Manifest
+from runtime.recognizer import Recognizer
 from runtime.search import GenerationError, SearchSettings
 from tests.checkpoints import DECODER, ENCODER, SMALL_DECODER
+from tests.conftest import BUNDLED_MODEL
 
 pytestmark = [
     pytest.mark.gpu,
@@ -276,6 +280,65 @@ def test_encoding_and_search_in_one_graph(architecture: str, many: int, tmp_path
     assert [decode.decode(encoding, encoding.images) for encoding in both] == apart[1:3]
     other = Decoder(backend, TOKENS - 2)
     assert other.decode(both[1], many).token_ids == [ids[: TOKENS - 2] for ids in apart[2].token_ids]
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="searches that read e4m3 need compute capability 9.0",
+)
+def test_reads_lines_in_e4m3(tmp_path):
+    """Nearly the tokens of float16, and a line's text alone is that among others: each replayed, too."""
+    folder = build(
+        str(BUNDLED_MODEL), "fused", "fp16", (1, 16, 64), tmp_path / "engines", timing_cache=TIMING_CACHE
+    )
+    texts = {}
+    with line_images(BUNDLED_MODEL.parent.parent / LINES, most=40) as images:
+        for batch in (1, 40):
+            exact, rounded = (
+                Recognizer(folder, backend="tensorrt", batch_size=batch, e4m3_cross=asked)
+                for asked in (False, True)
+            )
+            assert rounded.backend.reads_e4m3(batch) and not exact.backend.reads_e4m3(batch)
+            expected, found, again = (r.recognize(images) for r in (exact, rounded, rounded))
+            texts[batch] = [result.text for result in found]
+            pairs = [
+                pair
+                for results in zip(found, expected, strict=True)
+                for pair in zip_longest(*(result.token_ids for result in results))
+            ]
+            assert sum(one == other for one, other in pairs) >= 0.98 * len(pairs)
+            found, again, expected = (
+                [result.mean_log_prob for result in results] for results in (found, again, expected)
+            )
+            assert found == again != expected
+    assert texts[1] == texts[40]
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="searches that read e4m3 need compute capability 9.0",
+)
+def test_which_searches_of_wide_heads_read_e4m3(tmp_path):
+    """Those of up to 16 lines; more are as without, to the bit."""
+    encoder, decoder = ARCHITECTURES["base"]
+    model = write_random_checkpoint(
+        encoder | ENCODER, decoder | DECODER | WIDE, tmp_path / "model", torch.float32, 0
+    )
+    folder = build(str(model), "fused", "fp16", (1, 16, 20), tmp_path / "engines", timing_cache=TIMING_CACHE)
+    exact, rounded = (TensorRTBackend(folder, e4m3_cross=asked) for asked in (False, True))
+    assert [rounded.reads_e4m3(images) for images in (1, 16, 17)] == [True, True, False]
+    for batch, same in ((16, False), (17, True), (3, False)):
+        images = pixels(exact, batch)
+        found, expected = (Decoder(backend, TOKENS)(images) for backend in (rounded, exact))
+        assert (found.mean_log_probs == expected.mean_log_probs) == same
+
+
+def test_e4m3_where_no_search_reads_it(engines):
+    """With stock engines, and step by step."""
+    for plugins, options in (("none", {}), ("fused", {"device_decoder": False})):
+        folder = engines(plugins)
+        with pytest.raises(EngineError, match=rf"{folder}: no search here .*--precision fp16 or fp8.* leave"):
+            TensorRTBackend(folder, e4m3_cross=True, **options)
 
 
 def test_batch_above_the_profile(engines):

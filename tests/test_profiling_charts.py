@@ -46,7 +46,7 @@ def test_what_was_measured_is_drawn_and_nothing_else(tmp_path: Path):
     timed = [record(variant="fused", median_ms=1.0), record(variant="compile", median_ms=2.5)]
     end_to_end = [
         record(part="end_to_end", variant=variant, tokens=tokens, median_ms=tokens / 4)
-        for variant in ("fused", "stock")
+        for variant in ("fused", "fused_e4m3", "stock")
         for tokens in (5, 20, 60)
     ]
     records.write(timed + end_to_end, tmp_path / "results" / "gpu" / "model" / "bench.json")
@@ -61,7 +61,8 @@ def test_what_was_measured_is_drawn_and_nothing_else(tmp_path: Path):
     assert {"torch.compile (fp16)", "TensorRT, fused (fp16)"} <= texts(out / "gpu/model/encoder.svg")
     assert "2.50" in texts(out / "gpu/model/encoder-speedup.svg")
     assert "PyTorch eager (fp16)" not in texts(out / "gpu/model/encoder.svg")
-    assert {"tokens a line", "batch 8"} <= texts(out / "gpu/model/end_to_end-tokens.svg")
+    in_e4m3 = "TensorRT, fused, keys in e4m3 (fp16)"
+    assert {"tokens a line", "batch 8", in_e4m3} <= texts(out / "gpu/model/end_to_end-tokens.svg")
 
 
 def test_load_and_tensors_are_drawn(tmp_path: Path):

@@ -23,6 +23,10 @@ def test_bytes_of_a_step_by_hand():
     assert decoder_bytes(**sizes, lines=1, tokens=6) == 2 * (weights + line)
     assert decoder_bytes(**sizes, lines=3, tokens=6) == 2 * (weights + 3 * line)
     assert decoder_bytes(**sizes, lines=3, tokens=6, itemsize=4) == 4 * (weights + 3 * line)
+    # Cross-attention's, 5 keys and 5 values of a line and layer, in one byte a number.
+    cross = 2 * (5 + 5) * 4
+    in_e4m3 = decoder_bytes(**sizes, lines=3, tokens=6, cross_itemsize=1)
+    assert in_e4m3 == 2 * (weights + 3 * (line - cross)) + 3 * cross
 
 
 @pytest.mark.parametrize("lines", [1, 3])

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from runtime import recognize
+from runtime.backends.base import BackendError
 from runtime.metrics import accuracy
 from tests.conftest import BUNDLED_MODEL
 
@@ -152,6 +153,8 @@ def test_case_counts_unless_it_is_ignored(engines: list[str], tmp_path: Path):
         (["--labels", "{line}", "{line}"], "{line}: "),
         (["--batch-size", "0", "{line}"], "batch_size is 0"),
         (["--max-new-tokens", "1000", "{line}"], "max_new_tokens is 1000"),
+        (["--e4m3-cross", "{line}"], "backend onnxruntime has no e4m3_cross"),
+        (["--e4m3-cross", "--num-beams", "2", "{line}"], "e4m3_cross is of greedy search alone"),
     ],
 )
 def test_wrong_use(
@@ -178,6 +181,19 @@ def test_wrong_use(
     assert recognize.main(arguments) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {message.format(**places)}")
+
+
+@pytest.mark.parametrize(("option", "asked"), [([], False), (["--e4m3-cross"], True)])
+def test_e4m3_is_asked_for(option: list[str], asked: bool, monkeypatch: pytest.MonkeyPatch):
+    found = []
+
+    def recognizer(model: str, **options):
+        found.append(options["e4m3_cross"])
+        raise BackendError("enough")
+
+    monkeypatch.setattr(recognize, "Recognizer", recognizer)
+    assert recognize.main([*option, str(SAMPLES / "000015.jpg")]) == 2
+    assert found == [asked]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--backend", "cuda", "x.png"], ["--batch-size", "two", "x.png"]])

@@ -241,6 +241,10 @@ def test_wrong_arguments(graphs: Graphs, tmp_path: Path):
         Recognizer(folder, backend="cuda")
     with pytest.raises(BackendError, match="batch_size is 0; give 1 or more"):
         Recognizer(folder, backend="onnxruntime", batch_size=0)
+    with pytest.raises(BackendError, match=r"backend onnxruntime has no e4m3_cross.*; leave it out"):
+        Recognizer(folder, backend="onnxruntime", e4m3_cross=True)
+    with pytest.raises(BackendError, match=r"e4m3_cross is of greedy search alone.*no_repeat_ngram_size=3"):
+        Recognizer(folder, backend="tensorrt", no_repeat_ngram_size=3, e4m3_cross=True)
     with pytest.raises(BackendError, match="precision is fp32, and fp16 was asked for"):
         Recognizer(folder, backend="onnxruntime", precision="fp16")
     with pytest.raises(ManifestError, match=f"{tmp_path}.*not found"):

@@ -24,6 +24,7 @@ def open_backend(
     engines: str | Path | None = None,
     precision: str | None = None,
     max_new_tokens: int | None = None,
+    e4m3_cross: bool = False,
 ) -> tuple[Backend, str]:
     """Open a backend; the arguments are those of `Recognizer`.
 
@@ -44,6 +45,11 @@ def open_backend(
         obstacle = _tensorrt_obstacle(given or default_folder(str(model), plugins, precision or "fp16"))
         name = "onnxruntime" if obstacle else "tensorrt"
         choice = f"{name} ({obstacle})" if obstacle else name
+    if e4m3_cross and name != "tensorrt":
+        raise BackendError(
+            f"backend {choice} has no e4m3_cross, which is the CUDA decoder's; leave it out, or choose the "
+            "backend tensorrt"
+        )
 
     if name == "torch":
         if precision == "fp8":
@@ -57,7 +63,8 @@ def open_backend(
     if name == "tensorrt":
         from runtime.backends.tensorrt_backend import TensorRTBackend
 
-        return TensorRTBackend(given or default_folder(str(model), plugins, precision or "fp16")), choice
+        folder = given or default_folder(str(model), plugins, precision or "fp16")
+        return TensorRTBackend(folder, e4m3_cross=e4m3_cross), choice
 
     from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 

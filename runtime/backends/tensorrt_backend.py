@@ -133,6 +133,7 @@ class TensorRTBackend(Backend):
         overlap: bool = True,
         device_decoder: bool = True,
         engines: Sequence[Engine] | None = None,
+        e4m3_cross: bool = False,
     ):
         """
         Args:
@@ -142,9 +143,11 @@ class TensorRTBackend(Backend):
             device_decoder: search with the CUDA decoder, greedily and with beams, where the folder has its
                 weights.
             engines: encoder, cross_kv and decoder in place of the folder's own.
+            e4m3_cross: round cross-attention's keys and values to e4m3 for greedy searches of the CUDA
+                decoder, for as many images as `reads_e4m3`. Other searches are as without.
 
         Raises:
-            EngineError: see `Engine.load`.
+            EngineError: see `Engine.load`; or e4m3_cross is asked for, and no search here reads e4m3.
         """
         self.encoder, self.cross_kv, self.decoder = engines or (
             Engine.load(folder, name) for name in ("encoder", "cross_kv", "decoder")
@@ -177,7 +180,18 @@ class TensorRTBackend(Backend):
         self._device_search = None
         if device_decoder and self._kernels is not None:
             self._device_search = DeviceSearch.load(
-                self._kernels, folder, self.manifest, self.device, self.max_batch, self.max_steps
+                self._kernels,
+                folder,
+                self.manifest,
+                self.device,
+                self.max_batch,
+                self.max_steps,
+                e4m3_cross,
+            )
+        if e4m3_cross and not self.reads_e4m3(1):
+            raise EngineError(
+                f"{folder}: no search here reads cross-attention's keys and values in e4m3; build it with "
+                "--plugins fused and --precision fp16 or fp8 on a Hopper GPU, or leave e4m3_cross out"
             )
         _, _, pixels_shape = self.encoder.profile("pixel_values")
         self._cross_shape = (self._heads, encoder.num_tokens, self._head_dim)
@@ -235,6 +249,10 @@ class TensorRTBackend(Backend):
     def _wants_states(self, images: int) -> bool:
         """Whether a greedy search of so many images reads the encoder's states, and no keys and values."""
         return self._device_search is not None and self._device_search.wants_states(images)
+
+    def reads_e4m3(self, images: int) -> bool:
+        """Whether a greedy search of so many images reads cross-attention's keys and values in e4m3."""
+        return self._device_search is not None and self._device_search.reads_e4m3(images)
 
     def largest_batch(self, beams: int, whole: bool = False) -> int:
         return self._max_lines if whole else super().largest_batch(beams)
@@ -335,7 +353,11 @@ class TensorRTBackend(Backend):
         return enqueued
 
     def _replay(self, key: Hashable, run: Callable[[], object], pool) -> None:
-        """`run` as the CUDA graph `key`, the first time as it is; the graph keeps what it returns."""
+        """`run` as the CUDA graph `key`, the first time as it is; the graph keeps what it returns.
+
+        So what `run` allocates once and keeps, as a search does for keys and values of e4m3, is in no graph's
+        memory.
+        """
         captured = self._graphs.use(key)
         if captured:
             captured[0].replay()
@@ -528,14 +550,19 @@ class DeviceSearch:
     Its outputs are one set of tensors for each number of images: addresses are part of the decoder's graphs.
     """
 
-    def __init__(self, decoder: DeviceDecoder, layers: int, most_by_keys: int | None):
+    def __init__(
+        self, decoder: DeviceDecoder, layers: int, most_by_keys: int | None, e4m3_cross: bool = False
+    ):
         """
         Args:
             most_by_keys: images a search by keys and values has at most; None: any number.
+            e4m3_cross: round keys and values to e4m3 for greedy searches that read them so.
         """
         self._decoder = decoder
         self._layers = layers
         self._most_by_keys = most_by_keys
+        self._e4m3_cross = e4m3_cross
+        self._rounded: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
         self._results: dict[tuple[int, int], SearchResult] = {}
 
     @classmethod
@@ -547,6 +574,7 @@ class DeviceSearch:
         device: torch.device,
         max_batch: int,
         max_new_tokens: int,
+        e4m3_cross: bool = False,
     ) -> DeviceSearch | None:
         """None where the folder has no weights for it, or the GPU or the decoder's sizes are not served.
 
@@ -563,10 +591,10 @@ class DeviceSearch:
             return None
         decoder = DeviceDecoder(kernels, weights, config, DEVICE_SLOTS, max_new_tokens)
         if config["hidden_size"] == 32 * config["num_heads"]:
-            return cls(decoder, config["num_layers"], most_by_keys=None)
+            return cls(decoder, config["num_layers"], None, e4m3_cross)
         is_wide = decoder.runs_as_a_kernel(DEVICE_MOST_WIDE, states=False)
         most = DEVICE_MOST_WIDE if is_wide else DEVICE_MOST_CHAIN
-        return cls(decoder, config["num_layers"], most_by_keys=min(most, max_batch))
+        return cls(decoder, config["num_layers"], min(most, max_batch), e4m3_cross)
 
     @property
     def most_images(self) -> int | None:
@@ -591,6 +619,11 @@ class DeviceSearch:
         """Whether a search in so many rows reads the encoder's states, and no keys and values."""
         return self._decoder.attends_to_states and rows > self._most_by_keys
 
+    def reads_e4m3(self, images: int) -> bool:
+        """Whether a greedy search of so many images reads keys and values in e4m3."""
+        by_keys = self.takes(images) and not self.wants_states(images)
+        return self._e4m3_cross and by_keys and self._decoder.takes_e4m3(images)
+
     def __call__(
         self,
         states: torch.Tensor,
@@ -611,11 +644,35 @@ class DeviceSearch:
                 [cross[f"{layer}.encoder.{kind}"] for layer in range(self._layers)]
                 for kind in ("key", "value")
             )
-        if settings.num_beams == 1:
-            self._decoder.run(attended, outputs, stop=request.stops)
-        else:
+        if settings.num_beams > 1:
             self._decoder.search_beams(attended, outputs, settings, request.stops)
+            return result
+        if self.reads_e4m3(images):
+            attended = self._in_e4m3(attended, images)
+        self._decoder.run(attended, outputs, stop=request.stops)
         return result
+
+    def _in_e4m3(
+        self, cross: tuple[list[torch.Tensor], list[torch.Tensor]], images: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Enqueue the rounding of the first `images` lines.
+
+        Args:
+            cross: keys and values, a layer's float16 [lines, H, S, d] each, of the same lines in every call.
+
+        Returns:
+            float8_e4m3fn [images, H, S, d], at the same addresses in every call; valid until the next.
+        """
+        if self._rounded is None:
+            self._rounded = tuple(
+                [torch.empty_like(tensor[: self._most_by_keys], dtype=torch.float8_e4m3fn) for tensor in part]
+                for part in cross
+            )
+        exact, rounded = (
+            tuple([tensor[:images] for tensor in part] for part in parts) for parts in (cross, self._rounded)
+        )
+        self._decoder.round_to_e4m3(exact, rounded)
+        return rounded
 
 
 def _engines(keys: bool) -> Sequence[str]:
