@@ -514,19 +514,9 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
             }
         }
     };
-    // A warp's weights of a turn to L2, a turn ahead: what is on its way to registers is too little for memory.
-    auto const prefetch = [&](int tile)
-    {
-        int const bytes = chunks * kWARP_SIZE * static_cast<int>(sizeof(uint4));
-        if (lane < kTOKEN_TILES && tile + lane < tiles)
-        {
-            sm90::prefetchBulk(weights + static_cast<size_t>(tile + lane) * chunks * kWARP_SIZE, bytes);
-        }
-    };
     uint4 held[kTOKEN_TILES][kBATCH];
     int const firstTile = (blockIdx.x * kWARPS + warp) * kTOKEN_TILES;
     fetch(held, firstTile, 0);
-    prefetch(firstTile);
     for (int i = threadIdx.x; i < width; i += kTHREADS)  // gamma and beta, two elements a word
     {
         norm[i] = static_cast<unsigned const*>(p.link.norm)[i];
@@ -579,7 +569,6 @@ __global__ void __launch_bounds__(kTHREADS, 1) head(HeadParams p)
         for (int tile = firstTile; tile < tiles; tile += stride)
         {
             float c[kTILES][kTOKEN_TILES][4] = {};
-            prefetch(tile + stride);
 #pragma unroll 1
             for (int batch = 0; batch * kBATCH < chunks; ++batch)
             {
