@@ -2,10 +2,13 @@
 
     python -m profiling.gpu_check --model bundled
     python -m profiling.gpu_check --model bundled --sweep     make gpu-sweep: what there is no time for
+    python -m profiling.gpu_check --model bundled,small,base  one after the other, each on a GPU that is free
 
 Every stage is a command of its own: one that fails or takes too long is recorded, and the others go on.
 Stages are in the order of their importance; those for which the time budget is too small are skipped, and
-the summary says so.
+the summary says so. Of several models each has the whole budget, and on several GPUs they are checked side by
+side: they share the host's processors then, which shows in what is bound by them (torch, compile, stock's
+loop).
 
 Exit codes: 0 all stages passed; 1 one failed or was skipped; 2 no GPU, or no such model.
 """
@@ -21,22 +24,29 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 
 from build import PRECISIONS, default_folder
 from profiling import records
 from profiling.models import BUNDLED, find_model
 from profiling.records import ROOT
 from profiling.summary import summarize
-from runtime.gpu import FP8_COMPUTE_CAPABILITY, current_gpu
+from runtime.gpu import FP8_COMPUTE_CAPABILITY, current_gpu, visible_gpus
 
 BATCHES = "1,8,16,64"
 PROFILE, SWEEP_PROFILE = "1,16,64", "1,16,128"
 PRECISION = "fp16"
 SEARCHED = ("encoder", "decoder", "end_to_end")
-BUILD = "CMAKE_GENERATOR=Ninja cmake -S . -B build && cmake --build build --parallel"
+# One at a time, where several models are checked.
+BUILD = (
+    "mkdir -p build && exec flock build/.lock "
+    "sh -c 'CMAKE_GENERATOR=Ninja cmake -S . -B build && cmake --build build --parallel'"
+)
+SCRATCH = Path("build") / "gpu-check"
 
 
 @dataclass(frozen=True)
@@ -67,10 +77,11 @@ class Outcome:
     reason: str | None = None
 
 
-def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
+def stages(folder: Path, name: str, scratch: Path, out: Path, without: Collection[str] = ()) -> list[Stage]:
     """The check of the checkpoint in `folder`, `name` on the command line, most important stages first.
 
-    `out` is the model's folder of results; what depends on no model goes into the one above.
+    `out` is the model's folder of results; what depends on no model goes into the one above. `without`:
+    variants that are not measured, and whose engines are not built.
     """
     stock, fused = (default_folder(str(folder), plugins, PRECISION) for plugins in ("none", "fused"))
     accuracy = _accuracy(fused, stock)
@@ -79,14 +90,15 @@ def stages(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
     layers = ["profiling.layers", "--stock", str(stock), "--fused", str(fused), "--batch", "1,64"]
     layers += ["--repeats", "120"]
     page = [*_bench(name, scratch / "page.json", "page", "stock,fused", "32,64,128"), "--lines", "100"]
-    bench = "stock,fused,fused_steps,fused_e4m3,torch,stock_naive"
+    variants = ("stock", "fused", "fused_steps", "fused_e4m3", "torch", "stock_naive")
+    bench = ",".join(variant for variant in variants if variant not in without)
 
     def if_it_reads(*stages: Stage) -> Sequence[Stage]:  # random weights do not
         return stages if folder == BUNDLED else ()
 
     return [
         Stage("plugins", ["bash", "-c", BUILD], 30),
-        _module("engines", _engines(name, PRECISION, PROFILE), 30),
+        _module("engines", _engines(name, PRECISION, PROFILE, "stock_naive" not in without), 30),
         *if_it_reads(
             _module("accuracy", accuracy, 20, out / "accuracy.json", "--json"),
             *_accuracy_in_e4m3(out / "accuracy.json", fused),
@@ -109,8 +121,9 @@ def _once_a_gpu(out: Path) -> list[Stage]:
     ]
 
 
-def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
+def sweep(folder: Path, name: str, scratch: Path, out: Path, without: Collection[str] = ()) -> list[Stage]:
     """What the check has no time for: more batches and tokens, more peers, fp8, errors tensor by tensor."""
+    naive = "stock_naive" not in without
     peers = _bench(name, scratch / "compile.json", "encoder", "compile,onnxruntime")
     compiled = _bench(name, scratch / "compiled.json", SEARCHED[1:], "compile", "1,16")
     batches = _bench(name, scratch / "batches.json", SEARCHED, "stock,fused,torch", "2,4,32,128")
@@ -129,7 +142,7 @@ def sweep(folder: Path, name: str, scratch: Path, out: Path) -> list[Stage]:
         once = [*_of_trained_weights(folder, name, scratch, out), *_once_a_gpu(out.parent)]
     return [
         Stage("plugins", ["bash", "-c", BUILD], 30),
-        _module("engines", _engines(name, PRECISION, SWEEP_PROFILE), 30),
+        _module("engines", _engines(name, PRECISION, SWEEP_PROFILE, naive), 30),
         _module("compile", peers, 30),
         _module("compiled search", compiled, 60),
         _module("batches", batches, 30),
@@ -181,8 +194,9 @@ def _has_fp8() -> bool:
     return gpu is not None and gpu.has_fp8
 
 
-def _engines(name: str, precision: str, profile: str) -> list[str]:
-    return ["profiling.peers", "--model", name, "--batch", profile, "--precision", precision]
+def _engines(name: str, precision: str, profile: str, naive: bool = True) -> list[str]:
+    command = ["profiling.peers", "--model", name, "--batch", profile]
+    return [*command, *([] if naive else ["--no-naive"]), "--precision", precision]
 
 
 def _module(
@@ -261,16 +275,75 @@ def collect(scratch: Path, out: Path, fresh: bool) -> None:
     unavailable.write_text(json.dumps(list(dict.fromkeys(lines)), indent=1) + "\n", encoding="utf-8")
 
 
+def _same(options: argparse.Namespace) -> list[str]:
+    """The command line of these options but for --model."""
+    words = ["--sweep"] if options.sweep else []
+    for name in ("out", "budget_minutes"):
+        if (value := getattr(options, name)) is not None:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    for name in ("stages", "without"):
+        if values := getattr(options, name):
+            words += [f"--{name}", ",".join(values)]
+    return words
+
+
+def check_all(models: Sequence[str], options: Sequence[str]) -> int:
+    """Check every model in a process of its own with these options: as many at once as there are GPUs.
+
+    With one GPU their output is on the terminal, with several in SCRATCH/<model>.log.
+
+    Returns:
+        The largest of their exit codes.
+    """
+    gpus = visible_gpus()
+    free: SimpleQueue[str] = SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
+
+    def check(model: str) -> int:
+        gpu = free.get()
+        command = [sys.executable, "-m", "profiling.gpu_check", "--model", model, *options]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+        try:
+            if len(gpus) == 1:
+                return subprocess.run(command, env=environment).returncode
+            log = (ROOT / SCRATCH / model.replace("/", "-")).with_suffix(".log")
+            print(f"== {model}: on GPU {gpu}, see {log.relative_to(ROOT)}", flush=True)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("w", encoding="utf-8") as file:
+                status = subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
+            print(f"== {model}: exit status {status}", flush=True)
+            return status
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(max_workers=len(gpus)) as pool:
+        return max(pool.map(check, models))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check and measure everything that wants a GPU.")
-    parser.add_argument("--model", default="bundled", help="bundled, small, base, large (random) or a folder")
+    parser.add_argument(
+        "--model",
+        type=lambda text: text.split(","),
+        default=["bundled"],
+        help="bundled, small, base, large (random) or folders, with commas (default: bundled)",
+    )
     parser.add_argument("--out", type=Path, help="default: results/<gpu>; a folder a model is made in it")
     parser.add_argument("--sweep", action="store_true", help="more batches and tokens, peers, fp8, tensors")
     parser.add_argument("--budget-minutes", type=float, help="default: 10, for the sweep 30")
     parser.add_argument(
         "--stages", type=lambda text: text.split(","), help="only these, with commas (default: all)"
     )
+    parser.add_argument(
+        "--without",
+        type=lambda text: text.split(","),
+        default=[],
+        help="variants that the stages engines and bench leave out, for want of time: stock_naive",
+    )
     options = parser.parse_args(arguments)
+    if unknown := set(options.without) - set(records.VARIANTS):
+        parser.error(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(records.VARIANTS)}")
 
     deadline = time.monotonic() + 60 * (options.budget_minutes or (30 if options.sweep else 10))
     gpu = current_gpu()
@@ -279,7 +352,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "error: no NVIDIA GPU can be used here, and every stage of the check wants one", file=sys.stderr
         )
         return 2
-    folder = find_model(options.model)
+    if len(options.model) > 1:
+        return check_all(options.model, _same(options))
+    name = options.model[0]
+    folder = find_model(name)
     if not folder.is_dir():
         print(f"error: {folder} does not exist: give bundled, an architecture or a folder", file=sys.stderr)
         return 2
@@ -287,10 +363,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)  # so that the recorded commands have no path of this machine
     out = parent / folder.resolve().name
     out.mkdir(parents=True, exist_ok=True)
-    scratch = Path("build") / "gpu-check"
+    scratch = SCRATCH / out.name
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    plan = (sweep if options.sweep else stages)(folder, options.model, scratch, out)
+    plan = (sweep if options.sweep else stages)(folder, name, scratch, out, options.without)
     if unknown := set(options.stages or ()) - {stage.name for stage in plan}:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in plan)}")
     outcomes = [

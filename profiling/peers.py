@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"of {', '.join(PRECISIONS)}; the naive export in the first, unless that is fp8 (default: fp16)",
     )
     parser.add_argument("--batch", type=batch_range, default=(1, 16, 64), help="default: 1,16,64")
+    parser.add_argument("--no-naive", action="store_true", help="without the naive export's engine")
     options = parser.parse_args(arguments)
     if unknown := set(options.precision) - set(PRECISIONS):
         parser.error(f"no precision {', '.join(sorted(unknown))}; there are {', '.join(PRECISIONS)}")
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if (precision, plugins) != ("fp8", "none"):  # only fused encoders have fp8
                     build(model, plugins, precision, options.batch)
             first = options.precision[0]
-            if first != "fp8":
+            if first != "fp8" and not options.no_naive:
                 build_naive(model, first, options.batch, naive_folder(model, first))
     except (BuildError, CheckpointError, SurgeryError, TensorRTError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

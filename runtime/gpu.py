@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 
@@ -60,6 +61,17 @@ def current_gpu() -> Gpu | None:
     except RuntimeError:
         return None
     return Gpu(name, f"{major}.{minor}", f"{version // 1000}.{version % 1000 // 10}")
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES would be for each GPU that can be used."""
+    from cuda.bindings import driver
+
+    if current_gpu() is None:
+        return []
+    _, count = driver.cuDeviceGetCount()
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:count] or [str(number) for number in range(count)]
 
 
 def driver_version() -> str | None:

@@ -265,6 +265,13 @@ def test_stages_of_the_gpu_check(tmp_path: Path):
     of_text = ("accuracy", "page", "load")
     assert random == [name for name in bundled if name not in (*of_text, "tests")]
     assert "--lines 100" in " ".join(bundled["page"]) and "--batch 32" in " ".join(bundled["page"])
+    for make, stage in ((stages, "bench"), (sweep, "compile")):
+        naive, without = (
+            {stage.name: stage.command for stage in make(BUNDLED, "bundled", tmp_path, tmp_path, left_out)}
+            for left_out in ((), ("stock_naive",))
+        )
+        assert "--no-naive" in without["engines"] and "--no-naive" not in naive["engines"]
+        assert "naive" not in " ".join(without[stage])
 
 
 def test_accuracy_in_e4m3_is_put_beside_the_other(tmp_path: Path, monkeypatch):
@@ -612,6 +619,26 @@ def test_the_floor_of_e4m3_has_fewer_bytes(checkpoint, monkeypatch):
 def test_gpu_check_without_gpu(capsys):
     assert gpu_check([]) == 2
     assert capsys.readouterr().err.startswith("error: no NVIDIA GPU")
+
+
+@pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: the checks would run")
+def test_gpu_check_of_several_models(monkeypatch, capfd):
+    """Each in a process of its own, with the same options, on a GPU of its own; the worst code counts."""
+    options = ["--sweep", "--budget-minutes", "0.5", "--stages", "bench,page", "--without", "stock_naive"]
+    monkeypatch.setattr("profiling.gpu_check.visible_gpus", lambda: ["3", "GPU-7"])
+    monkeypatch.setattr("profiling.gpu_check.current_gpu", lambda: Gpu("NVIDIA H200", "9.0", "13.0"))
+    assert gpu_check(["--model", "bundled,no/such/folder", *options]) == 2
+    output = capfd.readouterr().out
+    assert output.count("exit status 2") == 2 and "on GPU 3" in output and "on GPU GPU-7" in output
+    for log in ("bundled.log", "no-such-folder.log"):
+        text = (ROOT / "build" / "gpu-check" / log).read_text()
+        assert text.startswith("error: no NVIDIA GPU can be used here")
+    monkeypatch.setattr("profiling.gpu_check.visible_gpus", lambda: ["0"])
+    assert gpu_check(["--model", "bundled,small", *options]) == 2
+    assert capfd.readouterr().err.count("error: no NVIDIA GPU can be used here") == 2
+    with pytest.raises(SystemExit):
+        gpu_check(["--without", "naive"])
+    assert "no variant naive" in capfd.readouterr().err
 
 
 def test_gpu_check_records_every_kind_of_stage(capfd):
