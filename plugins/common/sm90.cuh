@@ -397,6 +397,7 @@ __device__ __forceinline__ uint4 loadShared(uint32_t address)
     return v;
 }
 
+//! ld.shared.v2: 8 bytes.
 __device__ __forceinline__ uint2 loadSharedPair(uint32_t address)
 {
     uint2 v;
