@@ -14,6 +14,7 @@ Exit codes: 0 built or up to date; 2 wrong use or input; 3 graphs written, but n
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -331,11 +332,23 @@ def _build_folder(
                 timing_cache or out.parent / "timing.cache",
             )
         manifest.write(folder)
-        if out.exists():
-            out.rename(Path(scratch) / "replaced")
-        folder.rename(out)
+        _exchange(folder, out, Path(scratch))
     what = f"engines for {gpu.name}" if trt else "graphs, no engines"
     print(f"{out}: built ({what})")
+
+
+def _exchange(folder: Path, out: Path, scratch: Path) -> None:
+    """Put `folder` in the place of `out`, which goes to `scratch`."""
+    for attempt in itertools.count():
+        if out.exists():
+            out.rename(scratch / f"replaced-{attempt}")
+        try:
+            folder.rename(out)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Another process has built the same folder, and was first by a moment: replace that one.
 
 
 def _load_spec(model: str) -> ModelSpec:

@@ -203,6 +203,31 @@ def test_interrupted_build_leaves_the_old_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_another_process_builds_the_same_folder_at_once(
+    model: str, tmp_path: Path, monkeypatch, before: bool
+):
+    """It puts its folder there a moment before this one would: the later one takes its place."""
+    options = {"plugins": "none", "precision": "fp32", "out": tmp_path / "engines", "onnx_only": True}
+    if before:
+        build(model, **options)
+    rename = Path.rename
+    others = [tmp_path / "engines"]
+
+    def other_first(self: Path, target: Path) -> Path:
+        if target in others:
+            shutil.copytree(self, others.pop())
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", other_first)
+    build(model, **options, force=True)
+    assert others == []
+    manifest = Manifest.read(tmp_path / "engines")
+    for name in manifest.files:
+        manifest.check_file(tmp_path / "engines", name)
+    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
+
+
 @without_gpu
 def test_without_gpu(model: str, tmp_path: Path, capsys):
     arguments = ["--model", model, "--precision", "fp32", "--out", str(tmp_path / "engines")]
