@@ -128,7 +128,7 @@ def build(
             _build_folder(out, inputs, command, model, chosen, images, gpu, trt, timing_cache, reusable)
         except OSError as error:
             raise BuildError(
-                f"{out}: cannot be built ({error}); see to the disk and its permissions, or give another --out"
+                f"{out}: cannot be built ({error}); see to the disk, or give another --out"
             ) from error
     if not (trt or onnx_only):
         raise NoEngines(
@@ -232,7 +232,7 @@ def _built_before(out: Path) -> Manifest | None:
     except ManifestError as error:
         if any(out.iterdir()):
             raise BuildError(
-                f"{error}; this one is not replaced, for it may be another's: remove it, or give another --out"
+                f"{error}; this one may be another's, and is kept: remove it, or give another --out"
             ) from None
         return None
 
