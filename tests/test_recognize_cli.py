@@ -1,6 +1,7 @@
 """The command line: in a process of its own where that matters, else in this one, which is quicker."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,17 @@ def test_wrong_use(
     assert recognize.main(arguments) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {message.format(**places)}")
+
+
+def test_long_command_line():
+    """ONNX Runtime's telemetry crashes on it at import, and is switched off for that and for privacy."""
+    code = "import runtime.backends.onnxruntime_backend, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    names = [f"/a/folder/of/images/line-{number}.jpg" for number in range(3000)]
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert (run.returncode, run.stdout) == (0, "1\n"), run.stderr
 
 
 @pytest.mark.parametrize(("option", "asked"), [([], False), (["--e4m3-cross"], True)])
