@@ -14,6 +14,7 @@ Exit codes: 0 built or up to date; 2 wrong use or input; 3 graphs written, but n
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -119,10 +120,16 @@ def build(
             "gpu": [gpu.name, gpu.compute_capability],
             "plugin library": sha256(library) if library else None,
         }
-    if force or not _up_to_date(out, inputs):
+    built = _built_before(out)
+    if force or not (built and _up_to_date(out, built, inputs)):
         reusable = None if force else _graphs_of_equal_inputs(out, inputs)
         gpu = gpu if trt else None
-        _build_folder(out, inputs, command, model, chosen, images, gpu, trt, timing_cache, reusable)
+        try:
+            _build_folder(out, inputs, command, model, chosen, images, gpu, trt, timing_cache, reusable)
+        except OSError as error:
+            raise BuildError(
+                f"{out}: cannot be built ({error}); see to the disk, or give another --out"
+            ) from error
     if not (trt or onnx_only):
         raise NoEngines(
             f"engines not built: {why_no_engines}; the graphs in {out} run on ONNX Runtime "
@@ -211,17 +218,27 @@ def _graph_inputs(
     }
 
 
-def _up_to_date(out: Path, inputs: Mapping[str, Any]) -> bool:
-    """Whether the folder was built from these inputs and is complete. Says so, or what differs."""
+def _built_before(out: Path) -> Manifest | None:
+    """The manifest of the folder that a build would replace; None where there is none, or an empty one.
+
+    Only a folder of ours may be replaced, with --force as well: --out may name anything.
+    """
     if not out.exists():
-        return False
+        return None
+    if not out.is_dir():
+        raise BuildError(f"{out}: a file; give another --out, of a folder")
     try:
-        manifest = Manifest.read(out)
+        return Manifest.read(out)
     except ManifestError as error:
-        # Only a folder of ours may be replaced: --out may name anything.
         if any(out.iterdir()):
-            raise BuildError(f"{error}; or give another --out") from None
-        return False
+            raise BuildError(
+                f"{error}; this one may be another's, and is kept: remove it, or give another --out"
+            ) from None
+        return None
+
+
+def _up_to_date(out: Path, manifest: Manifest, inputs: Mapping[str, Any]) -> bool:
+    """Whether the folder was built from these inputs and is complete. Says so, or what differs."""
     changed = [name for name, value in inputs.items() if manifest.inputs.get(name) != value]
     changed += [name for name in manifest.files if not (out / name).is_file()]
     if changed:
@@ -315,11 +332,23 @@ def _build_folder(
                 timing_cache or out.parent / "timing.cache",
             )
         manifest.write(folder)
-        if out.exists():
-            out.rename(Path(scratch) / "replaced")
-        folder.rename(out)
+        _exchange(folder, out, Path(scratch))
     what = f"engines for {gpu.name}" if trt else "graphs, no engines"
     print(f"{out}: built ({what})")
+
+
+def _exchange(folder: Path, out: Path, scratch: Path) -> None:
+    """Put `folder` in the place of `out`, which goes to `scratch`."""
+    for attempt in itertools.count():
+        if out.exists():
+            out.rename(scratch / f"replaced-{attempt}")
+        try:
+            folder.rename(out)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Another process has built the same folder, and was first by a moment: replace that one.
 
 
 def _load_spec(model: str) -> ModelSpec:

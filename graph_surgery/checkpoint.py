@@ -55,6 +55,25 @@ WEIGHT_FILES = (WEIGHTS, f"{WEIGHTS}.index.json", PICKLED_WEIGHTS, f"{PICKLED_WE
 
 ACTIVATIONS = {"encoder.hidden_act": ("gelu",), "decoder.activation_function": ("gelu", "relu")}
 
+SIZES = {
+    "encoder": (
+        "image_size",
+        "patch_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    ),
+    "decoder": (
+        "vocab_size",
+        "d_model",
+        "decoder_layers",
+        "decoder_attention_heads",
+        "decoder_ffn_dim",
+        "max_position_embeddings",
+    ),
+}
+
 # Tokens before the patches: ViT has a class token, DeiT a distillation token as well.
 SPECIAL_TOKENS = {"vit": 1, "deit": 2}
 
@@ -201,6 +220,8 @@ def load_spec(model: str | Path) -> ModelSpec:
             f"{folder} names no {'decoder_start_token_id' if start is None else 'eos_token_id'}: "
             "add it to generation_config.json"
         )
+    pad = eos_token_ids[0] if eos_token_ids and generation.pad_token_id is None else generation.pad_token_id
+    _check_tokens(folder, decoder.vocab_size, start, eos_token_ids, pad)
     return ModelSpec(
         name=Path(model).resolve().name,
         source=folder,
@@ -233,10 +254,10 @@ def load_spec(model: str | Path) -> ModelSpec:
         ),
         decoder_start_token_id=start,
         eos_token_ids=eos_token_ids,
-        pad_token_id=eos_token_ids[0] if generation.pad_token_id is None else generation.pad_token_id,
+        pad_token_id=pad,
         bos_token_id=generation.bos_token_id,
         # The last token is not fed back, so it needs no position.
-        max_length=min(_max_length(generation), decoder.max_position_embeddings + 1),
+        max_length=min(_max_length(generation, folder), decoder.max_position_embeddings + 1),
     )
 
 
@@ -367,6 +388,15 @@ def _check_architecture(raw: dict, file: Path) -> None:
 def _check_fields(config: VisionEncoderDecoderConfig, file: Path) -> None:
     """Refuses what the graphs have no place for, where Hugging Face's classes would take it."""
     encoder, decoder = config.encoder, config.decoder
+    for section, names in SIZES.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if len(numbers) != (2 if numbers is value else 1) or not all(map(_is_positive, numbers)):
+                raise CheckpointError(
+                    f"{file}: {section}.{name} is {value!r}, and sizes begin at 1 (an image's or a patch's "
+                    "may be height and width); correct the value or fetch the file again"
+                )
     if encoder.num_channels != 3:
         raise CheckpointError(
             f"{file}: encoder.num_channels is {encoder.num_channels}; only 3 (RGB) can be used"
@@ -393,6 +423,10 @@ def _check_fields(config: VisionEncoderDecoderConfig, file: Path) -> None:
         )
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
 def _pair(size: int | list[int]) -> tuple[int, int]:
     """(height, width) of a configuration's size, which is one number where both are equal."""
     height, width = (size, size) if isinstance(size, int) else size
@@ -410,11 +444,28 @@ def _generation_config(folder: Path) -> GenerationConfig:
         raise CheckpointError(f"{file}: {error}; correct the value or fetch the file again") from error
 
 
-def _max_length(generation: GenerationConfig) -> int:
+def _check_tokens(folder: Path, vocab_size: int, start: object, eos: tuple, pad: object) -> None:
+    """Refuses ids that the decoder has no embedding for: it would read behind its table."""
+    named = {"decoder_start_token_id": [start], "eos_token_id": list(eos), "pad_token_id": [pad]}
+    for field, ids in named.items():
+        if not ids or not all(isinstance(token, int) and 0 <= token < vocab_size for token in ids):
+            raise CheckpointError(
+                f"{folder}: {field} is {ids if len(ids) != 1 else repr(ids[0])}, and config.json has a "
+                f"vocabulary of {vocab_size} tokens; correct it in generation_config.json"
+            )
+
+
+def _max_length(generation: GenerationConfig, folder: Path) -> int:
     """`generate`'s limit for a decoder prompt of one token; max_new_tokens goes before max_length."""
     if generation.max_new_tokens is not None:
         return 1 + generation.max_new_tokens
-    return 1 + DEFAULT_NEW_TOKENS if generation.max_length is None else generation.max_length
+    length = 1 + DEFAULT_NEW_TOKENS if generation.max_length is None else generation.max_length
+    if not isinstance(length, int) or length < 2:
+        raise CheckpointError(
+            f"{folder}: max_length is {length!r}, and a text has at least the start token and one more; "
+            "correct it in generation_config.json"
+        )
+    return length
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -225,6 +225,9 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: no CUDA GPU; the decoder runs on one only", file=sys.stderr)
+        return 2
     kernels = load_kernels()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.cuda.set_stream(torch.cuda.Stream())

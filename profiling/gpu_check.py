@@ -293,12 +293,15 @@ def check_all(models: Sequence[str], options: Sequence[str]) -> int:
     With one GPU their output is on the terminal, with several in SCRATCH/<model>.log.
 
     Returns:
-        The largest of their exit codes.
+        The largest of their exit codes; 1 for a process that a signal ended.
     """
     gpus = visible_gpus()
     free: SimpleQueue[str] = SimpleQueue()
     for gpu in gpus:
         free.put(gpu)
+
+    def exit_code(status: int) -> int:
+        return status if status >= 0 else 1  # minus a signal's number would be less than success
 
     def check(model: str) -> int:
         gpu = free.get()
@@ -306,14 +309,14 @@ def check_all(models: Sequence[str], options: Sequence[str]) -> int:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
         try:
             if len(gpus) == 1:
-                return subprocess.run(command, env=environment).returncode
-            log = (ROOT / SCRATCH / model.replace("/", "-")).with_suffix(".log")
+                return exit_code(subprocess.run(command, env=environment).returncode)
+            log = ROOT / SCRATCH / f"{model.replace('/', '-')}.log"
             print(f"== {model}: on GPU {gpu}, see {log.relative_to(ROOT)}", flush=True)
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w", encoding="utf-8") as file:
                 status = subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
             print(f"== {model}: exit status {status}", flush=True)
-            return status
+            return exit_code(status)
         finally:
             free.put(gpu)
 
@@ -344,6 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.without) - set(records.VARIANTS):
         parser.error(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(records.VARIANTS)}")
+    if "" in options.model or len(set(options.model)) < len(options.model):
+        parser.error(f"--model {','.join(options.model)}: names with commas between them, each once")
 
     deadline = time.monotonic() + 60 * (options.budget_minutes or (30 if options.sweep else 10))
     gpu = current_gpu()

@@ -643,6 +643,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             texts = {name: _report(name, language) for name, language in PAGES.items()}
             for name, text in texts.items():
                 (ROOT / name).write_text(text, encoding="utf-8")
+        elif not options.folder.is_dir():
+            raise RecordError(f"{options.folder}: no such folder; name one of results/<gpu>/<model>")
         else:
             text = summarize(options.folder)
             (options.folder / "summary.md").write_text(text, encoding="utf-8")

@@ -15,22 +15,24 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import lzma
+import os
 import sys
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jinja2
-from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
 from runtime.archive import unpack
-from runtime.images import SUFFIXES
+from runtime.images import SUFFIXES, load_image
 from runtime.metrics import Accuracy, LineErrors, accuracy, by_length, line_errors
 from runtime.recognize import (
     Labels,
@@ -83,8 +85,8 @@ def open_data(data: Path) -> Iterator[Path]:
         try:
             with tarfile.open(data) as archive:
                 unpack(archive, Path(folder))
-        except (OSError, tarfile.TarError) as error:
-            reason = str(error).splitlines()[0].rstrip(":")
+        except (OSError, tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
             raise UsageError(f"{data}: {reason}; give a folder of images, or a tar file of one") from error
         yield Path(folder)
 
@@ -138,6 +140,8 @@ def evaluate(options: argparse.Namespace) -> int:
     """Do what the command line asks; returns the exit status."""
     check_output(options.json)
     check_output(options.html)
+    if options.json and options.html and os.path.realpath(options.json) == os.path.realpath(options.html):
+        raise UsageError(f"{options.html}: both --json and --html; name two files")
     with open_data(options.data) as folder:
         images = labelled_images(folder, options.labels, options.data)
         recognizer = open_recognizer(options)
@@ -146,14 +150,14 @@ def evaluate(options: argparse.Namespace) -> int:
         seconds = time.perf_counter() - begin
 
         report = summarize(lines, seconds, options, recognizer)
+        for line in lines:
+            if line.error:
+                print(f"error: {line.error}", file=sys.stderr)
+        print_summary(report, options.worst)
+        if options.json:
+            write_json(options.json, report)
         if options.html:
             write_text(options.html, page(report, lines))
-    if options.json:
-        write_json(options.json, report)
-    for line in lines:
-        if line.error:
-            print(f"error: {line.error}", file=sys.stderr)
-    print_summary(report, options.worst)
     return 1 if report["failed"] else 0
 
 
@@ -255,22 +259,30 @@ def page(report: dict, lines: Sequence[Line]) -> str:
 
 
 def data_uri(path: Path) -> str:
-    """The image as a URI that holds it; the file's own bytes where browsers show them."""
+    """The image as a URI that holds it; the file's own bytes where browsers show them, else what was read."""
     kind = BROWSER_TYPES.get(path.suffix.lower())
-    content = path.read_bytes()
     if kind is None:
         buffer = io.BytesIO()
-        with Image.open(path) as image:
-            image.convert("RGB").save(buffer, "PNG")
+        load_image(path).save(buffer, "PNG")
         kind, content = "png", buffer.getvalue()
+    else:
+        content = path.read_bytes()
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _count(text: str) -> int:
+    """Parse --worst."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m runtime.evaluate",
         description="Measure the accuracy of a checkpoint on labelled lines.",
-        epilog="exit status: 0 all images were read; 1 some were not; 2 wrong use, or something unusable",
+        epilog="exit status: 0 all images were read; 1 some were not; 2 wrong use, or something unusable; "
+        "130 interrupted",
     )
     add_recognizer_arguments(parser)
     parser.add_argument(
@@ -280,7 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--labels", type=Path, metavar="TSV", help=f"image, tab, text (default: {LABELS} in the data)"
     )
     parser.add_argument("--ignore-case", action="store_true", help="compare in upper case")
-    parser.add_argument("--worst", type=int, default=10, metavar="N", help="lines with errors to print (10)")
+    parser.add_argument(
+        "--worst", type=_count, default=10, metavar="N", help="lines with errors to print (10)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and records, worst first")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page with the images of wrong lines"

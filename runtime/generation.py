@@ -17,6 +17,7 @@ from runtime.search import (
     SearchRequest,
     SearchSettings,
     ban_repeated_ngrams,
+    length_penalties,
     make_generation,
 )
 
@@ -126,7 +127,8 @@ class Decoder:
     backend can do so.
 
     Raises:
-        GenerationError: the backend's cache has no room for `max_new_tokens`, or its engines for `num_beams`.
+        GenerationError: the backend's cache has no room for `max_new_tokens`, or its engines for `num_beams`;
+            or no number holds the penalties of such lengths.
     """
 
     def __init__(self, backend: Backend, max_new_tokens: int, settings: SearchSettings = GREEDY):
@@ -140,6 +142,8 @@ class Decoder:
                 f"num_beams is {settings.num_beams}, and the {backend.name} engine decodes at most "
                 f"{backend.max_rows} rows; choose fewer, or build the engine with --num-beams"
             )
+        if settings.num_beams > 1:  # in greedy search there are none
+            length_penalties(max_new_tokens, settings.length_penalty)
         self.backend = backend
         self.max_new_tokens = max_new_tokens
         self.settings = settings

@@ -101,7 +101,12 @@ def load_pixels(source: ImageSource, name: str | None = None) -> np.ndarray:
 
 def _load_file(path: Path, name: str) -> Image.Image:
     try:
-        image = Image.open(path, formats=FORMATS)
+        # Opened here: a file that Pillow opens by its name it may map into memory, and then it scrambles the
+        # rows of a grey TIFF that is stored lying on its side (Pillow 13.0.0).
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+            return _decode(image, name)
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file; check the path") from None
     except IsADirectoryError:
@@ -113,8 +118,6 @@ def _load_file(path: Path, name: str) -> Image.Image:
         raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; cut it into text lines") from None
     except Exception as error:  # Pillow's readers raise whatever a malformed header makes them stumble on
         raise ImageError(f"{name}: cannot be read ({error}); save it again") from error
-    with image:
-        return _decode(image, name)
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:

@@ -82,7 +82,7 @@ class Manifest:
         """Read `folder`/manifest.json.
 
         Raises:
-            ManifestError: no such file, not JSON, another format, or a field missing.
+            ManifestError: no such file, not JSON, another format, or a field missing or of another kind.
         """
         path = Path(folder) / FILE_NAME
         try:
@@ -106,8 +106,19 @@ class Manifest:
             raise ManifestError(
                 f"{path}: fields missing or unknown: {wrong}; build the folder again: python build.py"
             )
-        content["fused_ops"] = [FusedOp(**op) for op in content["fused_ops"]]
-        content["batch"] = tuple(content["batch"])
+        try:
+            content["fused_ops"] = [FusedOp(**op) for op in content["fused_ops"]]
+            content["batch"] = tuple(content["batch"])
+        except TypeError as error:
+            raise ManifestError(
+                f"{path}: damaged fused_ops or batch ({error}); build the folder again: python build.py"
+            ) from None
+        for name in ("inputs", "engines", "files"):
+            if not isinstance(content[name], dict):
+                raise ManifestError(
+                    f"{path}: {name} is {content[name]!r:.40}, not an object; build the folder again: "
+                    "python build.py"
+                )
         return cls(**content)
 
     def write(self, folder: Path) -> None:

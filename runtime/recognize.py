@@ -11,6 +11,7 @@ and recognising them, not loading the model.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -78,7 +79,8 @@ class Labels:
 
     def __init__(self, file: Path):
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            # Not splitlines(): it also ends lines at form feeds and the like, which a text may hold.
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{file}: {error}; give a UTF-8 text file: image, tab, text") from error
         self.texts: dict[str, str] = {}
@@ -147,9 +149,9 @@ def recognize(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - begin
 
     report = summarize(records, seconds, options, recognizer)
+    print(closing_line(report, recognizer.backend_choice))
     if options.json:
         write_json(options.json, report)
-    print(closing_line(report, recognizer.backend_choice))
     return 1 if report["failed"] else 0
 
 
@@ -236,6 +238,15 @@ def check_output(file: Path | None) -> None:
         raise UsageError(f"{file}: there is no folder {file.parent}; make it first")
     if file and file.is_dir():
         raise UsageError(f"{file}: a folder; name the file to write")
+    if file and file.exists() and not file.is_file():  # root would replace even /dev/stdout
+        raise UsageError(f"{file}: a device or pipe; name a file to write")
+    if file:
+        partial = _partial(file)
+        try:
+            partial.touch()
+            partial.unlink()
+        except OSError as error:
+            raise _unwritable(file, error) from error
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -243,10 +254,27 @@ def write_json(file: Path, content: dict) -> None:
 
 
 def write_text(file: Path, content: str) -> None:
-    """Write the file whole or not at all."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, file)
+    """Write the file whole or not at all; of a link, the file that it leads to."""
+    partial = _partial(file)
+    try:
+        # The name of an image need not be UTF-8: Python has a surrogate for a byte that is not, and its
+        # escape \udc.. stands for just that in JSON.
+        partial.write_text(content, encoding="utf-8", errors="backslashreplace")
+        os.replace(partial, os.path.realpath(file))
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(file: Path) -> Path:
+    """Where the file is written first, in the same folder."""
+    target = Path(os.path.realpath(file))
+    return target.with_name(f".{target.name}.{os.getpid()}.partial")
+
+
+def _unwritable(file: Path, error: OSError) -> UsageError:
+    return UsageError(f"{file}: cannot be written ({error.strerror}); name a file elsewhere")
 
 
 def warn(message: str) -> None:
@@ -279,9 +307,20 @@ def run(
     arguments: Sequence[str] | None,
 ) -> int:
     """Parse and do; what is unusable is one line on stderr and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A text or a file's name that the terminal has no characters for must not end the run.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command(parser.parse_args(arguments))
-    except UNUSABLE as error:
+        status = command(parser.parse_args(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads the output has enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except (*UNUSABLE, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -290,7 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m runtime.recognize",
         description="Read the text of images of text lines.",
-        epilog="exit status: 0 all images were read; 1 some were not; 2 wrong use, or something unusable",
+        epilog="exit status: 0 all images were read; 1 some were not; 2 wrong use, or something unusable; "
+        "130 interrupted",
     )
     parser.add_argument("images", nargs="+", metavar="PATH", help="image file, folder or glob")
     add_recognizer_arguments(parser, model=str(BUNDLED_MODEL))

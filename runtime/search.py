@@ -57,6 +57,9 @@ class SearchSettings:
 
 GREEDY = SearchSettings()
 
+PENALTIES = 1e-30, 1e30
+"""What a log-probability may be divided by."""
+
 
 @dataclass(frozen=True)
 class SearchRequest:
@@ -98,7 +101,15 @@ def length_penalties(max_new_tokens: int, exponent: float) -> torch.Tensor:
     """float32 [1 + max_new_tokens]: what the log-probability of so many tokens is divided by.
 
     Python's own powers, in double precision, rounded once.
+
+    Raises GenerationError for an exponent whose powers, or quotients by them, float32 does not hold.
     """
+    smallest, largest = PENALTIES
+    if not math.log(smallest) <= exponent * math.log(max_new_tokens) <= math.log(largest):
+        raise GenerationError(
+            f"length_penalty is {exponent}, and lines may have {max_new_tokens} tokens: this power of it is "
+            f"not between {smallest} and {largest}; choose one nearer to 0"
+        )
     penalties = [max(length, 1) ** exponent for length in range(1 + max_new_tokens)]
     return torch.tensor(penalties, dtype=torch.float32)
 

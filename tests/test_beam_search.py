@@ -1,6 +1,7 @@
 """Beam search against Hugging Face's `generate`: same tokens and scores, on random and on trained weights."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -236,6 +237,16 @@ def test_repeated_ngrams_are_banned():
 def test_settings_that_mean_nothing(settings: dict, message: str):
     with pytest.raises(GenerationError, match=message):
         SearchSettings(**settings)
+
+
+@pytest.mark.parametrize("penalty", [1e300, 1000.0, 30.0, -30.0, -1000.0])
+def test_length_penalty_that_no_number_holds(penalty: float, checkpoint: Callable[[str], Path]):
+    """Its powers overflow, or all hypotheses become equally bad."""
+    backend = TorchBackend(load_spec(checkpoint("small")))
+    with pytest.raises(GenerationError, match=r"length_penalty is .*20 tokens.*; choose one nearer to 0"):
+        Decoder(backend, 20, SearchSettings(2, length_penalty=penalty))
+    Decoder(backend, 20, SearchSettings(2, length_penalty=math.copysign(9, penalty)))
+    Decoder(backend, 20, SearchSettings(1, length_penalty=penalty))  # of beam search only
 
 
 def test_more_candidates_than_tokens(checkpoint: Callable[[str], Path]):

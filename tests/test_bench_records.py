@@ -641,6 +641,52 @@ def test_gpu_check_of_several_models(monkeypatch, capfd):
     assert "no variant naive" in capfd.readouterr().err
 
 
+@pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: the checks would run")
+@pytest.mark.parametrize("gpus", [["0"], ["0", "1"]])
+def test_gpu_check_that_a_signal_ends(gpus: list[str], monkeypatch, capfd):
+    """As where memory runs out: its status, -9, is less than that of success. Logs have the whole names."""
+    logs = []
+
+    def killed(command: list[str], **options) -> subprocess.CompletedProcess:
+        logs.append(getattr(options.get("stdout"), "name", None))
+        return subprocess.CompletedProcess(command, -9 if "trocr-1.5" in command else 0)
+
+    monkeypatch.setattr("profiling.gpu_check.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("profiling.gpu_check.current_gpu", lambda: Gpu("NVIDIA H200", "9.0", "13.0"))
+    monkeypatch.setattr("profiling.gpu_check.subprocess.run", killed)
+    assert gpu_check(["--model", "trocr-1.5,trocr-1.6"]) == 1
+    if len(gpus) > 1:
+        assert sorted(Path(log).name for log in logs) == ["trocr-1.5.log", "trocr-1.6.log"]
+
+
+@pytest.mark.parametrize("models", ["", "bundled,", "small,bundled,small"])
+def test_gpu_check_of_wrong_models(models: str, capsys):
+    """An empty name would be the current folder; twice the same would write the same files at once."""
+    with pytest.raises(SystemExit) as caught:
+        gpu_check(["--model", models])
+    assert caught.value.code == 2
+    assert f"--model {models}: names with commas between them, each once" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU: it would be measured")
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("profiling.device_decoder", [], "error: no CUDA GPU; the decoder runs on one only"),
+        (
+            "profiling.summary",
+            ["no/such/folder"],
+            "error: no/such/folder: no such folder; name one of results",
+        ),
+    ],
+)
+def test_one_error_and_no_traceback(module: str, arguments: list[str], message: str):
+    command = [sys.executable, "-m", module, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith(message) and len(result.stderr.splitlines()) == 1
+
+
 def test_gpu_check_records_every_kind_of_stage(capfd):
     def stage(name: str, code: str, least_seconds: float = 0) -> Stage:
         return Stage(name, [sys.executable, "-c", code], least_seconds)

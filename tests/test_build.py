@@ -176,8 +176,16 @@ def test_missing_file_builds_again(model: str, tmp_path: Path, capsys):
     assert (tmp_path / "engines" / "decoder.onnx").is_file()
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
-def test_interrupted_build_leaves_the_old_folder(model: str, tmp_path: Path, monkeypatch, interruption):
+@pytest.mark.parametrize(
+    ("interruption", "raised"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError, BuildError)]
+)
+def test_interrupted_build_leaves_the_old_folder(
+    model: str,
+    tmp_path: Path,
+    monkeypatch,
+    interruption: type[BaseException],
+    raised: type[BaseException],
+):
     options = {"plugins": "none", "precision": "fp32", "out": tmp_path / "engines", "onnx_only": True}
     build(model, **options)
     before = snapshot(tmp_path / "engines")
@@ -187,11 +195,36 @@ def test_interrupted_build_leaves_the_old_folder(model: str, tmp_path: Path, mon
         raise interruption
 
     monkeypatch.setattr(Manifest, "write", interrupt)
-    with pytest.raises(interruption):
+    with pytest.raises(raised):
         build(model, **options, force=True)
-    with pytest.raises(interruption):
+    with pytest.raises(raised):
         build(model, **(options | {"out": tmp_path / "new"}))
     assert snapshot(tmp_path / "engines") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_another_process_builds_the_same_folder_at_once(
+    model: str, tmp_path: Path, monkeypatch, before: bool
+):
+    """It puts its folder there a moment before this one would: the later one takes its place."""
+    options = {"plugins": "none", "precision": "fp32", "out": tmp_path / "engines", "onnx_only": True}
+    if before:
+        build(model, **options)
+    rename = Path.rename
+    others = [tmp_path / "engines"]
+
+    def other_first(self: Path, target: Path) -> Path:
+        if target in others:
+            shutil.copytree(self, others.pop())
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", other_first)
+    build(model, **options, force=True)
+    assert others == []
+    manifest = Manifest.read(tmp_path / "engines")
+    for name in manifest.files:
+        manifest.check_file(tmp_path / "engines", name)
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 
 
@@ -238,11 +271,26 @@ def test_out_with_several_plugins(capsys):
     assert exit_.value.code == 2
 
 
-def test_foreign_folder_is_not_replaced(model: str, tmp_path: Path):
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("manifest", [None, '{"name": "a web page"}'])
+def test_foreign_folder_is_not_replaced(model: str, tmp_path: Path, force: bool, manifest: str | None):
     (tmp_path / "thesis.txt").write_text("years of work")
+    if manifest:
+        (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(BuildError, match="another --out"):
-        build(model, out=tmp_path, onnx_only=True)
+        build(model, out=tmp_path, onnx_only=True, force=force)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_file_is_not_replaced(model: str, tmp_path: Path, capsys, force: list[str]):
+    out = tmp_path / "thesis.txt"
+    out.write_text("years of work")
+    assert main(["--model", model, "--onnx-only", "--out", str(out), *force]) == 2
+    assert capsys.readouterr().err == f"error: {out}: a file; give another --out, of a folder\n"
+    assert main(["--model", model, "--onnx-only", "--out", str(out / "below"), *force]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {out / 'below'}: cannot be built (")
+    assert out.read_text() == "years of work"
 
 
 def test_truncated_weights(model: str, tmp_path: Path, capsys):

@@ -355,6 +355,11 @@ def test_other_architectures(folder, changes, message):
     [
         ({"encoder": {"num_hidden_layers": "twelve"}}, r"num_hidden_layers.*correct the value"),
         ({"decoder": {"decoder_attention_heads": 5}}, r"decoder of width 192 .* 5 attention heads"),
+        ({"encoder": {"num_attention_heads": 0}}, r"encoder\.num_attention_heads is 0, and sizes begin at 1"),
+        ({"encoder": {"patch_size": 0}}, r"encoder\.patch_size is 0, and sizes begin at 1"),
+        ({"encoder": {"image_size": [48, 48, 3]}}, r"encoder\.image_size is .48, 48, 3., and sizes"),
+        ({"encoder": {"image_size": [48, 0]}}, r"encoder\.image_size is .48, 0., and sizes"),
+        ({"decoder": {"decoder_layers": -1}}, r"decoder\.decoder_layers is -1, and sizes begin at 1"),
         ({"encoder": {"num_attention_heads": 3}}, r"encoder of width 128 .* 3 attention heads"),
         ({"encoder": {"num_channels": 1}}, r"encoder\.num_channels is 1; only 3"),
         ({"encoder": {"hidden_act": "relu"}}, r"encoder\.hidden_act is 'relu', not 'gelu'; no TrOCR"),
@@ -380,6 +385,14 @@ def test_configuration_values(folder, changes, message):
     [
         ({"eos_token_id": None}, r"names no eos_token_id: add it to generation_config\.json"),
         ({"decoder_start_token_id": None, "bos_token_id": None}, r"names no decoder_start_token_id: add it"),
+        ({"decoder_start_token_id": 5000}, r"decoder_start_token_id is 5000, and .* of 120 tokens"),
+        ({"decoder_start_token_id": "<s>"}, r"decoder_start_token_id is '<s>', and config\.json"),
+        ({"eos_token_id": "</s>"}, r"eos_token_id is '</s>', and config\.json"),
+        ({"eos_token_id": []}, r"eos_token_id is \[\], and config\.json"),
+        ({"eos_token_id": [2, -1]}, r"eos_token_id is \[2, -1\], and config\.json"),
+        ({"pad_token_id": 120}, r"pad_token_id is 120, and config\.json"),
+        ({"max_length": 1}, r"max_length is 1, and a text has at least"),
+        ({"max_length": "long"}, r"max_length is 'long', and a text has at least"),
         ({"max_new_tokens": -1}, r"(?s)generation_config\.json: .*max_new_tokens.*correct the value"),
     ],
 )

@@ -1,5 +1,6 @@
 """The evaluation command: figures against those counted by hand, and a page that needs nothing else."""
 
+import base64
 import html.parser
 import io
 import json
@@ -12,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jiwer
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from runtime import evaluate, recognize
 from runtime.metrics import accuracy, by_length, line_errors
@@ -134,6 +136,38 @@ def test_page_holds_the_images_and_escapes_texts(
     assert '<div class="line">ROUNDING ADJ.<ins> </ins>:</div>' in source
 
 
+@pytest.mark.parametrize("kind", ["stored sideways", "16 bit", "transparent"])
+def test_page_shows_what_was_read(kind: str, tmp_path: Path):
+    """Of a type that browsers do not show, which is converted."""
+    file = tmp_path / "line.tif"
+    with Image.open(SAMPLES / "000135.jpg") as image:
+        image = image.convert("L")
+    match kind:
+        case "stored sideways":
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            image.transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
+        case "16 bit":
+            Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(file)
+        case "transparent":
+            ink = Image.new("RGBA", image.size, "black")
+            ink.putalpha(ImageOps.invert(image))
+            ink.save(file)
+    head, content = evaluate.data_uri(file).split(",")
+    assert head == "data:image/png;base64"
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))).astype(int)
+    assert shown.shape == (*image.size[::-1], 3)
+    assert np.abs(shown - np.asarray(image)[:, :, None]).max() <= 1
+
+
+@pytest.mark.parametrize("worst", ["-1", "some"])
+def test_wrong_number_of_worst_lines(worst: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(["--model", "x", "--data", "x", "--worst", worst])
+    assert caught.value.code == 2
+    assert f"{worst!r} is not a number from 0 on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("compression", ["", "gz"])
 def test_tar_with_labels_inside(options: list[str], lines: Path, tmp_path: Path, compression: str):
     archive = tmp_path / f"lines.tar{compression and '.'}{compression}"
@@ -165,6 +199,12 @@ def test_wrong_use(options: list[str], lines: Path, tmp_path: Path, capsys: pyte
     outside = tmp_path / "outside.tar"
     with tarfile.open(outside, "w") as tar:
         tar.addfile(tarfile.TarInfo("../escaped.jpg"), io.BytesIO())
+    cut = []
+    for kind in ("gz", "bz2", "xz"):
+        cut.append(tmp_path / f"cut.tar.{kind}")
+        with tarfile.open(cut[-1], f"w:{kind}") as tar:
+            tar.add(SAMPLES, arcname=".")
+        cut[-1].write_bytes(cut[-1].read_bytes()[:-20000])
     text = tmp_path / "text.txt"
     text.write_text("no images\n")
     other = tmp_path / "other.tsv"
@@ -174,10 +214,15 @@ def test_wrong_use(options: list[str], lines: Path, tmp_path: Path, capsys: pyte
         ([str(tmp_path / "absent")], "absent: .*; give a folder of images, or a tar file of one"),
         ([str(text)], r"text\.txt: .*; give a folder of images, or a tar file of one"),
         ([str(outside)], r"outside\.tar: .*; give a folder of images, or a tar file of one"),
+        *(([str(file)], f"{file.name}: .*; give a folder of images, or a tar") for file in cut),
         ([str(lines)], "there is no labels.tsv in it; name the file with --labels"),
         ([str(lines), "--labels", str(other)], r"none of its 4 images has a label in .*other\.tsv"),
         ([str(lines), "--labels", str(tmp_path / "none.tsv")], r"none\.tsv: .*give a UTF-8 text file"),
         ([str(lines), "--html", str(tmp_path / "no" / "page.html")], "there is no folder .*; make it first"),
+        (
+            [str(lines), "--html", str(tmp_path / "page"), "--json", str(tmp_path / "page")],
+            "page: both --json and --html; name two files",
+        ),
     ]
     for arguments, message in cases:
         assert evaluate.main([*options, "--data", *arguments]) == 2

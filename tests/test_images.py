@@ -158,12 +158,16 @@ def test_16_bit_colour(tmp_path: Path):
 
 @pytest.mark.parametrize(("orientation", "transpose"), STORED.items())
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
-def test_exif_orientation(tmp_path: Path, orientation: int, transpose: Image.Transpose, suffix: str):
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_exif_orientation(
+    tmp_path: Path, orientation: int, transpose: Image.Transpose, suffix: str, mode: str
+):
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     file = tmp_path / f"line.{suffix}"
-    text_line().transpose(transpose).save(file, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
-    np.testing.assert_array_equal(pixels(load_image(file)), pixels(text_line()))
+    stored = text_line(mode).transpose(transpose)
+    stored.save(file, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    np.testing.assert_array_equal(pixels(load_image(file)), pixels(text_line(mode).convert("RGB")))
 
 
 @pytest.mark.parametrize(("orientation", "transpose"), STORED.items())

@@ -79,6 +79,26 @@ def test_missing_field(tmp_path: Path):
         Manifest.read(tmp_path / "engines")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fused_ops", None),
+        ("fused_ops", [1]),
+        ("fused_ops", [{"name": "TrOCRAttention"}]),
+        ("batch", 5),
+        ("inputs", []),
+        ("engines", None),
+        ("files", ["encoder.engine"]),
+    ],
+)
+def test_field_of_another_kind(tmp_path: Path, field: str, value):
+    make_folder(tmp_path / "engines")
+    path = tmp_path / "engines" / FILE_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ManifestError, match=rf"manifest.json: .*{field}.*; build the folder again"):
+        Manifest.read(tmp_path / "engines")
+
+
 def test_changed_byte(tmp_path: Path):
     manifest = make_folder(tmp_path / "engines")
     (tmp_path / "engines" / "encoder.engine").write_bytes(b"A plan")

@@ -1,7 +1,10 @@
 """The command line: in a process of its own where that matters, else in this one, which is quicker."""
 
 import json
+import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,12 +150,15 @@ def test_case_counts_unless_it_is_ignored(engines: list[str], tmp_path: Path):
         (["{tmp}/*.jpg"], "{tmp}/*.jpg: matches no file; check the pattern"),
         (["--json", "{tmp}/no/report.json", "{line}"], "{tmp}/no/report.json: there is no folder {tmp}/no"),
         (["--json", "{tmp}/empty", "{line}"], "{tmp}/empty: a folder; name the file to write"),
+        (["--json", "{tmp}/pipe", "{line}"], "{tmp}/pipe: a device or pipe; name a file to write"),
+        (["--json", "/proc/report.json", "{line}"], "/proc/report.json: cannot be written (No such file"),
         (["--labels", "{tmp}/no.tsv", "{line}"], "{tmp}/no.tsv: "),
         (["--labels", "{tmp}/bad.tsv", "{line}"], "{tmp}/bad.tsv: line 2 is 'no tab here'; an image, a tab"),
         (["--labels", "{tmp}/twice.tsv", "{line}"], "{tmp}/twice.tsv: line 2 gives a.png another text"),
         (["--labels", "{line}", "{line}"], "{line}: "),
         (["--batch-size", "0", "{line}"], "batch_size is 0"),
         (["--max-new-tokens", "1000", "{line}"], "max_new_tokens is 1000"),
+        (["--num-beams", "2", "--length-penalty", "1000", "{line}"], "length_penalty is 1000.0"),
         (["--e4m3-cross", "{line}"], "backend onnxruntime has no e4m3_cross"),
         (["--e4m3-cross", "--num-beams", "2", "{line}"], "e4m3_cross is of greedy search alone"),
     ],
@@ -168,6 +174,7 @@ def test_wrong_use(
 ):
     monkeypatch.chdir(tmp_path)  # what is built by default goes to the current folder
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     weights = shutil.copytree(checkpoint("small"), tmp_path / "cut") / "model.safetensors"
@@ -181,6 +188,96 @@ def test_wrong_use(
     assert recognize.main(arguments) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {message.format(**places)}")
+
+
+@pytest.fixture
+def not_utf8(tmp_path: Path) -> str:
+    """A sample whose file name has a byte that is no UTF-8."""
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    shutil.copyfile(SAMPLES / "000015.jpg", name)
+    return name
+
+
+@pytest.mark.parametrize("encoding", ["ascii:strict", "utf-8:strict"])
+def test_names_that_cannot_be_printed(encoding: str, engines: list[str], tmp_path: Path, not_utf8: str):
+    """They are escaped, the lines after them are read, and the JSON has the name as it is."""
+    report_file = tmp_path / "report.json"
+    other = shutil.copyfile(SAMPLES / "000135.jpg", tmp_path / "Größe.jpg")
+    run = subprocess.run(
+        [sys.executable, "-m", "runtime.recognize", *engines, "--json", report_file, not_utf8, other],
+        cwd=ROOT,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert run.returncode == 0, run.stderr
+    assert b"caf\\udce9.jpg" in run.stdout and b"Qty Count : 3.0" in run.stdout
+    records = json.loads(report_file.read_text(encoding="utf-8"))["records"]
+    assert [record["path"] for record in records] == [not_utf8, str(other)]
+
+
+def test_json_that_cannot_be_written(engines: list[str], tmp_path: Path):
+    """As on a full disk: one error, what was read is printed, and nothing is left behind."""
+    report_file = tmp_path / "report.json"
+    report_file.write_text("earlier\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "runtime.recognize", *engines, "--json", report_file, SAMPLES / "000015.jpg"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+    )
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith(f"error: {report_file}: cannot be written (File too large)")
+    assert "Traceback" not in run.stderr
+    assert run.stdout.splitlines()[-1].startswith("1 lines, ")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.json", "earlier\n")]
+
+
+def test_json_by_way_of_a_link(tmp_path: Path):
+    (tmp_path / "link.json").symlink_to("real.json")
+    recognize.check_output(tmp_path / "link.json")
+    recognize.write_json(tmp_path / "link.json", {})
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").read_text() == "{}\n"
+
+
+def test_long_command_line():
+    """ONNX Runtime's telemetry crashes on it at import, and is switched off for that and for privacy."""
+    code = "import runtime.backends.onnxruntime_backend, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    names = [f"/a/folder/of/images/line-{number}.jpg" for number in range(3000)]
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert (run.returncode, run.stdout) == (0, "1\n"), run.stderr
+
+
+@pytest.mark.parametrize("ending", ["interrupted", "head"])
+def test_early_end(ending: str, engines: list[str], tmp_path: Path):
+    """Ctrl-C, or a reader that has seen enough: no traceback, and no JSON."""
+    report_file = tmp_path / "report.json"
+    images = [str(file) for file in sorted(SAMPLES.glob("*.jpg"))] * 20
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime.recognize", *engines, "--json", str(report_file), *images],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    with process:
+        assert process.stdout.readline().split() == ["image", "text"]
+        assert "Code" in process.stdout.readline()
+        if ending == "interrupted":
+            process.send_signal(signal.SIGINT)
+        else:
+            process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(timeout=60) == {"interrupted": 130, "head": 1}[ending]
+    assert "Traceback" not in errors and "Exception ignored" not in errors
+    assert errors.endswith("error: interrupted\n") == (ending == "interrupted")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("option", "asked"), [([], False), (["--e4m3-cross"], True)])
@@ -233,6 +330,12 @@ def test_labels(tmp_path: Path):
     assert labels.find(str(tmp_path / "c.png")) == ""
     assert labels.find("/somewhere/else/c.png") is None  # it could be either
     assert labels.find(str(tmp_path / "d.png")) is None
+
+
+def test_labels_end_at_line_feeds_alone(tmp_path: Path):
+    file = tmp_path / "labels.tsv"
+    file.write_bytes("a.png\tone\x0ctwo\u2028three\x85\tcolumn\r\nb.png\tfour\n".encode())
+    assert recognize.Labels(file).texts == {"a.png": "one\x0ctwo\u2028three\x85", "b.png": "four"}
 
 
 def test_error_rate_of_hugging_face_on_all_lines():

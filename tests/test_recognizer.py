@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
 
 from graph_surgery.checkpoint import CheckpointError
+from graph_surgery.fused_ops import SurgeryError
 from runtime.backends.base import BackendError
 from runtime.generation import GenerationError
 from runtime.gpu import current_gpu
@@ -251,6 +252,28 @@ def test_wrong_arguments(graphs: Graphs, tmp_path: Path):
         Recognizer(BUNDLED_MODEL, backend="onnxruntime", engines=tmp_path)
     with pytest.raises(CheckpointError, match=f"{tmp_path} is empty"):
         Recognizer(tmp_path, backend="torch")
+    with pytest.raises(SurgeryError, match="unknown name 'layernorn'"):
+        Recognizer(BUNDLED_MODEL, backend="torch", plugins="layernorn")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other weights", "another graph", "missing"])
+def test_damaged_graphs(damage: str, graphs: Graphs, tmp_path: Path):
+    """ONNX Runtime loads a graph with other weights, and reads nonsense."""
+    folder = shutil.copytree(graphs(BUNDLED_MODEL, "all"), tmp_path / "engine")
+    file = folder / "decoder.onnx"
+    content = bytearray(file.read_bytes())
+    match damage:
+        case "truncated":
+            file.write_bytes(content[: len(content) // 2])
+        case "other weights":
+            content[len(content) // 2 : len(content) // 2 + 400] = bytes(400)
+            file.write_bytes(content)
+        case "another graph":
+            shutil.copyfile(folder / "encoder.onnx", file)
+        case "missing":
+            file.unlink()
+    with pytest.raises(ManifestError, match=f"{file}: (damaged or replaced|missing).*; build it again: "):
+        Recognizer(folder, backend="onnxruntime")
 
 
 def test_unsuitable_processor_files(graphs: Graphs, tmp_path: Path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from build import build, default_folder
 from graph_surgery.checkpoint import load_spec
+from graph_surgery.fused_ops import parse_plugins
 from runtime.backends.base import Backend, BackendError
 from runtime.generation import new_token_limit
 from runtime.gpu import FP8_COMPUTE_CAPABILITY, current_gpu
@@ -36,9 +37,12 @@ def open_backend(
 
     Raises:
         BackendError: no such backend, or nothing that it could run.
+        SurgeryError: no such plugins.
+        ManifestError: the folder's manifest or graphs are damaged.
     """
     if name not in NAMES:
         raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(NAMES)}")
+    parse_plugins(plugins)  # a misspelled name is no less wrong where nothing is built
     given = _given_folder(model, engines, precision)
     choice = name
     if name == "auto":
@@ -72,6 +76,7 @@ def open_backend(
     if folder is None:
         with redirect_stdout(sys.stderr):  # where the caller's own output does not go
             folder = build(str(model), plugins, precision or "fp32", onnx_only=True)
+    _check_graphs(folder)
     spec = load_spec(folder)
     return OnnxRuntimeBackend(folder, spec, new_token_limit(spec, max_new_tokens)), choice
 
@@ -88,6 +93,17 @@ def _given_folder(model: str | Path, engines: str | Path | None, precision: str 
             f"build it: python build.py --precision {precision}"
         )
     return folder
+
+
+def _check_graphs(folder: Path) -> None:
+    """Hold the folder's graphs and their weights against the manifest.
+
+    ONNX Runtime notices some damage, and not that of weights: it would read nonsense.
+    """
+    manifest = Manifest.read(folder)
+    for name in manifest.files:
+        if name.endswith((".onnx", ".onnx.data")):
+            manifest.check_file(folder, name)
 
 
 def _tensorrt_obstacle(folder: Path) -> str | None:
