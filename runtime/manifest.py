@@ -1,7 +1,8 @@
 """The manifest of an engine folder: what it was built from, for which GPU and TensorRT, every file's hash.
 
 `build.py` compares it to tell whether a folder is up to date, and it is checked before an engine's bytes are
-given to TensorRT, whose messages about a plan of another GPU or version name neither.
+given to TensorRT, whose messages about a plan of another GPU or version name neither, and a graph's to ONNX
+Runtime, which does not notice damaged weights.
 """
 
 from __future__ import annotations

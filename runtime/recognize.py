@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -238,8 +239,8 @@ def check_output(file: Path | None) -> None:
         raise UsageError(f"{file}: there is no folder {file.parent}; make it first")
     if file and file.is_dir():
         raise UsageError(f"{file}: a folder; name the file to write")
-    if file and file.exists() and not file.is_file():  # root would replace even /dev/stdout
-        raise UsageError(f"{file}: a device or pipe; name a file to write")
+    if file and file.exists() and (not file.is_file() or _is_own_output(file)):  # it would be replaced
+        raise UsageError(f"{file}: a device, a pipe or where this prints to; name a file to write")
     if file:
         partial = _partial(file)
         try:
@@ -247,6 +248,15 @@ def check_output(file: Path | None) -> None:
             partial.unlink()
         except OSError as error:
             raise _unwritable(file, error) from error
+
+
+def _is_own_output(file: Path) -> bool:
+    """Whether stdout or stderr goes to this file, as to /dev/stdout."""
+    for stream in (1, 2):
+        with suppress(OSError):  # closed
+            if os.path.samestat(file.stat(), os.fstat(stream)):
+                return True
+    return False
 
 
 def write_json(file: Path, content: dict) -> None:

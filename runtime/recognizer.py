@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -180,7 +181,7 @@ class Recognizer:
         with ThreadPoolExecutor(max_workers=min(4, len(os.sched_getaffinity(0)))) as pool:
 
             def submit_batch() -> list[Future[list[_Prepared]]]:
-                batch = list(islice(numbered, self.batch_size))
+                batch = list(islice(numbered, min(self.batch_size, sys.maxsize)))
                 tasks = (batch[i : i + IMAGES_A_TASK] for i in range(0, len(batch), IMAGES_A_TASK))
                 return [self._submit(pool, task) for task in tasks]
 

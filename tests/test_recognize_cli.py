@@ -150,7 +150,7 @@ def test_case_counts_unless_it_is_ignored(engines: list[str], tmp_path: Path):
         (["{tmp}/*.jpg"], "{tmp}/*.jpg: matches no file; check the pattern"),
         (["--json", "{tmp}/no/report.json", "{line}"], "{tmp}/no/report.json: there is no folder {tmp}/no"),
         (["--json", "{tmp}/empty", "{line}"], "{tmp}/empty: a folder; name the file to write"),
-        (["--json", "{tmp}/pipe", "{line}"], "{tmp}/pipe: a device or pipe; name a file to write"),
+        (["--json", "{tmp}/pipe", "{line}"], "{tmp}/pipe: a device, a pipe or where this prints"),
         (["--json", "/proc/report.json", "{line}"], "/proc/report.json: cannot be written (No such file"),
         (["--labels", "{tmp}/no.tsv", "{line}"], "{tmp}/no.tsv: "),
         (["--labels", "{tmp}/bad.tsv", "{line}"], "{tmp}/bad.tsv: line 2 is 'no tab here'; an image, a tab"),
@@ -231,6 +231,24 @@ def test_json_that_cannot_be_written(engines: list[str], tmp_path: Path):
     assert "Traceback" not in run.stderr
     assert run.stdout.splitlines()[-1].startswith("1 lines, ")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.json", "earlier\n")]
+
+
+@pytest.mark.parametrize("named", ["/dev/stdout", "itself"])
+def test_json_where_the_table_goes(named: str, engines: list[str], tmp_path: Path):
+    """Its file would be replaced, and the table be lost."""
+    printed = tmp_path / "printed.txt"
+    name = str(printed) if named == "itself" else named
+    with printed.open("w") as file:
+        run = subprocess.run(
+            [sys.executable, "-m", "runtime.recognize", *engines, "--json", name, SAMPLES / "000015.jpg"],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert run.returncode == 2
+    assert run.stderr == f"error: {name}: a device, a pipe or where this prints to; name a file to write\n"
+    assert printed.read_text() == ""
 
 
 def test_json_by_way_of_a_link(tmp_path: Path):

@@ -66,7 +66,7 @@ def test_stock_graphs_and_torch_read_as_hugging_face(backend: str, graphs: Graph
     assert readings(found) == by_hugging_face[:10]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [10**20, 1, 3])
 def test_a_line_does_not_depend_on_its_batch(batch_size: int, graphs: Graphs, by_hugging_face: list):
     """Neither on the number of lines in it nor on which they are."""
     recognizer = Recognizer(graphs(BUNDLED_MODEL, "all"), backend="onnxruntime", batch_size=batch_size)
