@@ -1330,6 +1330,15 @@ struct Block
         sm90::barrierArrive(base() + barrier(kDECIDED));
     }
 
+    //! Lets the lane that fetches leave.
+    __device__ __forceinline__ void endFetching()
+    {
+        if (threadIdx.x == 0)
+        {
+            tellFetcher(true);
+        }
+    }
+
     //! The warps that compute, in a step of a beam search.
     __device__ __forceinline__ void computeStep()
     {
@@ -1349,10 +1358,7 @@ struct Block
         decodeHidden();
         awaitHidden(Layout::headRows);
         chooseTokens();
-        if (threadIdx.x == 0)
-        {
-            tellFetcher(true);
-        }
+        endFetching();
     }
 
     //! The warps that compute, in a greedy search.
@@ -1384,10 +1390,7 @@ struct Block
             decodeHidden();
             if (!awaitHidden(Layout::headRows))
             {
-                if (threadIdx.x == 0)
-                {
-                    tellFetcher(true);
-                }
+                endFetching();
                 drain();
                 return;
             }
